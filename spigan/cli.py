@@ -1,0 +1,305 @@
+"""The command line: `spigan demo | train | sample | info`. Heavy packages load inside the commands."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from spigan.config import TrainConfig
+    from spigan.models import SPIGAN
+
+app = typer.Typer(
+    help="SPI-GAN: images from noise in one evaluation of the generator.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    """How `spigan sample` writes images."""
+
+    png = "png"
+    grid = "grid"
+    npz = "npz"
+
+
+def _fail(error: Exception | str) -> NoReturn:
+    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from spigan._version import __version__
+
+        typer.echo(f"spigan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, what was built, and which backend each operation would use and why."""
+    from spigan.info import main as print_info
+
+    print_info(as_json)
+
+
+@app.command()
+def train(
+    preset: Annotated[
+        str, typer.Option(help="Where to start: digits, cifar10, cifar10-small, celebahq256, church256.")
+    ] = "digits",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run, new or empty [default: runs/NNNNN].")] = None,
+    config: Annotated[Path | None, typer.Option(help="A config.json to start from instead of a preset.")] = None,
+    kimg: Annotated[float | None, typer.Option(help="Thousands of images to train on.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a minibatch.")] = None,
+    intervals: Annotated[int | None, typer.Option("-k", "--intervals", help="K, times per iteration.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights, noise and data order.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Any other field of TrainConfig: --set augment=ada --set model.ode_steps=8"
+        ),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; --kimg may extend it.")] = None,
+    show: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train a model (Algorithm 1 of the paper). Ctrl-C saves; --resume goes on.
+
+    The run folder gets config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
+    checkpoints and the exported model.
+    """
+    from spigan.training.trainer import Trainer
+
+    given = {"total_kimg": kimg, "batch": batch, "intervals": intervals, "seed": seed, "device": device}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        if resume is not None:
+            if extra := [name for name in given if name != "total_kimg"] + [n for n in (data, out, config, changes) if n]:
+                raise ValueError(f"--resume goes on with the run's own configuration; leave out {', '.join(map(str, extra))}")
+            trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
+        else:
+            settings = _train_config(preset, config, data, given, changes or [])
+            if show:
+                typer.echo(settings.model_dump_json(indent=2))
+                return
+            trainer = Trainer(settings, out, progress=not quiet)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    typer.echo(f"{trainer.run_dir}: {trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}")
+    try:
+        trainer.fit()
+    except FloatingPointError as error:
+        _fail(error)
+    if trainer.interrupted:
+        raise typer.Exit(130)
+    typer.echo(f"Done: {trainer.run_dir / 'model'} holds the model; try: spigan sample --model {trainer.run_dir}")
+
+
+def _train_config(
+    preset: str, config: Path | None, data: str | None, given: dict[str, Any], changes: list[str]
+) -> TrainConfig:
+    """The configuration that the command line describes: preset or file, then named options, then --set."""
+    from spigan.config import TrainConfig
+    from spigan.presets import preset_fields
+
+    fields: dict[str, Any]
+    if config is not None:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    else:
+        fields = preset_fields(preset)
+    fields |= given
+    if data is not None:
+        fields["data"] = fields.get("data", {}) | {"source": data}
+    for change in changes:
+        name, separator, text = change.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *parents, leaf = name.split(".")
+        target = fields
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"--set {change}: {parent!r} has no fields of its own")
+        target[leaf] = value
+    if "data" not in fields:
+        raise ValueError(f"the preset {preset!r} needs images: pass --data with a folder, zip, parquet or hub id")
+    return TrainConfig.model_validate(fields)
+
+
+@app.command()
+def sample(
+    n: Annotated[int, typer.Option("-n", help="Number of images.", min=1)] = 16,
+    model: Annotated[
+        str | None, typer.Option(help="A run folder, a saved model or a hub id [default: the bundled digits].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="A folder (png), or a .png or .npz file.")] = Path("samples.png"),
+    fmt: Annotated[
+        Format | None, typer.Option("--format", help="png: a file each; grid; npz: uint8 [N, H, W, C] [default: by --out].")
+    ] = None,
+    t: Annotated[float, typer.Option(help="Time on the straight path; 1 is the clean image.", min=0.0, max=1.0)] = 1.0,
+    batch: Annotated[int | None, typer.Option(help="Images at a time [default: by resolution].", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
+) -> None:
+    """Draw images: a folder of PNGs, one grid, or an npz file."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from spigan import sampling
+    from spigan.images import to_uint8
+    from spigan.ops import BackendUnavailable
+
+    fmt = fmt or {".png": Format.grid, ".npz": Format.npz}.get(out.suffix.lower(), Format.png)
+    try:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+        network = sampling.load_model(model, None if device == "auto" else device)
+        seeds = sampling.resolve_seeds(n, seed)
+        writer = _writer(fmt, out, seeds)
+        with sampling.count_evaluations(network) as evaluations, tqdm(total=n, unit="img", dynamic_ncols=True) as bar:
+            began = time.perf_counter()
+            for images in sampling.generate(
+                network, seeds, t=t, batch_size=batch, dtype=getattr(torch, dtype), backend=backend
+            ):
+                writer.add(to_uint8(images).cpu())
+                bar.update(len(images))
+            elapsed = time.perf_counter() - began
+        writer.close()
+    except (ValueError, OSError, ImportError, RuntimeError, BackendUnavailable) as error:
+        _fail(error)
+    typer.echo(f"{n} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / n:g}: {out}")
+
+
+class _writer:
+    """Takes uint8 [B, C, H, W] batches and writes them as the format says."""
+
+    def __init__(self, fmt: Format, out: Path, seeds: list[int]) -> None:
+        if fmt is Format.png and out.is_file():
+            raise ValueError(f"{out} is a file; --format png needs a folder")
+        if fmt is not Format.png and out.is_dir():
+            raise ValueError(f"{out} is a folder; --format {fmt.value} needs a file name")
+        self.fmt, self.out, self.seeds, self.count = fmt, out, seeds, 0
+        self.batches: list[Any] = []
+
+    def add(self, images: Any) -> None:
+        from spigan.images import save_png
+
+        if self.fmt is Format.png:
+            for seed, image in zip(self.seeds[self.count :], images, strict=False):
+                save_png(image, self.out / f"seed{seed:06d}.png")
+        else:
+            self.batches.append(images)
+        self.count += len(images)
+
+    def close(self) -> None:
+        import numpy as np
+        import torch
+
+        from spigan.images import atomic_path, display_scale, make_grid, save_png
+
+        if self.fmt is Format.png:
+            return
+        images = torch.cat(self.batches)
+        if self.fmt is Format.grid:
+            save_png(make_grid(images, scale=display_scale(images.shape[-1])), self.out)
+            return
+        with atomic_path(self.out) as scratch, scratch.open("wb") as file:
+            np.savez_compressed(file, images=images.permute(0, 2, 3, 1).numpy(), seeds=np.array(self.seeds))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demonstration.")] = Path("demo"),
+    kimg: Annotated[float | None, typer.Option(help="Thousands of images to train on.")] = None,
+    seed: Annotated[int, typer.Option(help="Of training.", min=0)] = 0,
+) -> None:
+    """Train on small digits for about two minutes (2 CPU cores), draw samples, show noise turn into images, time it."""
+    from spigan.images import display_scale, make_grid, save_png, to_uint8
+    from spigan.presets import preset
+    from spigan.sampling import count_evaluations, generate
+    from spigan.training.run_folder import next_run_dir
+    from spigan.training.trainer import Trainer
+
+    config = preset("digits", seed=seed, **({} if kimg is None else {"total_kimg": kimg}))
+    run_dir = next_run_dir(out)
+    typer.echo(f"Training on 1,797 handwritten digits (16x16, bundled with scikit-learn) for {config.total_kimg:g} kimg ...")
+    trainer = Trainer(config, run_dir)
+    model = trainer.fit()
+    if trainer.interrupted:
+        raise typer.Exit(130)
+    scale = display_scale(config.model.resolution)
+    grid = save_png(make_grid(_draw(model, 64), columns=8, scale=scale), run_dir / "samples.png")
+    times = [i / 8 for i in range(9)]
+    import torch
+
+    rows = torch.stack([_draw(model, 4, t) for t in times], dim=1).flatten(0, 1)  # image by image, its times in order
+    strip = save_png(make_grid(rows, columns=len(times), scale=scale), run_dir / "strip.png")
+    typer.echo(f"Samples:              {grid}")
+    typer.echo(f"h(0) to h(1), Fig. 9: {strip}")
+
+    seconds = []
+    with count_evaluations(model) as evaluations:
+        for _ in range(6):
+            began = time.perf_counter()
+            for images in generate(model, list(range(100)), batch_size=100):
+                to_uint8(images).cpu()
+            seconds.append(time.perf_counter() - began)
+    nfe = evaluations[0] / 600
+    typer.echo(
+        f"100 images: NFE = {nfe:g}, {statistics.median(seconds[1:]) * 1000:.1f} ms on {trainer.device} "
+        "(median of 5, first call left out)"
+    )
+    typer.echo(f"More images: spigan sample --model {run_dir} -n 100 --out digits.png")
+
+
+def _draw(model: SPIGAN, n: int, t: float = 1.0) -> Any:
+    """uint8 [n, C, H, W] images of seeds 0 to n - 1."""
+    import torch
+
+    from spigan.images import to_uint8
+    from spigan.sampling import generate
+
+    return torch.cat([to_uint8(images).cpu() for images in generate(model, list(range(n)), t=t)])
+
+
+def main() -> None:
+    """Entry point of the `spigan` command."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

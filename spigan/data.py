@@ -1,0 +1,724 @@
+"""Images for training: uint8 tensors from folders, zips, parquet files, the CIFAR-10 archive or the Hugging Face hub.
+
+`open_dataset` finds out what a source is and checks every image once; `loader` yields shuffled batches for ever, in an
+order that depends on the seed and on the number of images seen so far alone, so that a resumed run sees the very images
+it would have seen. Images stay uint8 until the training step. Every error about an image names its file:
+"photos/a.png", "photos.zip!a.png" or "train.parquet row 17" (rows count from 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import math
+import os
+import pickletools
+import re
+import tarfile
+import zipfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CACHE_BYTES = 2 << 30  # cache="auto" keeps a set decoded in memory up to this size
+MAX_PIXELS = 1 << 26  # of one image as stored (8192 x 8192): what claims to be larger is taken for a decompression bomb
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# The same kinds as Pillow calls them. It must never try others (EPS would start Ghostscript) on data from anywhere.
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+CIFAR_IMAGES, CIFAR_VALUES = 10_000, 3_072  # in a batch; in an image: channel, row, column
+CIFAR_IMPORTS = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}  # what rebuilding an array takes
+PICKLE_IMPORTS = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # the instructions that can name a function
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+
+
+class DataConfig(BaseModel, frozen=True, extra="forbid"):
+    """Which images to train on, and how they become squares of one size."""
+
+    source: str = Field(
+        min_length=1,
+        description='"digits" (bundled with scikit-learn), "cifar10" (from the hub), a path, or a hub id such as '
+        '"uoft-cs/cifar10". A path is a folder or zip of images, a parquet file, a folder of parquet files, '
+        "cifar-10-python.tar.gz or its extracted folder. A local folder called digits is ./digits.",
+    )
+    split: str = Field(
+        "train",
+        min_length=1,
+        description="Part of the source. It chooses among parquet files by name (train-00000-of-00003.parquet), among "
+        "the top folders of an image folder or zip where they are all called train, test, val, valid or validation, "
+        "and among the splits of CIFAR-10 and of hub datasets. Other sources are all train.",
+    )
+    resolution: int | None = Field(
+        None, gt=0, description="Side of the square images in pixels. None: as stored, where all must be the same."
+    )
+    channels: Literal[1, 3] | None = Field(
+        None,
+        description="1 (grey) or 3 (RGB) converts every image; transparent ones are laid on white. None: as stored, "
+        "where all must be the same and none may have an alpha channel. Palette images count as RGB.",
+    )
+    resize: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = Field(
+        "lanczos", description="Filter (Pillow's, antialiased) used where an image is not of the resolution already."
+    )
+    crop: Literal["center", "none"] = Field(
+        "center", description="center: cut out the largest centred square first. none: an image not square is an error."
+    )
+    column: str | None = Field(
+        None, description="Column that holds the images, for parquet and the hub. None: the only column of images."
+    )
+    cache: Literal["auto", "memory", "none"] = Field(
+        "auto",
+        description="memory: decode every image once and keep it. none: check every header once, decode on demand. "
+        "auto: memory where that takes at most 2 GiB.",
+    )
+
+
+class ImageDataset(torch.utils.data.Dataset[Tensor]):
+    """Square images of one size: `dataset[i]` is uint8 [C, H, W] in 0..255. Made by `open_dataset`.
+
+    Attributes:
+        name: short name of the source.
+        resolution: H = W in pixels.
+        channels: C, 1 or 3.
+        cached: whether all images are decoded in memory (else `dataset[i]` decodes).
+        description: what a run records about its data; plain JSON values.
+        fingerprint: sha256 (hex) of the data. Cached: of count, shape and pixels. Otherwise: of the description, and of
+            file names and sizes relative to the source, so that a moved folder keeps its fingerprint.
+    """
+
+    def __init__(self, source: _Source, config: DataConfig, *, progress: bool = True) -> None:
+        self._source, self._config = source, config
+        self._images: Tensor | None = None  # [N, C, H, W] where cached
+        self._count = len(source)
+        self.name = re.sub(r"\.(zip|parquet|tar|tar\.gz|tgz)$", "", Path(config.source).resolve().name)
+        self.resolution = self.channels = 0  # not known yet: `_check` lets the first image have any
+        with self._opened(0) as first:
+            self.resolution = config.resolution or min(first.size)
+            self.channels = config.channels or _channels(first)
+            # Threads fight over the GIL on tiny images: 50,000 CIFAR-10 PNGs took 3.9 s in a plain loop and 7 s in a
+            # pool of two, 560 JPEGs of 256 x 256 0.30 s and 0.16 s (2 cores, Pillow 13.0). They break even at 64 x 64.
+            threads = min(8, os.cpu_count() or 1) if first.width * first.height >= 64 * 64 else 1
+        shape = (self._count, self.channels, self.resolution, self.resolution)
+        if config.cache == "memory" or (config.cache == "auto" and math.prod(shape) <= CACHE_BYTES):
+            self._images = torch.empty(shape, dtype=torch.uint8)
+            sizes = self._for_all(self._decode_into(self._images.numpy()), threads, "decoding", progress)
+            del self._source  # what is encoded is not needed any more
+        else:  # a wrong image must end a run at its start, not after hours
+            sizes = self._for_all(self._native_size, threads, "checking", progress)
+        widths, heights = zip(*sizes, strict=True)
+        self.description: dict[str, Any] = {
+            "source": config.source,
+            "split": config.split,
+            "count": self._count,
+            "resolution": self.resolution,
+            "channels": self.channels,
+            "resize": config.resize,
+            "crop": config.crop,
+            "native_width": [min(widths), max(widths)],
+            "native_height": [min(heights), max(heights)],
+        }
+
+    @property
+    def cached(self) -> bool:
+        return self._images is not None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if self._images is not None:
+            sha = hashlib.sha256(repr(tuple(self._images.shape)).encode())
+            sha.update(self._images.numpy().reshape(-1).data)
+        else:
+            facts = {key: value for key, value in self.description.items() if key != "source"}
+            sha = hashlib.sha256(json.dumps(facts).encode())
+            for part in self._source.identity():
+                sha.update(part)
+        return sha.hexdigest()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image `index` (negative ones count from the end), uint8 [C, H, W]; the caller's own copy."""
+        return self.__getitems__([range(self._count)[index]])[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(self._count))
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """The images of `indices`, each in 0..N-1, as uint8 [B, C, H, W]. DataLoader calls this for a whole batch."""
+        if self._images is not None:
+            # Not images[indices]: 2.7 ms instead of 0.2 ms for 512 CIFAR-10 images (2 cores, PyTorch 2.13).
+            return self._images.index_select(0, torch.tensor(indices, dtype=torch.int64))
+        batch = np.empty((len(indices), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        for pixels, index in zip(batch, indices, strict=True):
+            self._decode(index, pixels)
+        return torch.from_numpy(batch)
+
+    def _decode_into(self, images: np.ndarray) -> Callable[[int], tuple[int, int]]:
+        return lambda index: self._decode(index, images[index])
+
+    def _decode(self, index: int, out: np.ndarray) -> tuple[int, int]:
+        """Writes image `index` to `out`, uint8 [C, H, W]; returns its width and height as stored."""
+        with self._opened(index) as image:
+            size = image.size
+            pixels = np.asarray(self._squared(image))
+            out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+        return size
+
+    def _native_size(self, index: int) -> tuple[int, int]:
+        with self._opened(index) as image:
+            return image.size
+
+    def _squared(self, image: Image.Image) -> Image.Image:
+        """The image upright, in this dataset's channels, a square of its resolution."""
+        from PIL import Image, ImageOps
+
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        mode = "L" if self.channels == 1 else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        side = min(image.size)
+        if image.size != (side, side):
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        if side != self.resolution:
+            image = image.resize((self.resolution,) * 2, Image.Resampling[self._config.resize.upper()])
+        return image
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Image.Image]:
+        """Image `index` with its header checked and its pixels not decoded yet. Any error within names the image."""
+        try:
+            with self._source.open(index) as image:
+                self._check(image)
+                yield image
+        except _Unsuitable as error:
+            raise ValueError(f"{self._source.name(index)} {error}") from None
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+            raise ValueError(
+                f"{self._source.name(index)} cannot be read as an image ({type(error).__name__}: {error}): "
+                "repair it or take it out"
+            ) from error
+
+    def _check(self, image: Image.Image) -> None:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise _Unsuitable(f"has {width} x {height} pixels; at most {MAX_PIXELS} are accepted: make it smaller")
+        # A camera's MPO is a photograph with a second view or a preview behind it.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise _Unsuitable("holds several frames; expected one image: save its frames as files, or take it out")
+        # Pillow opens 16-bit RGB as 8-bit RGB without a word; the decoder's raw mode ("RGB;16B") still tells.
+        if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+            raise _Unsuitable(
+                "has more than 8 bits a channel; expected 8: convert it first, choosing how values are scaled"
+            )
+        if self._config.channels is None:
+            if image.has_transparency_data:
+                raise _Unsuitable("has an alpha channel: give channels=3 (or 1) to lay transparent images on white")
+            if self.channels not in (0, _channels(image)):
+                kinds = {1: "grey", 3: "RGB"}
+                raise _Unsuitable(
+                    f"is {kinds[_channels(image)]} but {self._source.name(0)} is {kinds[self.channels]}: "
+                    "give channels=3 (or 1) to convert all images"
+                )
+        if self._config.crop == "none" and width != height:
+            raise _Unsuitable(f'has {width} x {height} pixels, not a square: give crop="center", or crop it yourself')
+        if self._config.resolution is None and self.resolution not in (0, min(width, height)):
+            raise _Unsuitable(
+                f"has {width} x {height} pixels but {self._source.name(0)} makes a square of {self.resolution}: "
+                "give a resolution to resize all images to"
+            )
+
+    def _for_all(
+        self, function: Callable[[int], tuple[int, int]], threads: int, what: str, progress: bool
+    ) -> list[tuple[int, int]]:
+        """[function(i) for every i], with a progress bar where that takes more than two seconds."""
+        from tqdm import tqdm
+
+        def some(start: int) -> list[tuple[int, int]]:  # a task for each image would cost more than a small image
+            return [function(index) for index in range(start, min(start + 64, self._count))]
+
+        results: list[tuple[int, int]] = []
+        starts = range(0, self._count, 64)
+        with (
+            ThreadPoolExecutor(threads) as pool,  # starts no thread before it is used
+            tqdm(total=self._count, desc=f"{what} {self.name}", unit="img", delay=2, disable=not progress) as bar,
+        ):
+            for part in pool.map(some, starts) if threads > 1 else map(some, starts):
+                results += part
+                bar.update(len(part))
+        return results
+
+
+def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
+    """Opens `config.source` and checks all of its images; shows a bar when that takes long, unless `progress` is False.
+
+    Raises FileNotFoundError where the source does not exist, ModuleNotFoundError where reading it needs a package that
+    is not installed, and ValueError, naming the file, for everything else: an unknown kind of source, a missing split
+    or column, no images at all, an image that is corrupt, of more than 8 bits, animated, transparent or unlike the
+    others.
+    """
+    _require("PIL.Image", "pillow")  # else its absence would be reported as an error of the first image
+    return ImageDataset(_find(config), config, progress=progress)
+
+
+class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
+    """Batches of indices without end, epoch after epoch of shuffled images; a batch may reach into the next epoch.
+
+    The permutation of an epoch comes from (seed, epoch) alone. So the batches that follow `start` images are the same
+    whether the images before were drawn in this process, in another, or not at all.
+
+    Args:
+        count: number of images, at least 1.
+        batch_size: indices in a batch, at least 1; may exceed `count`.
+        seed: not negative.
+        start: images consumed already, not negative.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, start: int = 0) -> None:
+        for name, value, least in (
+            ("count", count, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("start", start, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; expected {least} or more")
+        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The order of the images in `epoch` (from 0), int64 [count]."""
+        # Of all generators, RandomState's stream is the one promised never to change between versions (NumPy's NEP 19).
+        seeds = np.random.SeedSequence((self.seed, epoch))
+        return np.random.RandomState(np.random.MT19937(seeds)).permutation(self.count)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = divmod(self.start, self.count)
+        order = self.permutation(epoch)
+        while True:
+            batch = order[position : position + self.batch_size].tolist()
+            position += len(batch)
+            while len(batch) < self.batch_size:
+                epoch += 1
+                order = self.permutation(epoch)
+                position = min(self.batch_size - len(batch), self.count)
+                batch += order[:position].tolist()
+            yield batch
+
+
+def loader(
+    dataset: ImageDataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int | None = None
+) -> Iterator[Tensor]:
+    """Shuffled batches for ever, uint8 [batch_size, C, H, W], in pinned memory where CUDA is available.
+
+    `seed` and `start` (images consumed already) are those of `InfiniteShuffle`. `num_workers` changes no image; None:
+    no workers for a cached dataset, up to four for one that decodes. torch's global generator is not touched.
+    """
+    if num_workers is None:
+        num_workers = 0 if dataset.cached else min(4, os.cpu_count() or 1)
+    batches = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=InfiniteShuffle(len(dataset), batch_size, seed=seed, start=start),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # without one, the workers' base seed is drawn from the global generator
+    )
+    return iter(batches)
+
+
+def _unchanged(batch: Any) -> Any:  # a named function, because workers may have to unpickle it
+    return batch
+
+
+class _Unsuitable(Exception):
+    """What is wrong with an image and what to do, as the rest of a sentence that starts with its name."""
+
+
+class _Source(Protocol):
+    """A sequence of encoded images. It must survive pickling and forking, to be read in DataLoader's workers."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What errors call image `index`."""
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index`, its header read; a new object that its caller closes."""
+
+    def identity(self) -> Iterator[bytes]:
+        """What tells this source's data from others' without decoding it."""
+
+
+class _Array:
+    """Images decoded already: `images` uint8 [N, H, W] or [N, H, W, 3]."""
+
+    def __init__(self, title: str, images: np.ndarray) -> None:
+        self._title, self._images = title, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"{self._title} image {index}"
+
+    def open(self, index: int) -> Image.Image:
+        from PIL import Image
+
+        return Image.fromarray(self._images[index])
+
+    def identity(self) -> Iterator[bytes]:
+        yield np.ascontiguousarray(self._images).tobytes()
+
+
+class _Folder:
+    """Image files: `names` relative to `root`, with forward slashes."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self._root, self._names = root, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return str(self._root / self._names[index])
+
+    def open(self, index: int) -> Image.Image:
+        return _open_image(self._root / self._names[index])
+
+    def identity(self) -> Iterator[bytes]:
+        for name in self._names:
+            yield f"{name}\0{(self._root / name).stat().st_size}\0".encode()
+
+
+class _Zip:
+    """Members of a zip file, read in place."""
+
+    def __init__(self, path: Path, members: list[zipfile.ZipInfo]) -> None:
+        self._path, self._members = path, members
+        self._archive: tuple[int, zipfile.ZipFile] | None = None  # and the process that opened it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def name(self, index: int) -> str:
+        return f"{self._path}!{self._members[index].filename}"
+
+    def open(self, index: int) -> Image.Image:
+        # A forked worker shares the position in its parent's open file, so it needs a file of its own.
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = os.getpid(), zipfile.ZipFile(self._path)
+        member = self._members[index]
+        if member.file_size > 4 * MAX_PIXELS:  # no image within the limit needs more
+            raise _Unsuitable(
+                f"unpacks to {member.file_size} bytes; at most {4 * MAX_PIXELS} are accepted: make it smaller"
+            )
+        return _open_image(io.BytesIO(self._archive[1].read(member)))
+
+    def identity(self) -> Iterator[bytes]:
+        for member in self._members:
+            yield f"{member.filename}\0{member.file_size}\0{member.CRC}\0".encode()
+
+
+class _Rows:
+    """Rows of Arrow columns, one column for each file: binary, or {bytes, path} as the hub stores images."""
+
+    def __init__(self, columns: list[tuple[str, Any]]) -> None:
+        self._columns = columns
+        self._ends = list(accumulate(len(column) for _, column in columns))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[str, Any, int]:
+        part = bisect_right(self._ends, index)
+        title, column = self._columns[part]
+        return title, column, index - (self._ends[part] - len(column))
+
+    def name(self, index: int) -> str:
+        title, _, row = self._locate(index)
+        return f"{title} row {row}"
+
+    def open(self, index: int) -> Image.Image:
+        _, column, row = self._locate(index)
+        value = column[row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is not None:
+            return _open_image(io.BytesIO(data))
+        if value is None or not value.get("path"):
+            raise _Unsuitable("holds no image: take the row out")
+        return _open_image(Path(value["path"]))  # hub datasets of loose files are downloaded as files
+
+    def identity(self) -> Iterator[bytes]:
+        for title, column in self._columns:
+            yield f"{Path(title).name}\0{len(column)}\0{column.nbytes}\0".encode()
+
+
+def _find(config: DataConfig) -> _Source:
+    """Finds out what kind of source it is."""
+    source, split = config.source, config.split
+    if source == "digits":
+        return _digits(split)
+    if source == "cifar10":
+        return _hub("uoft-cs/cifar10", split, config.column)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if path.name == "cifar-10-batches-py" or (path / "data_batch_1").exists():
+            return _cifar_archive(path, split)
+        if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+            return _parquet(_shards(path, split), config.column)
+        return _folder(path, split)
+    if path.is_file():
+        if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+            return _cifar_archive(path, split)
+        if path.suffix == ".parquet":
+            if split not in ("train", _split_of(path)):
+                raise ValueError(f"{path} holds the split {_split_of(path)!r}, not {split!r}: give another file")
+            return _parquet([path], config.column)
+        if path.suffix == ".zip":
+            return _zip(path, split)
+        raise ValueError(
+            f"{path} is no source of images: expected a folder, .zip, .parquet or cifar-10-python.tar.gz; "
+            "for a single image give its folder"
+        )
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
+        return _hub(source, split, config.column)
+    raise FileNotFoundError(
+        f'source {source!r} does not exist: expected "digits", "cifar10", the path of a folder, .zip, .parquet or '
+        'cifar-10-python.tar.gz, or a hub dataset id "owner/name"'
+    )
+
+
+def _digits(split: str) -> _Source:
+    """1,797 grey 8 x 8 digits; 0..16 becomes 0..255."""
+    if split != "train":
+        raise ValueError(f'digits has no split {split!r}: all of it is "train"')
+    digits = _require("sklearn.datasets", "scikit-learn").load_digits()
+    return _Array("digits", np.rint(digits.images * (255 / 16)).astype(np.uint8))
+
+
+def _folder(root: Path, split: str) -> _Source:
+    def refuse(error: OSError) -> None:  # else os.walk leaves out what it may not read
+        raise error
+
+    names, seen = [], set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        names += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
+        if os.path.realpath(folder) in seen:  # a link to a folder above would repeat its images for ever
+            raise ValueError(f"{folder} links to a folder that is in {root} already: remove the link")
+        seen.add(os.path.realpath(folder))
+    return _Folder(root, _image_names(names, split, root))
+
+
+def _zip(path: Path, split: str) -> _Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a zip file ({error}): copy or download it again") from error
+    return _Zip(path, [members[name] for name in _image_names(list(members), split, path)])
+
+
+def _image_names(names: list[str], split: str, where: Path) -> list[str]:
+    """The images among `names`, sorted, of one split where there are splits."""
+    shown = (name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    images = sorted(name for name in shown if name.lower().endswith(IMAGE_SUFFIXES))
+    if not images:
+        raise ValueError(f"{where} has no images in it: expected files named *{', *'.join(IMAGE_SUFFIXES)}")
+    tops = {name.split("/")[0] for name in images}
+    if tops <= SPLIT_FOLDERS:
+        images = [name for name in images if name.startswith(f"{split}/")]
+    if not images or (split != "train" and not tops <= SPLIT_FOLDERS):
+        found = f"its folders are {sorted(tops)}" if tops <= SPLIT_FOLDERS else "it has no split folders at its top"
+        raise ValueError(
+            f"{where} has no split {split!r}: {found}; give one of them, or the path of the images themselves"
+        )
+    return images
+
+
+def _shards(root: Path, split: str) -> list[Path]:
+    """The parquet files of one split, in order, none missing."""
+    files = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    shards = [file for file in files if _split_of(file) == split]
+    if not shards:
+        raise ValueError(
+            f"{root} has no split {split!r}: its parquet files are of {sorted(set(map(_split_of, files)))}; "
+            f"expected names such as {split}-00000-of-00001.parquet, or give the path of one file"
+        )
+    total = re.search(r"-of-(\d+)", shards[0].name)
+    if total and int(total[1]) != len(shards):
+        names = ", ".join(file.name for file in shards)
+        raise ValueError(
+            f"{root} should have {int(total[1])} parquet files of {split!r} but has {names}: add what is missing"
+        )
+    return shards
+
+
+def _split_of(file: Path) -> str:
+    """The split that a parquet file's name tells: "train" of train-00000-of-00003.parquet and of train.parquet."""
+    return re.split(r"-\d+-of-\d+", file.stem)[0]
+
+
+def _parquet(files: list[Path], column: str | None) -> _Source:
+    # pyarrow rather than `datasets`: it reads the 50,000 encoded CIFAR-10 images in 0.3 to 0.7 s, imports included,
+    # against 1.2 s, and writes no second copy of the data to the user's cache. The encoded images stay in memory.
+    arrow, parquet = _require("pyarrow", "pyarrow"), _require("pyarrow.parquet", "pyarrow")
+    columns = []
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as table:
+                name = _image_column(table.schema_arrow, column, str(file))
+                columns.append((str(file), table.read(columns=[name]).column(name)))
+        except (arrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
+    if not any(len(rows) for _, rows in columns):
+        raise ValueError(f"{', '.join(map(str, files))} has no rows: expected images")
+    return _Rows(columns)
+
+
+def _hub(identifier: str, split: str, column: str | None) -> _Source:
+    datasets = _require("datasets", "datasets")
+    try:
+        rows = datasets.load_dataset(identifier, split=split).with_format("arrow")[:]
+    except Exception as error:  # no network, no such dataset, no such split: the hub's clients raise many kinds
+        advice = (
+            "check the name and split, or give a local path: a folder of images, a zip or a folder of parquet files"
+        )
+        if identifier == "uoft-cs/cifar10":
+            advice = (
+                "give a local path as source: cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, "
+                "or a folder of the parquet files of https://huggingface.co/datasets/uoft-cs/cifar10"
+            )
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(
+            f"{identifier!r}, split {split!r}, is no local path and could not be loaded from the Hugging Face hub "
+            f"({type(error).__name__}: {error}): {advice}"
+        ) from error
+    name = _image_column(rows.schema, column, identifier)
+    if not len(rows):
+        raise ValueError(f"{identifier}, split {split!r}, has no rows: expected images")
+    return _Rows([(identifier, rows.column(name))])
+
+
+def _image_column(schema: Any, wanted: str | None, where: str) -> str:
+    """The column of images in an Arrow schema: `wanted`, or the only one of {bytes, path} values."""
+    types = _require("pyarrow", "pyarrow").types
+    images = [
+        field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+    ]
+    binary = [field.name for field in schema if types.is_binary(field.type) or types.is_large_binary(field.type)]
+    if wanted is None and len(images) == 1:
+        return str(images[0])
+    if wanted in images + binary:
+        return str(wanted)
+    problem = f"has {len(images)} columns of images" if wanted is None else f"has no column of images called {wanted!r}"
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise ValueError(f"{where} {problem}: give the name of one as `column`; it has {columns}")
+
+
+def _cifar_archive(path: Path, split: str) -> _Source:
+    """cifar-10-python.tar.gz or its extracted folder."""
+    batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.get(split)
+    if batches is None:
+        raise ValueError(f"{path} has no split {split!r}: the CIFAR-10 archive has train and test")
+    read = _read_folder if path.is_dir() else _read_tar
+    pickles = read(path, batches)
+    missing = [name for name in batches if name not in pickles]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: expected the CIFAR-10 python archive, complete; download it again"
+        )
+    separator = "/" if path.is_dir() else "!"
+    pixels = np.concatenate([_cifar_batch(pickles[name], f"{path}{separator}{name}") for name in batches])
+    return _Array(str(path), pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def _read_folder(path: Path, names: list[str]) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
+
+
+def _read_tar(path: Path, names: list[str]) -> dict[str, bytes]:
+    """Members cifar-10-batches-py/{name}, in one pass (to seek back is to decompress again), to memory alone."""
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                # A batch has 31 MB; the limit keeps another archive from filling the memory.
+                if folder == "cifar-10-batches-py" and name in names and member.isfile() and member.size < 1 << 25:
+                    file = archive.extractfile(member)
+                    assert file is not None  # it is a file
+                    found[name] = file.read()
+                    if len(found) == len(names):
+                        break
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a tar archive ({error}): copy or download it again") from error
+    return found
+
+
+def _cifar_batch(data: bytes, name: str) -> np.ndarray:
+    """The images in a batch of CIFAR-10, a pickle written by Python 2: uint8 [10000, 3072].
+
+    Unpickling would execute whatever a file asks for. So its instructions are only listed, and the one string as long
+    as the images is taken. Raises ValueError where there is no such string, or where they import anything but NumPy's
+    array.
+    """
+    found = []
+    try:
+        previous = ""
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in PICKLE_IMPORTS and argument not in CIFAR_IMPORTS:
+                raise ValueError(f"it would import {argument!r}, which no CIFAR-10 file does")
+            # A Python 2 string, which pickletools shows as latin-1 text: one character for each byte.
+            if opcode.name == "BINSTRING" and len(str(argument)) == CIFAR_IMAGES * CIFAR_VALUES:
+                order: Literal["C", "F"] = (
+                    "F" if previous == "NEWTRUE" else "C"
+                )  # an array's state: ..., is_fortran, bytes
+                flat = np.frombuffer(str(argument).encode("latin-1"), dtype=np.uint8)
+                found.append(flat.reshape(CIFAR_IMAGES, CIFAR_VALUES, order=order))
+            previous = opcode.name
+        if len(found) != 1:
+            raise ValueError(f"it holds {len(found)} arrays of {CIFAR_IMAGES} x {CIFAR_VALUES} bytes; expected one")
+    except Exception as error:  # pickletools also raises IndexError, UnicodeDecodeError and others on garbage
+        raise ValueError(
+            f"{name} is not a batch of the CIFAR-10 python archive ({error}): download it again"
+        ) from error
+    return found[0]
+
+
+def _open_image(file: Path | io.BytesIO) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(file, formats=PILLOW_FORMATS)
+
+
+def _channels(image: Image.Image) -> int:
+    return 1 if image.mode in ("1", "L", "LA") else 3
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this source of images needs the package {package}: pip install {package}"
+        ) from error

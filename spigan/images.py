@@ -1,0 +1,94 @@
+"""Pixels on their way out: [-1, 1] floats to uint8, grids, PNG files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_unit_interval(images: Tensor) -> Tensor:
+    """[..., C, H, W] in [-1, 1] -> float32 in [0, 1], clamped."""
+    return (images.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[..., C, H, W] floats in [-1, 1] -> uint8, the inverse of v / 127.5 - 1, rounded and clamped."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(images: Tensor) -> list[Image]:
+    """uint8 [N, C, H, W], C = 1 or 3 -> N Pillow images of mode L or RGB."""
+    from PIL import Image
+
+    arrays = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in arrays]
+
+
+def make_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 1) -> Tensor:
+    """Lay images out row by row on black.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        columns: images in a row; default: about as many as rows.
+        scale: integer factor by which pixels are enlarged, so that small images can be seen.
+        gap: pixels between images, before enlarging.
+
+    Returns:
+        uint8 [C, H', W'].
+    """
+    n, c, height, width = images.shape
+    columns = columns or max(1, round(n**0.5))
+    rows = -(-n // columns)
+    cells = F.pad(images, (0, gap, 0, gap))
+    cells = torch.cat([cells, cells.new_zeros(rows * columns - n, *cells.shape[1:])])
+    grid = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)  # [C, rows, H, columns, W]
+    grid = grid.reshape(c, rows * (height + gap), columns * (width + gap))[:, : -gap or None, : -gap or None]
+    return grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def display_scale(resolution: int) -> int:
+    """Enlargement that shows an image at 64 pixels or more."""
+    return max(1, 64 // resolution)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Path to write instead of `path`: moved there when the block ends well, removed otherwise.
+
+    So a reader, or a program killed at any moment, never sees half a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
+    os.close(descriptor)
+    scratch = Path(name)
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp's files are private; a written file should get the permissions that any new file gets.
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o666 & ~umask)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def save_png(image: Tensor, path: str | Path) -> Path:
+    """Write a uint8 [C, H, W] image as PNG, whole or not at all."""
+    path = Path(path)
+    with atomic_path(path) as scratch:
+        to_pil(image[None])[0].save(scratch, format="PNG")
+    return path

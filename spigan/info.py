@@ -1,0 +1,115 @@
+"""What this installation is and can do: versions, devices, what was built, which backend each operation uses and why.
+
+`spigan info` or `python -m spigan.info`. Every part is read on its own, so that a broken one is reported, not fatal.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_PACKAGES = ("torch", "numpy", "triton", "safetensors", "huggingface_hub", "datasets", "torchdiffeq")
+
+
+def _attempt(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _versions() -> dict[str, str]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    from spigan._version import __version__
+
+    return {"spigan": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}}
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    devices: dict[str, Any] = {"cpu": cpu}
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            devices[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        devices["cuda"] = f"none (torch is {built})"
+    return devices
+
+
+def _extension() -> dict[str, Any]:
+    import spigan._C as extension
+
+    return dict(extension.build_info())
+
+
+def _backends() -> dict[str, Any]:
+    import torch
+
+    from spigan import ops  # registers the operations
+    from spigan.ops import backends
+
+    assert ops
+    kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {kind: backends.describe(torch.device(kind)) for kind in kinds}
+
+
+def collect() -> dict[str, Any]:
+    """Everything as nested dictionaries that JSON can hold; a part that cannot be read is {"error": why}."""
+    return {
+        "versions": _attempt(_versions),
+        "system": platform.platform(),
+        "devices": _attempt(_devices),
+        "extension": _attempt(_extension),
+        "SPIGAN_BACKEND": os.environ.get("SPIGAN_BACKEND", "not set"),
+        "backends": _attempt(_backends),
+    }
+
+
+def _lines(value: Any, indent: int = 0) -> list[str]:
+    pad = "  " * indent
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            lines += [f"{pad}{key}:", *_lines(item, indent + 1)]
+        else:
+            lines.append(f"{pad}{key}: {item}")
+    return lines
+
+
+def report() -> str:
+    """`collect` as text for people."""
+    info = collect()
+    backends = info.pop("backends")
+    lines = _lines(info)
+    if "error" in backends:
+        return "\n".join([*lines, "backends:", f"  error: {backends['error']}"])
+    for device, operations in backends.items():
+        lines.append(f"backends on {device}:")
+        for op, entry in operations.items():
+            chosen = f"{entry['chosen']} ({entry['why']})" if entry["chosen"] else f"NONE ({entry['why']})"
+            lines.append(f"  {op}: {chosen}")
+            lines += [f"    not {name}: {why}" for name, why in entry["others"].items()]
+    return "\n".join(lines)
+
+
+def main(as_json: bool = False) -> None:
+    """Print the report, or its JSON."""
+    print(json.dumps(collect(), indent=2) if as_json else report())
+
+
+if __name__ == "__main__":
+    main(as_json="--json" in sys.argv[1:])

@@ -1,0 +1,116 @@
+"""Layers with StyleGAN2's equalised learning rate: parameters are stored with unit variance and scaled when used, so
+that Adam's steps have the same relative size in every layer (Karras et al. 2018, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LRELU_SLOPE = 0.2
+LRELU_GAIN = math.sqrt(2.0)  # keeps the variance of a unit normal input
+
+
+def lrelu(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2 with gain sqrt(2)."""
+    return F.leaky_relu(x, LRELU_SLOPE) * LRELU_GAIN
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a network computes: autocast's where it is on, else that of its input.
+
+    The networks cast by hand, with autocast off inside: it would round styles, demodulation and the ODE too.
+    """
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def normalize_2nd_moment(x: Tensor) -> Tensor:
+    """[N, D] -> [N, D], every row scaled to a mean square of 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+def check_resolution(resolution: int) -> int:
+    """Raise ValueError unless `resolution` is a power of two from 8 to 1024."""
+    if resolution not in (8, 16, 32, 64, 128, 256, 512, 1024):
+        raise ValueError(f"resolution must be a power of two from 8 to 1024, got {resolution}")
+    return resolution
+
+
+def channels_at(resolution: int, channel_base: int, channel_max: int) -> int:
+    """StyleGAN2's width at a resolution: min(channel_base / resolution, channel_max)."""
+    return max(1, min(channel_base // resolution, channel_max))
+
+
+class Linear(nn.Module):
+    """y = act(x W^T lr_multiplier / sqrt(in) + b lr_multiplier).
+
+    Args:
+        in_features: I.
+        out_features: O.
+        activation: "linear" or "lrelu".
+        lr_multiplier: learning rate of this layer relative to the optimiser's.
+        bias_init: initial effective bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        activation: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias_init / lr_multiplier))
+        self.activation = activation
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I] -> [N, O] in the dtype of x."""
+        x = F.linear(x, (self.weight * self.weight_gain).to(x.dtype), (self.bias * self.bias_gain).to(x.dtype))
+        return lrelu(x) if self.activation == "lrelu" else x
+
+
+class Conv2d(nn.Module):
+    """Convolution with equalised learning rate.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        kernel_size: k, odd.
+        stride: stride of the convolution.
+        padding: zero padding; default k // 2.
+        activation: "linear" or "lrelu".
+        bias: whether a bias is added.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        activation: str = "linear",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.stride = stride
+        self.padding = kernel_size // 2 if padding is None else padding
+        self.activation = activation
+        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, H, W] -> [N, O, H', W'] in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        x = F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype), bias, stride=self.stride, padding=self.padding)
+        return lrelu(x) if self.activation == "lrelu" else x

@@ -1,0 +1,164 @@
+"""Mapping networks: noise image z = i(0) -> latent vector h(t).
+
+`ODEMapping` is the paper's (section 3.3, eq. 6); `MLPMapping` is StyleGAN2's, for the baseline without time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spigan.models.layers import Conv2d, Linear, normalize_2nd_moment
+from spigan.ops import rk4_mlp
+from spigan.ops.rk4_mlp import integrate, mlp_vector_field
+
+Times = float | Sequence[float]
+
+
+def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore[no-untyped-def]
+    """One step of the explicit Euler method."""
+    return h + dt * field(h, t)
+
+
+class ImageEmbedding(nn.Module):
+    """o: noise image -> h(0). Stride-2 3x3 convolutions down to 4x4, one linear layer, second-moment normalisation.
+
+    The paper's appendix with its layer sizes is not available; they are this project's choice.
+
+    Args:
+        resolution: H = W of the image.
+        img_channels: C.
+        dim_h: D.
+        channels: width of the first convolution; doubled at each one up to D.
+    """
+
+    def __init__(self, resolution: int, img_channels: int, dim_h: int, channels: int) -> None:
+        super().__init__()
+        width_in, convs = img_channels, []
+        size, width = resolution, channels
+        while size > 4:
+            convs.append(Conv2d(width_in, width, 3, stride=2, activation="lrelu"))
+            size, width_in, width = size // 2, width, min(2 * width, dim_h)
+        self.convs = nn.Sequential(*convs)
+        self.linear = Linear(width_in * 16, dim_h)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, D]."""
+        return normalize_2nd_moment(self.linear(self.convs(z).flatten(1)))
+
+
+class ODEMapping(nn.Module):
+    """h(0) = o(z), dh/dt = r(h, t): a neural ODE whose state at time t is the style of the image i(t).
+
+    r is `layers` layers of width D, each y = W y + b + t u, the activation between them (see `spigan.ops.rk4_mlp`), with
+    equalised learning rate.
+
+    Args:
+        resolution, img_channels: shape of z.
+        dim_h: D.
+        layers: number L of layers of r.
+        steps: solver steps over [0, 1] (rk4, euler).
+        solver: "rk4", "euler" or "dopri5" (adaptive, through torchdiffeq).
+        activation: "silu", "lrelu", "tanh" or "softplus".
+        embed_channels: width of o's first convolution.
+        lr_multiplier: learning rate of r relative to the optimiser's (StyleGAN2's mapping uses 0.01).
+        tolerance: relative and absolute tolerance of dopri5.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        img_channels: int,
+        dim_h: int,
+        layers: int,
+        steps: int,
+        solver: str,
+        activation: str,
+        embed_channels: int,
+        lr_multiplier: float,
+        tolerance: float,
+    ) -> None:
+        super().__init__()
+        self.embed = ImageEmbedding(resolution, img_channels, dim_h, embed_channels)
+        self.weight = nn.Parameter(torch.randn(layers, dim_h, dim_h) / lr_multiplier)
+        self.bias = nn.Parameter(torch.zeros(layers, dim_h))
+        self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier)
+        self.steps, self.solver, self.activation = steps, solver, activation
+        # The time is one more input of each layer, hence dim_h + 1.
+        self.weight_gain = lr_multiplier / (dim_h + 1) ** 0.5
+        self.bias_gain = lr_multiplier
+        self.tolerance = tolerance
+
+    def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
+        """h at one time or several, solved once from 0 through all of them.
+
+        Args:
+            z: [N, C, H, W] noise images.
+            t: time in [0, 1], or K of them in any order; h(0) = o(z).
+
+        Returns:
+            [N, D] for a single time, [K, N, D] for K times.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            h0 = self.embed(z.to(self.weight.dtype))
+            if isinstance(t, (int, float)):
+                return self._solve(h0, [float(t)])[0]
+            return self._solve(h0, [float(time) for time in t])
+
+    def _solve(self, h0: Tensor, times: list[float]) -> Tensor:
+        if not times or not all(0.0 <= time <= 1.0 for time in times):
+            raise ValueError(f"t must be a time in [0, 1] or a non-empty list of such times, got {times}")
+        grid = sorted({time for time in times if time > 0.0})
+        states = {0.0: h0}
+        if grid:
+            states.update(zip(grid, self._integrate(h0, grid).unbind(0), strict=True))
+        return torch.stack([states[time] for time in times])
+
+    def _integrate(self, h0: Tensor, grid: list[float]) -> Tensor:
+        parameters = (self.weight * self.weight_gain, self.bias * self.bias_gain, self.time_weight * self.weight_gain)
+        if self.solver == "rk4":
+            return rk4_mlp(h0, *parameters, grid, steps=self.steps, activation=self.activation)
+
+        def field(h: Tensor, t: float | Tensor) -> Tensor:
+            return mlp_vector_field(h, t, *parameters, self.activation)
+
+        if self.solver == "euler":
+            return integrate(euler_step, field, h0, grid, self.steps)
+        try:
+            from torchdiffeq import odeint
+        except ImportError as error:
+            raise ImportError('the solver "dopri5" needs torchdiffeq: pip install "spigan[ode]"') from error
+        times = torch.tensor([0.0, *grid], dtype=h0.dtype, device=h0.device)
+        return odeint(lambda t, h: field(h, t), h0, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5")[1:]
+
+
+class MLPMapping(nn.Module):
+    """StyleGAN2's mapping network: normalised z through `layers` leaky ReLU layers. It has no time.
+
+    Args:
+        dim_h: D, also the length of z.
+        layers: number of layers.
+        lr_multiplier: learning rate relative to the optimiser's.
+    """
+
+    def __init__(self, *, dim_h: int, layers: int, lr_multiplier: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(Linear(dim_h, dim_h, activation="lrelu", lr_multiplier=lr_multiplier) for _ in range(layers))
+        )
+
+    def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
+        """[N, D] -> [N, D] for t = 1, [1, N, D] for t = [1.0].
+
+        Raises:
+            ValueError: any other time; this mapping knows only clean images.
+        """
+        times = [t] if isinstance(t, (int, float)) else list(t)
+        if times != [1.0]:
+            raise ValueError(f'mapping="mlp" has no time: t must be 1.0, got {t}; use mapping="ode" for other times')
+        with torch.autocast(z.device.type, enabled=False):
+            h = self.layers(normalize_2nd_moment(z.to(self.layers[0].weight.dtype)))
+        return h if isinstance(t, (int, float)) else h[None]

@@ -1,0 +1,199 @@
+"""The whole generative model: mapping network and generator, loaded and saved as config.json + model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spigan.config import ModelConfig
+from spigan.models.generator import Generator
+from spigan.models.mapping import MLPMapping, ODEMapping, Times
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class SPIGAN(
+    nn.Module,
+    ModelHubMixin,
+    library_name="spigan",
+    tags=["spigan", "gan", "unconditional-image-generation"],
+    pipeline_tag="unconditional-image-generation",
+    license="apache-2.0",
+):
+    """Noise z = i(0) -> h(t) -> image i(t), in one evaluation of the generator.
+
+    Args:
+        config: the architecture.
+
+    Attributes:
+        mapping: `ODEMapping` or `MLPMapping`; mapping(z, t) -> h.
+        generator: `Generator`; generator(h) -> image.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping: ODEMapping | MLPMapping
+        if config.mapping == "mlp":
+            self.mapping = MLPMapping(
+                dim_h=config.dim_h, layers=config.mlp_layers, lr_multiplier=config.mapping_lr_multiplier
+            )
+        else:
+            self.mapping = ODEMapping(
+                resolution=config.resolution,
+                img_channels=config.img_channels,
+                dim_h=config.dim_h,
+                layers=config.ode_layers,
+                steps=config.ode_steps,
+                solver=config.ode_solver,
+                activation=config.ode_activation,
+                embed_channels=config.embed_channels,
+                lr_multiplier=config.mapping_lr_multiplier,
+                tolerance=config.ode_tolerance,
+            )
+        self.generator = Generator(
+            config.resolution,
+            config.img_channels,
+            dim_h=config.dim_h,
+            channel_base=config.channel_base,
+            channel_max=config.channel_max,
+            conv_clamp=config.conv_clamp,
+        )
+
+    def forward(self, z: Tensor, t: Times = 1.0, noise: str | None = None) -> Tensor:
+        """Images at one time or several.
+
+        Args:
+            z: [N, *config.z_shape] standard normal.
+            t: time in [0, 1] (1 is the clean image), or a list of K times.
+            noise: the generator's per-pixel noise; default: "random" in training mode, "const" in eval mode.
+
+        Returns:
+            [N, C, H, W] for one time, [K, N, C, H, W] for a list; about [-1, 1].
+        """
+        if z.ndim != len(self.config.z_shape) + 1 or tuple(z.shape[1:]) != self.config.z_shape:
+            raise ValueError(f"z must have shape [N, {', '.join(map(str, self.config.z_shape))}], got {list(z.shape)}")
+        h = self.mapping(z, t)
+        if h.ndim == 2:
+            return self.generator(h, noise)
+        return self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
+        """Write config.json, model.safetensors and a model card; each file is replaced whole or not at all.
+
+        Args:
+            save_directory: folder, made if it does not exist.
+            **kwargs: see `huggingface_hub.ModelHubMixin.save_pretrained` (`push_to_hub`, `repo_id`, ...).
+        """
+        folder = Path(save_directory)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            result = super().save_pretrained(scratch, **kwargs)
+            for file in Path(scratch).iterdir():
+                if file.name != "README.md" or not (folder / file.name).exists():
+                    os.replace(file, folder / file.name)
+        return result
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        (save_directory / CONFIG_NAME).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> SPIGAN:
+        """Load a model in eval mode from a folder or the Hugging Face hub. No pickle is ever read.
+
+        Args:
+            pretrained_model_name_or_path: folder that holds config.json and model.safetensors, or a hub id "user/name".
+            device: where to put the model; default the CPU.
+            revision, cache_dir, token, force_download, local_files_only: as in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            FileNotFoundError: a local folder lacks a file.
+            ValueError: the configuration or the weights are damaged or do not fit together.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            paths = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+            missing = [name for name, path in paths.items() if not path.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{folder} is no saved spigan model: it lacks {' and '.join(missing)}")
+        else:
+            name = str(pretrained_model_name_or_path)
+            if name.count("/") != 1 or name.startswith((".", "/", "~")):
+                raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
+            paths = {
+                file: Path(
+                    hf_hub_download(
+                        name,
+                        file,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        token=token,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                    )
+                )
+                for file in (CONFIG_NAME, WEIGHTS_NAME)
+            }
+        model = cls(_read_config(paths[CONFIG_NAME]))
+        load_weights(model, paths[WEIGHTS_NAME])
+        return model.to(device or "cpu").eval()
+
+
+def _read_config(path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (ValidationError, ValueError) as error:
+        raise ValueError(f"{path} is not the configuration of a spigan model: {error}") from error
+
+
+def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
+    """Copy the tensors of a safetensors file into `module`, after checking that all of them fit.
+
+    Args:
+        module: receives the weights in its own dtype.
+        path: safetensors file.
+        prefix: names in the file start with it; others are ignored.
+
+    Raises:
+        ValueError: damaged file, missing or unexpected names, or wrong shapes.
+    """
+    expected = module.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = {name.removeprefix(prefix): name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+            problems = [f"missing {name}" for name in expected if name not in names]
+            problems += [f"unexpected {name}" for name in names if name not in expected]
+            for name, tensor in expected.items():
+                if name in names and (shape := file.get_slice(names[name]).get_shape()) != list(tensor.shape):
+                    problems.append(f"{name} has shape {shape}, expected {list(tensor.shape)}")
+            if problems:
+                more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+                raise ValueError(f"{path} does not fit the model's configuration: {'; '.join(problems[:5])}{more}")
+            module.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error

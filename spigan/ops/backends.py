@@ -1,0 +1,158 @@
+"""Which backend runs an operation: asked for by name it runs or raises, chosen automatically it may fall back."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+"""Every name that `backend=` takes, beside "auto"."""
+
+_AUTO_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_implementations: dict[str, dict[str, Callable[[torch.device], str | None]]] = {}
+_override: list[str] = []
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run this operation here; the message says why."""
+
+
+def register(op: str, backend: str, unavailable: Callable[[torch.device], str | None]) -> None:
+    """Declare that `backend` implements `op`.
+
+    Args:
+        op: name of the operation.
+        backend: one of `BACKENDS`.
+        unavailable: tells for a device why the backend cannot run there, or None when it can.
+    """
+    _implementations.setdefault(op, {})[backend] = unavailable
+
+
+def operations() -> tuple[str, ...]:
+    """Names of all registered operations."""
+    return tuple(_implementations)
+
+
+def _check_name(backend: str, where: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"{where} names the backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+    return backend
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run every operation inside the `with` block on `backend` (an argument of the call still wins).
+
+    The choice is the process's, so that it also holds in autograd's and other threads of the block.
+
+    Args:
+        backend: "auto" or one of `BACKENDS`.
+    """
+    _override.append(_check_name(backend, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def requested(backend: str | None = None) -> tuple[str, str]:
+    """The backend that is asked for, and by whom: argument, then `use_backend`, then SPIGAN_BACKEND, then "auto".
+
+    Args:
+        backend: the `backend` argument of the call.
+
+    Returns:
+        (backend, source of the request).
+    """
+    if backend is not None:
+        return _check_name(backend, "backend="), "the argument backend="
+    if _override:
+        return _override[-1], "use_backend"
+    if name := os.environ.get("SPIGAN_BACKEND"):
+        return _check_name(name, "SPIGAN_BACKEND"), "SPIGAN_BACKEND"
+    return "auto", "default"
+
+
+def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run `op` on `device`; None when it can."""
+    implementations = _implementations[op]
+    if backend not in implementations:
+        return f"this version of spigan has no {backend} implementation of {op} (it has: {', '.join(implementations)})"
+    return implementations[backend](device)
+
+
+def choose(op: str, backend: str | None, device: torch.device) -> str:
+    """Name of the backend that runs `op` on `device`.
+
+    Raises:
+        BackendUnavailable: `backend` was asked for by name and cannot run.
+    """
+    name, source = requested(backend)
+    if name == "auto":
+        order = _AUTO_ORDER.get(device.type, ("reference",))
+        return next(b for b in order if why_unavailable(op, b, device) is None)
+    if (cause := why_unavailable(op, name, device)) is not None:
+        raise BackendUnavailable(f"{op}: backend {name!r} (asked for by {source}) cannot run on {device}: {cause}")
+    return name
+
+
+@cache
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("spigan._C"), None
+    except Exception as error:
+        # Not only ImportError: a damaged extension may raise anything, and `spigan info` must still be able to tell.
+        return None, f"the compiled extension spigan._C does not load ({type(error).__name__}: {error})"
+
+
+def extension() -> ModuleType:
+    """The compiled extension `spigan._C`.
+
+    Raises:
+        BackendUnavailable: it is missing or broken.
+    """
+    module, cause = _load_extension()
+    if module is None:
+        raise BackendUnavailable(cause)
+    return module
+
+
+def extension_on_cpu(device: torch.device) -> str | None:
+    """`unavailable` function of the cpp backends: they need `spigan._C` and tensors on the CPU."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    return _load_extension()[1]
+
+
+def always_available(device: torch.device) -> str | None:
+    """`unavailable` function of the reference backends."""
+    return None
+
+
+def describe(device: torch.device) -> dict[str, dict[str, Any]]:
+    """For each operation: the backend chosen on `device`, and why each other one was not.
+
+    Returns:
+        {op: {"chosen": name or None, "why": reason, "others": {backend: why it was not chosen}}}
+    """
+    report: dict[str, dict[str, Any]] = {}
+    name, source = requested()
+    for op in operations():
+        try:
+            chosen: str | None = choose(op, None, device)
+            why = f"first that runs on {device.type}" if name == "auto" else f"asked for by {source}"
+        except BackendUnavailable as error:
+            chosen, why = None, str(error)
+        others = {
+            other: why_unavailable(op, other, device) or "available, not chosen" for other in BACKENDS if other != chosen
+        }
+        report[op] = {"chosen": chosen, "why": why, "others": others}
+    return report

@@ -1,0 +1,83 @@
+"""Checks of arguments that every operation shares: early, and they name what was given, expected and to be done."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
+    """Readable list of dtypes."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    layout: str,
+    *,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Check that `value` is a tensor of the expected shape, dtype and device.
+
+    Args:
+        name: name of the argument.
+        value: the argument.
+        layout: its expected shape in words, such as "[N, D]"; its commas give the number of dimensions.
+        shape: expected sizes; None matches any size.
+        dtypes: allowed dtypes.
+        device: expected device.
+
+    Raises:
+        TypeError: not a tensor, or a wrong dtype.
+        ValueError: a wrong shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {dtype_names(dtypes)}, got {dtype_names([value.dtype])}")
+    expected = (None,) * (layout.count(",") + 1) if shape is None else tuple(shape)
+    if value.ndim != len(expected) or any(
+        want is not None and have != want for have, want in zip(value.shape, expected, strict=True)
+    ):
+        sizes = "" if shape is None else f" = [{', '.join('*' if s is None else str(s) for s in expected)}]"
+        raise ValueError(f"{name} must have shape {layout}{sizes}, got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other arguments, got {value.device}")
+    return value
+
+
+def check_times(times: Sequence[float]) -> tuple[float, ...]:
+    """Check that `times` are increasing floats in (0, 1] and return them as a tuple."""
+    if isinstance(times, Tensor):
+        times = times.tolist()
+    if isinstance(times, (int, float)):
+        raise TypeError(f"times must be a sequence of floats such as [{float(times)}], got the number {times}")
+    values = tuple(float(t) for t in times)
+    if not values:
+        raise ValueError("times must hold at least one time in (0, 1], got none")
+    if not all(0.0 < t <= 1.0 for t in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"times must increase strictly within (0, 1], got {list(values)}")
+    return values
+
+
+def check_index(name: str, value: object, *, minimum: int = 0) -> int:
+    """Check that `value` is an integer in [minimum, 2^63) and return it."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value}")
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]  # traced by torch.compile: it stands for an int
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if not minimum <= number < 2**63:
+        raise ValueError(f"{name} must be in [{minimum}, 2**63), got {number}")
+    return number

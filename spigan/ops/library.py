@@ -1,0 +1,8 @@
+"""The torch.library namespace `spigan::` in which kernels are registered, so that torch.compile and torch.export see them.
+
+Only kernels are registered: a reference is plain PyTorch, which compilers trace and autograd differentiates to any order.
+"""
+
+import torch
+
+library = torch.library.Library("spigan", "FRAGMENT")

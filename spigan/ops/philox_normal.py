@@ -1,0 +1,151 @@
+"""Standard normal numbers from the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers:
+as easy as 1, 2, 3"): element e of a seed's stream is the same number on every backend, whoever draws it.
+
+C++ twin: csrc/cpu/philox_normal.cpp, csrc/common/philox.h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spigan.ops import backends
+from spigan.ops.checks import FLOATS, check_index, dtype_names
+from spigan.ops.library import library
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Words = tuple[Tensor, ...]
+
+
+def philox4x32_10(counter: Words, key: Words) -> Words:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four int64 tensors that hold 32-bit words.
+        key: two int64 tensors that hold 32-bit words, broadcastable with the counter.
+
+    Returns:
+        Four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps into int64; its words come back by an arithmetic shift and a mask.
+        p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
+        c0, c1 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32
+        c2, c3 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals from two 32-bit words, in float32."""
+    # 2^-33 keeps the logarithm's argument above 0. The product is by a power of two and so exact: the sum rounds once,
+    # with or without a fused multiply-add.
+    u1 = word0.to(torch.float32) * 2.0**-32 + 2.0**-33
+    u2 = word1.to(torch.float32) * 2.0**-32
+    radius = torch.sqrt(-2.0 * torch.log(u1))
+    angle = u2 * (2.0 * math.pi)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def philox_normal_reference(seeds: Tensor, row_numel: int, offset: int) -> Tensor:
+    """Plain PyTorch definition: element e = offset + column is lane e % 4 of block e // 4.
+
+    Block b of seed s is `philox4x32_10((b_low, b_high, 0, 0), (s_low, s_high))`; its words 0, 1 give lanes 0, 1 by
+    Box-Muller (cosine, sine) and its words 2, 3 give lanes 2, 3.
+
+    Args:
+        seeds: [R] int64.
+        row_numel: numbers to draw for each seed.
+        offset: index of the first element in every seed's stream.
+
+    Returns:
+        [R, row_numel] float32.
+    """
+    skip = offset % 4
+    block = torch.arange(offset // 4, (offset + row_numel + 3) // 4, device=seeds.device)[None]  # [1, B]
+    zero = torch.zeros_like(block)
+    seed = seeds[:, None]
+    words = philox4x32_10((block & _MASK32, (block >> 32) & _MASK32, zero, zero), (seed & _MASK32, (seed >> 32) & _MASK32))
+    lanes = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
+    return torch.stack(lanes, dim=-1).flatten(1)[:, skip : skip + row_numel].contiguous()
+
+
+def philox_normal(
+    shape: Sequence[int],
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """Standard normal tensor that depends on (seed, element index) alone.
+
+    Splitting a draw at any `offset`, changing the backend or the device gives the same numbers (up to 1e-5: they are
+    computed in float32 whatever `dtype`, and libraries round logarithm and cosine differently).
+
+    Args:
+        shape: shape of the result.
+        seed: integer in [0, 2^63); or an int64 tensor [N] of them, then row i of the result (`shape[0]` = N) is drawn
+            from stream `seed[i]`, as `philox_normal(shape[1:], seed=seed[i], offset=offset)` would.
+        offset: index of the first element in the stream, in [0, 2^63).
+        device: device of the result; default: that of a seed tensor, else the CPU.
+        dtype: float32, float64, bfloat16 or float16.
+        backend: "auto", "reference" or "cpp"; default: see `spigan.ops.use_backend`.
+
+    Returns:
+        Tensor of `shape`. It carries no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type or range.
+        BackendUnavailable: a backend asked for by name cannot run.
+    """
+    size = tuple(check_index("each size in shape", s) for s in shape)
+    offset = check_index("offset", offset)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be {dtype_names(FLOATS)}, got {dtype}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 1:
+            raise TypeError(f"a seed tensor must be int64 [N], got {dtype_names([seed.dtype])} {list(seed.shape)}")
+        if not size or size[0] != seed.shape[0]:
+            raise ValueError(f"a seed tensor [{seed.shape[0]}] needs a shape that starts with it, got {list(size)}")
+        seeds = seed if device is None else seed.to(device)
+        row_numel = math.prod(size[1:])
+    else:
+        seeds = torch.full((1,), check_index("seed", seed), dtype=torch.int64, device=device)
+        row_numel = math.prod(size)
+    name = backends.choose("philox_normal", backend, seeds.device)
+    if name == "reference":
+        rows = philox_normal_reference(seeds, row_numel, offset)
+    else:
+        rows = torch.ops.spigan.philox_normal(seeds, row_numel, offset, name)
+    return rows.view(size).to(dtype)
+
+
+def _philox_normal_cpp(seeds: Tensor, row_numel: int, offset: int, backend: str) -> Tensor:
+    seeds = seeds.contiguous()
+    out = torch.empty((seeds.shape[0], row_numel), dtype=torch.float32)
+    backends.extension().philox_normal(
+        out.data_ptr(), seeds.data_ptr(), seeds.shape[0], row_numel, offset, torch.get_num_threads()
+    )
+    return out
+
+
+def _philox_normal_fake(seeds: Tensor, row_numel: int, offset: int, backend: str) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], row_numel), dtype=torch.float32)
+
+
+library.define("philox_normal(Tensor seeds, SymInt row_numel, SymInt offset, str backend) -> Tensor")
+library.impl("philox_normal", _philox_normal_cpp, "CPU")
+torch.library.register_fake("spigan::philox_normal", _philox_normal_fake, lib=library)
+
+backends.register("philox_normal", "reference", backends.always_available)
+backends.register("philox_normal", "cpp", backends.extension_on_cpu)

@@ -1,0 +1,77 @@
+"""Upsample, filter, downsample: the FIR resampling of StyleGAN2 (Karras et al. 2020b, after Zhang 2019), in plain PyTorch.
+
+A building block of `modulated_conv2d` and of the networks, not one of the four dispatched operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def fir_filter(taps: Sequence[float] | Tensor = (1.0, 3.0, 3.0, 1.0), *, device: torch.device | None = None) -> Tensor:
+    """Two-dimensional float32 filter that sums to 1.
+
+    Args:
+        taps: [k] taps whose outer product with themselves makes the filter, or the [k, k] filter.
+
+    Returns:
+        [k, k] float32.
+    """
+    taps = torch.as_tensor(taps, dtype=torch.float32, device=device)
+    if taps.ndim == 1:
+        taps = torch.outer(taps, taps)
+    if taps.ndim != 2 or taps.numel() == 0:
+        raise ValueError(f"a FIR filter must have shape [k] or [k, k], got {list(taps.shape)}")
+    return taps / taps.sum()
+
+
+def upfirdn2d(
+    x: Tensor,
+    filter: Tensor,
+    *,
+    up: int = 1,
+    down: int = 1,
+    padding: tuple[int, int] = (0, 0),
+    gain: float = 1.0,
+) -> Tensor:
+    """Insert up - 1 zeros after each pixel, pad, convolve each channel with `filter`, keep every `down`-th pixel.
+
+    Args:
+        x: [N, C, H, W].
+        filter: [k, k], convolved (not correlated): it is flipped.
+        up: integer upsampling factor.
+        down: integer downsampling factor.
+        padding: zeros before and after, in both directions, on the upsampled grid; negative crops.
+        gain: factor of the result.
+
+    Returns:
+        [N, C, H', W'] with H' = floor((H up + sum(padding) - k) / down) + 1.
+    """
+    n, c, h, w = x.shape
+    if up > 1:
+        x = x.view(n, c, h, 1, w, 1) if x.is_contiguous() else x.reshape(n, c, h, 1, w, 1)
+        x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
+    before, after = padding
+    if before != 0 or after != 0:
+        x = F.pad(x, (before, after, before, after))
+    kernel = (filter * gain).flip((0, 1)).to(x.dtype)
+    # Filter at full resolution and drop pixels afterwards: on the CPU the backward of a strided depthwise convolution is
+    # slower than the fourfold work (bfloat16 [32, 32, 34, 34], forward and backward: see docs/kernels.md).
+    x = F.conv2d(x, kernel.expand(c, 1, *kernel.shape), groups=c)
+    return x[:, :, ::down, ::down] if down > 1 else x
+
+
+def upsample2d(x: Tensor, filter: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W], centred, brightness kept."""
+    k = filter.shape[0]
+    return upfirdn2d(x, filter, up=2, padding=((k + 1) // 2, (k - 2) // 2), gain=4.0)
+
+
+def downsample2d(x: Tensor, filter: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H/2, W/2], centred, brightness kept."""
+    k = filter.shape[0]
+    return upfirdn2d(x, filter, down=2, padding=((k - 1) // 2, (k - 2) // 2))

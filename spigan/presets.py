@@ -1,0 +1,88 @@
+"""Named training configurations, starting points to be changed with `model_copy` or the command line's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from spigan.config import ModelConfig, TrainConfig
+from spigan.data import DataConfig
+
+_PAPER256: dict[str, Any] = {
+    # StyleGAN2-ADA's "paper256": half the widths of config F, R1 gamma 1, path length 2.
+    "model": ModelConfig(resolution=256, channel_base=16384, embed_channels=32),
+    "xflip": True,
+    "r1_gamma": 1.0,
+    "pl_weight": 2.0,
+    "ema_kimg": 20,
+    "ema_rampup": None,
+    "mbstd_group": 8,
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "data": DataConfig(source="digits"),
+        "model": ModelConfig(
+            resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=512, channel_max=64
+        ),
+        "total_kimg": 40,
+        "batch": 32,
+        "r1_gamma": 0.1,
+        "ema_kimg": 2,
+        "ema_rampup": None,
+        "tick_kimg": 1,
+        "snapshot_ticks": 10,
+    },
+    "cifar10": {
+        # StyleGAN2-ADA's "cifar": no path length, gamma 0.01, EMA half-life of 500 kimg, 512 channels everywhere.
+        "data": DataConfig(source="cifar10"),
+        "model": ModelConfig(resolution=32),
+        "xflip": True,
+        "total_kimg": 100000,
+        "batch": 64,
+        "mbstd_group": 32,
+        "augment": "ada",
+    },
+    "cifar10-small": {
+        "data": DataConfig(source="cifar10"),
+        "model": ModelConfig(resolution=32, dim_h=256, embed_channels=32, channel_base=1024, channel_max=96),
+        "xflip": True,
+        "total_kimg": 1000,
+        "batch": 32,
+        "ema_kimg": 10,
+        "precision": "bf16",
+        "tick_kimg": 1,
+        "snapshot_ticks": 10,
+    },
+    "celebahq256": {"batch": 64, "total_kimg": 25000} | _PAPER256,
+    "church256": {"batch": 64, "total_kimg": 50000} | _PAPER256,
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names that `preset` knows."""
+    return tuple(_PRESETS)
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """What a preset sets, as the nested plain values of a config.json."""
+    if name not in _PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(_PRESETS)}")
+    return {
+        key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        for key, value in _PRESETS[name].items()
+    }
+
+
+def preset(name: str, **changes: Any) -> TrainConfig:
+    """A training configuration by name.
+
+    Args:
+        name: "digits", "cifar10", "cifar10-small", "celebahq256" or "church256".
+        **changes: fields of `TrainConfig` to replace; the 256-pixel presets need `data`, they have no source of their own.
+    """
+    fields = preset_fields(name) | changes
+    if "data" not in fields:
+        raise ValueError(f'the preset {name!r} needs images: pass data=DataConfig(source="folder, zip, parquet or hub id")')
+    return TrainConfig.model_validate(fields)

@@ -1,0 +1,92 @@
+"""Checkpoints: one safetensors file with every tensor of a run, its counters as JSON in the file's metadata.
+
+One file, written beside its final name and renamed: a kill at any moment leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spigan.images import atomic_path
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
+
+
+def checkpoint_path(run_dir: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is kept."""
+    return run_dir / "checkpoints" / f"checkpoint-{iteration:08d}.safetensors"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in (run_dir / "checkpoints").glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write tensors and a JSON-serialisable state, whole or not at all."""
+    metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}
+    with atomic_path(path) as scratch:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote.
+
+    Raises:
+        ValueError: the file is damaged or no checkpoint of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("spigan_checkpoint") != str(FORMAT):
+                raise ValueError(f"{path} is no spigan checkpoint of format {FORMAT}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict with every name below `prefix`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `module_tensors`.
+
+    Raises:
+        ValueError: names or shapes do not fit.
+    """
+    start = prefix + "."
+    try:
+        module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the run's configuration: {error}") from error
+
+
+def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state, below `prefix.<parameter index>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+
+
+def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix + "."):
+            index, name = key.removeprefix(prefix + ".").split(".")
+            if tensor.ndim:  # a moment: give it the memory layout of its parameter, which the fused optimiser relies on
+                tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

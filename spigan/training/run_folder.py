@@ -1,0 +1,83 @@
+"""What a training run leaves on disk while it runs: configuration, statistics, TensorBoard events, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from spigan.config import TrainConfig
+from spigan.images import atomic_path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def next_run_dir(parent: Path = Path("runs")) -> Path:
+    """First unused folder of the form runs/00000, runs/00001, ..."""
+    numbers = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
+    return parent / f"{max(numbers, default=-1) + 1:05d}"
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        FileNotFoundError: `run_dir` is no run folder.
+        ValueError: its config.json is damaged.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.json")
+    try:
+        return TrainConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the configuration of a training run: {error}") from error
+
+
+class StatsLog:
+    """stats.jsonl (one JSON object a tick) and TensorBoard events of the same numbers.
+
+    Args:
+        run_dir: the run's folder.
+        iteration: iteration at which the run begins or goes on; what an earlier attempt wrote beyond it is dropped.
+    """
+
+    def __init__(self, run_dir: Path, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "stats.jsonl"
+        kept = [row for row in read_stats(run_dir) if row["iteration"] <= iteration]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1 if iteration else None)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one tick; `row` holds at least "iteration"."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in row.items():
+            if name != "iteration":
+                self._events.add_scalar(name, value, row["iteration"])
+        self._events.flush()
+
+    def close(self) -> None:
+        """Finish the TensorBoard file."""
+        self._events.close()
+
+
+def read_stats(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of stats.jsonl; a last line that a kill cut short is left out."""
+    path = run_dir / "stats.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,486 @@
+"""Training: Algorithm 1 of the paper (section 3.5). Iterations alternate between discriminator and generator; each draws a
+batch of clean images, noises them, and goes through the times t_1 < ... < t_K = 1 of the straight path."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spigan.config import TrainConfig
+from spigan.data import open_dataset
+from spigan.data import loader as image_loader
+from spigan.images import display_scale, make_grid, save_png, to_uint8
+from spigan.models import SPIGAN, Discriminator
+from spigan.ops import path_interpolate, philox_normal
+from spigan.sde import VPSDE
+from spigan.training import checkpoint
+from spigan.training.augment import ADA, make_augment
+from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
+from spigan.training.run_folder import StatsLog, next_run_dir, read_config, write_text
+
+# Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
+_NOISE_STREAM = 2**32
+_ADA_INTERVAL = 4  # discriminator steps between changes of ADA's p (Karras et al. 2020a, section 3.1)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration names; "auto" is cuda where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
+    return device
+
+
+def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: int | None) -> torch.optim.Adam:
+    """Adam with betas (0, beta2), both and the learning rate corrected for a penalty that is applied every `interval` steps
+    in a step of its own (Karras et al. 2020b, appendix B, "lazy regularization")."""
+    ratio = 1.0 if interval is None else interval / (interval + 1)
+    return torch.optim.Adam(parameters, lr=lr * ratio, betas=(0.0, beta2**ratio), eps=1e-8, fused=True)
+
+
+class Trainer:
+    """Trains a SPIGAN and keeps a run folder.
+
+    The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
+    checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. Construction seeds torch's global generator,
+    which training draws from.
+
+    Args:
+        config: what to train and how.
+        run_dir: folder of the run, new or empty; default the next free runs/NNNNN.
+        progress: show a progress bar.
+
+    Attributes:
+        model: generator side being trained.
+        ema: average of its weights, which samples.
+        discriminator: the discriminator.
+        images_seen: images shown to the discriminator so far (each counts once, whatever K).
+        interrupted: whether `fit` was stopped by a signal.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: str | Path | None = None, *, progress: bool = True) -> None:
+        self.run_dir = next_run_dir() if run_dir is None else Path(run_dir)
+        if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+            raise FileExistsError(
+                f"{self.run_dir} exists and is not empty: choose another folder, or go on with it by "
+                f"`spigan train --resume {self.run_dir}`"
+            )
+        self._build(config, progress)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+        write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
+        """Go on with a run from its newest checkpoint, exactly: on the CPU to the bit as if it had never stopped.
+
+        Args:
+            run_dir: folder of the run.
+            total_kimg: new length of the run; default the configured one.
+            progress: show a progress bar.
+
+        Raises:
+            FileNotFoundError: no run, or no checkpoint in it.
+            ValueError: a damaged or foreign checkpoint, or images that are not those the run began with.
+        """
+        run_dir = Path(run_dir)
+        config = read_config(run_dir)
+        if total_kimg is not None:
+            config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
+        found = checkpoint.checkpoints(run_dir)
+        if not found:
+            raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder")
+        trainer = cls.__new__(cls)
+        trainer.run_dir = run_dir
+        trainer._build(config, progress)
+        record = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+        if record["fingerprint"] != trainer.dataset.fingerprint:
+            raise ValueError(
+                f"the images of {config.data.source!r} are not those that {run_dir} was trained on: an exact resume is not "
+                "possible; restore them, or start a new run"
+            )
+        trainer._load(found[-1])
+        if total_kimg is not None:
+            write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+        return trainer
+
+    def _build(self, config: TrainConfig, progress: bool) -> None:
+        self.config, self.progress = config, progress
+        self.device = resolve_device(config.device)
+        self.dataset = open_dataset(
+            config.data.model_copy(update={"resolution": config.model.resolution}), progress=progress
+        )
+        if self.dataset.channels != config.model.img_channels:
+            raise ValueError(
+                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), the model makes "
+                f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
+            )
+        torch.manual_seed(config.seed)
+        self.model = SPIGAN(config.model).to(self.device).train()
+        self.discriminator = (
+            Discriminator(
+                config.model.resolution,
+                config.model.img_channels,
+                channel_base=config.model.channel_base,
+                channel_max=config.model.channel_max,
+                # StyleGAN2's own mapping comes with StyleGAN2's own discriminator.
+                time_conditioning=config.model.mapping == "ode",
+                mbstd_group=config.mbstd_group,
+            )
+            .to(self.device)
+            .train()
+        )
+        # Convolutions are faster in this layout, most of all in bfloat16 on a CPU (docs/training.md).
+        self.model.to(memory_format=torch.channels_last)
+        self.discriminator.to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.augment = make_augment(config.augment, target=config.ada_target, kimg=config.ada_kimg).to(self.device)
+        self.optimizer_g = adam(
+            self.model.parameters(), config.lr_g, config.beta2, config.pl_interval if config.pl_weight else None
+        )
+        self.optimizer_d = adam(
+            self.discriminator.parameters(), config.lr_d, config.beta2, config.r1_interval if config.r1_gamma else None
+        )
+        self.sde = VPSDE(config.beta_min, config.beta_max)
+        self.iteration = self.images_seen = self.images_drawn = self.noise_offset = self.d_steps = self.g_steps = 0
+        self.pl_mean = torch.zeros((), device=self.device)
+        self.interrupted = False
+        self._statistics: dict[str, list[Tensor]] = {}
+        self._ada_signs: list[Tensor] = []
+        self._elapsed = 0.0  # seconds of training in earlier sessions
+
+    def _data_record(self) -> dict[str, Any]:
+        flips = {"xflip": self.config.xflip, "fingerprint": self.dataset.fingerprint}
+        return {**self.dataset.description, **flips}
+
+    # ---- Algorithm 1 ----------------------------------------------------------------------------------------------------
+
+    def train_iteration(self, images: Tensor) -> None:
+        """One iteration of Algorithm 1: even ones update the discriminator, odd ones mapping network and generator.
+
+        Args:
+            images: uint8 [N, C, H, W] clean images.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if self.config.xflip:
+            flip = torch.rand(images.shape[0], device=self.device) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        times = self._draw_times()
+        x_T, i = path_interpolate(
+            images, times, seed=_NOISE_STREAM + self.config.seed, offset=self.noise_offset, sde=self.sde
+        )
+        self.noise_offset += images.numel()
+        # z of the generator side is the noisy end of the same images' path; StyleGAN2's mapping has a z of its own shape.
+        z = x_T if self.config.model.mapping == "ode" else torch.randn(len(images), self.config.model.dim_h, device=self.device)
+        groups = [list(range(len(times)))] if self.config.updates == "joint" else [[k] for k in range(len(times))]
+        if self.iteration % 2 == 0:
+            with torch.no_grad():
+                h = self.model.mapping(z, times)  # [K, N, D]; one incremental solve serves all K updates
+            for group in groups:
+                self._discriminator_step(i[group], h[group], [times[k] for k in group])
+            self.images_seen += len(images)
+        else:
+            for group in groups:
+                # Solved anew for every update: the weights of the mapping network have changed since the last one.
+                self._generator_step(z, [times[k] for k in group])
+            self._update_ema(len(images))
+        self.iteration += 1
+
+    def _draw_times(self) -> list[float]:
+        """t_1 < ... < t_K = 1: k / K, or K - 1 of them drawn from U(0, 1)."""
+        k = self.config.intervals
+        if self.config.fixed_t:
+            return [(j + 1) / k for j in range(k)]
+        while True:
+            times = sorted({*torch.rand(k - 1, dtype=torch.float64).tolist(), 1.0})
+            if len(times) == k and times[0] > 0.0:
+                return times
+
+    def _chunks(self, *tensors: Tensor, dim: int) -> Iterator[tuple[Tensor, ...]]:
+        """Split a minibatch into pieces of `batch_gpu` images, whose gradients accumulate."""
+        size = self.config.batch_gpu or self.config.batch
+        return zip(*(tensor.split(size, dim=dim) for tensor in tensors), strict=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _logits(self, images: Tensor, t: Tensor) -> Tensor:
+        """[N, C, H, W] images at [N] times -> [N] logits of what the discriminator sees: augmented images, real and fake."""
+        images = self.augment(images)
+        with self._autocast():
+            return self.discriminator(images, t)
+
+    def _discriminator_step(self, real: Tensor, h: Tensor, times: list[float]) -> None:
+        """Update the discriminator on real [k, N, C, H, W] = i(t) and latents h [k, N, D] of k times."""
+        self.discriminator.requires_grad_(True)
+        self.optimizer_d.zero_grad(set_to_none=True)
+        signs = []
+        for real_part, h_part in self._chunks(real, h, dim=1):
+            share = real_part.shape[1] / real.shape[1]
+            images, t = _interleave(real_part), self._times_of(times, real_part.shape[1])
+            with torch.no_grad(), self._autocast():
+                generated = self.model.generator(_interleave(h_part))
+            fake = self._logits(generated, t)
+            loss_fake = fake_loss(fake)
+            (loss_fake * share).backward()
+            logits = self._logits(images, t)
+            loss_real = real_loss(logits)
+            (loss_real * share).backward()
+            signs.append(logits.detach().sign().mean() * share)
+            self._record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
+        self.optimizer_d.step()
+        if self.config.r1_gamma and self.d_steps % self.config.r1_interval == 0:
+            self._r1_step(real, times)
+        self.d_steps += 1
+        self._ada_signs.append(torch.stack(signs).sum())
+        self._record(real_sign=self._ada_signs[-1])
+        if len(self._ada_signs) == _ADA_INTERVAL:
+            if isinstance(self.augment, ADA):
+                mean = torch.stack(self._ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
+                self.augment.adapt(mean.item(), _ADA_INTERVAL * real.shape[1])
+            self._ada_signs.clear()
+
+    def _r1_step(self, real: Tensor, times: list[float]) -> None:
+        """Lazy R1: the penalty alone, weighted by the number of steps it stands for."""
+        self.optimizer_d.zero_grad(set_to_none=True)
+        weight = 0.5 * self.config.r1_gamma * self.config.r1_interval
+        for (part,) in self._chunks(real, dim=1):
+            images = _interleave(part).detach().requires_grad_(True)
+            penalty = r1_penalty(self._logits(images, self._times_of(times, part.shape[1])), images)
+            (penalty * (weight * part.shape[1] / real.shape[1])).backward()
+            self._record(r1=penalty)
+        self.optimizer_d.step()
+
+    def _generator_step(self, z: Tensor, times: list[float]) -> None:
+        """Update mapping network and generator at the given times."""
+        self.discriminator.requires_grad_(False)
+        self.optimizer_g.zero_grad(set_to_none=True)
+        for (part,) in self._chunks(z, dim=0):
+            h = _interleave(self.model.mapping(part, times))
+            with self._autocast():
+                generated = self.model.generator(h)
+            loss = generator_loss(self._logits(generated, self._times_of(times, len(part))))
+            (loss * (len(part) / len(z))).backward()
+            self._record(loss_g=loss)
+        self.optimizer_g.step()
+        if self.config.pl_weight and self.g_steps % self.config.pl_interval == 0:
+            self._path_length_step(z, times)
+        self.g_steps += 1
+
+    def _path_length_step(self, z: Tensor, times: list[float]) -> None:
+        """Lazy path-length regularisation: penalise the distance of path lengths from their running mean."""
+        self.optimizer_g.zero_grad(set_to_none=True)
+        z = z[: max(1, len(z) // self.config.pl_batch_shrink)]
+        weight = self.config.pl_weight * self.config.pl_interval
+        for (part,) in self._chunks(z, dim=0):
+            h = _interleave(self.model.mapping(part, times))
+            h = h[:, None].expand(-1, self.model.generator.num_ws, -1)  # a latent for each layer, as in StyleGAN2
+            with self._autocast():
+                generated = self.model.generator(h)
+            lengths = path_lengths(generated, h)
+            with torch.no_grad():
+                self.pl_mean.lerp_(lengths.mean(), self.config.pl_decay)
+            penalty = (lengths - self.pl_mean).square().mean()
+            (penalty * (weight * len(part) / len(z))).backward()
+            self._record(path_length=lengths.mean(), path_length_penalty=penalty)
+        self.optimizer_g.step()
+
+    def _times_of(self, times: list[float], n: int) -> Tensor:
+        """[n k] times of n images at k times each, in the order of `_interleave`."""
+        return torch.tensor(times, device=self.device).repeat(n)
+
+    @torch.no_grad()
+    def _update_ema(self, images: int) -> None:
+        """Move the averaged weights so that old ones have a half-life of `ema_kimg`."""
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup is not None:
+            half_life = min(half_life, self.images_seen * self.config.ema_rampup)
+        weight = 1.0 - 0.5 ** (images / max(half_life, 1e-8))
+        for average, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(current, weight)
+        for average, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            average.copy_(current)
+
+    # ---- Running --------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> SPIGAN:
+        """Train until `total_kimg` images have been seen, or Ctrl-C or SIGTERM, which save a checkpoint first.
+
+        Returns:
+            The averaged model, in eval mode.
+        """
+        total = math.ceil(self.config.total_kimg * 1000)
+        batches = image_loader(
+            self.dataset, batch_size=self.config.batch, seed=self.config.seed, start=self.images_drawn
+        )
+        if self.iteration == 0:
+            self._save_reals()
+            self._snapshot()
+        log = StatsLog(self.run_dir, self.iteration)
+        tick_images = self.config.tick_kimg * 1000
+        began = time.perf_counter() - self._elapsed
+        tick_began, tick_seen = time.perf_counter(), self.images_seen
+        bar = tqdm(total=total, initial=self.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
+        with bar, _stop_on_signals() as stop:
+            # The last generator iteration belongs to the last images seen.
+            while (self.images_seen < total or self.iteration % 2) and not stop.is_set():
+                images = next(batches)
+                self.images_drawn += len(images)
+                before = self.images_seen
+                self.train_iteration(images)
+                bar.update(self.images_seen - before)
+                # A tick ends with a generator iteration, so that both losses have been measured.
+                if self.iteration % 2 or self.images_seen // tick_images == (self.images_seen - len(images)) // tick_images:
+                    continue
+                now = time.perf_counter()
+                self._elapsed = now - began
+                row = self._tick_row((self.images_seen - tick_seen) / (now - tick_began))
+                log.write(row)
+                bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
+                tick_began, tick_seen = now, self.images_seen
+                if int(self.images_seen // tick_images) % self.config.snapshot_ticks == 0 and self.images_seen < total:
+                    self._snapshot()
+            self._elapsed = time.perf_counter() - began
+            self.interrupted = stop.is_set()
+            self._snapshot()
+        log.close()
+        if self.interrupted:
+            tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with: spigan train --resume {self.run_dir}")
+        return self.ema
+
+    def _record(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self._statistics.setdefault(name, []).append(value.detach().double())
+
+    def _tick_row(self, images_per_sec: float) -> dict[str, float]:
+        """Means since the last tick; starts the next."""
+        means = {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
+        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is from "
+                "before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
+            )
+        self._statistics.clear()
+        return {
+            "iteration": self.iteration,
+            "kimg": self.images_seen / 1000,
+            "seconds": round(self._elapsed, 3),
+            "images_per_sec": round(images_per_sec, 3),
+            **({"augment_p": float(self.augment.p)} if isinstance(self.augment, ADA) else {}),
+            **means,
+        }
+
+    def _snapshot(self) -> None:
+        """Checkpoint, grid of samples, exported model; the checkpoint last to be written is first to be complete."""
+        if any(not value.isfinite() for values in self._statistics.values() for value in values[-1:]):
+            return  # never replace good checkpoints by a diverged state; the tick reports it
+        checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.run_dir, self.iteration), *self._state())
+        for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
+            old.unlink()
+        name = f"samples-{self.images_seen // 1000:06d}.png"
+        save_png(self.sample_grid(), self.run_dir / name)
+        self.ema.save_pretrained(self.run_dir / "model")
+
+    @torch.no_grad()
+    def sample_grid(self) -> Tensor:
+        """uint8 [C, H, W] grid of the averaged model's images of seeds 0, 1, ..., enlarged to be seen."""
+        resolution = self.config.model.resolution
+        side = 8 if resolution <= 64 else 4
+        seeds = torch.arange(side * side, device=self.device)
+        z = philox_normal((len(seeds), *self.config.model.z_shape), seed=seeds)
+        images = torch.cat([to_uint8(self.ema(part)) for part in z.split(self.config.batch_gpu or self.config.batch)])
+        return make_grid(images, columns=side, scale=display_scale(resolution)).cpu()
+
+    def _save_reals(self) -> None:
+        side = 8 if self.config.model.resolution <= 64 else 4
+        step = max(1, len(self.dataset) // (side * side))
+        images = torch.stack([self.dataset[i] for i in range(0, len(self.dataset), step)][: side * side])
+        scale = display_scale(self.config.model.resolution)
+        save_png(make_grid(images, columns=side, scale=scale), self.run_dir / "reals.png")
+
+    # ---- State ----------------------------------------------------------------------------------------------------------
+
+    _COUNTERS = ("iteration", "images_seen", "images_drawn", "noise_offset", "d_steps", "g_steps")
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "ema": self.ema, "discriminator": self.discriminator, "augment": self.augment}
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training depends on: tensors, and counters."""
+        tensors = {"pl_mean": self.pl_mean, "rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, module in self._modules().items():
+            tensors.update(checkpoint.module_tensors(name, module))
+        tensors.update(checkpoint.optimizer_tensors("optimizer_g", self.optimizer_g))
+        tensors.update(checkpoint.optimizer_tensors("optimizer_d", self.optimizer_d))
+        tensors.update({f"statistics.{name}": torch.stack(values) for name, values in self._statistics.items()})
+        if self._ada_signs:
+            tensors["ada_signs"] = torch.stack(self._ada_signs)
+        counters: dict[str, Any] = {name: getattr(self, name) for name in self._COUNTERS}
+        return tensors, {**counters, "elapsed": self._elapsed}
+
+    def _load(self, path: Path) -> None:
+        tensors, state = checkpoint.load_checkpoint(path)
+        try:
+            for name, module in self._modules().items():
+                checkpoint.load_module(name, module, tensors)
+            checkpoint.load_optimizer("optimizer_g", self.optimizer_g, tensors)
+            checkpoint.load_optimizer("optimizer_d", self.optimizer_d, tensors)
+            for name in self._COUNTERS:
+                setattr(self, name, int(state[name]))
+            self._elapsed = float(state["elapsed"])
+            self.pl_mean.copy_(tensors["pl_mean"])
+            self._ada_signs = list(tensors.get("ada_signs", torch.empty(0)).to(self.device).unbind(0))
+            for key, values in tensors.items():
+                if key.startswith("statistics."):
+                    self._statistics[key.removeprefix("statistics.")] = list(values.to(self.device).unbind(0))
+            torch.set_rng_state(tensors["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}: it is not a checkpoint of this run") from error
+
+
+def _interleave(x: Tensor) -> Tensor:
+    """[k, N, ...] -> [N k, ...], the k times of an image side by side.
+
+    In this order the groups of the minibatch standard deviation, which are strided, hold images of one time.
+    """
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Event that SIGINT or SIGTERM sets, so that training stops between iterations; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
