@@ -69,7 +69,9 @@ def train(
     ] = "digits",
     data: Annotated[
         str | None,
-        typer.Option(help="Images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id."),
+        typer.Option(
+            help="Images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run, new or empty [default: runs/NNNNN].")] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json to start from instead of a preset.")] = None,
@@ -81,10 +83,14 @@ def train(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Any other field of TrainConfig: --set augment=ada --set model.ode_steps=8"
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of TrainConfig: --set augment=ada --set model.ode_steps=8",
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder; --kimg may extend it.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder; --kimg may extend it.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -99,8 +105,12 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     try:
         if resume is not None:
-            if extra := [name for name in given if name != "total_kimg"] + [n for n in (data, out, config, changes) if n]:
-                raise ValueError(f"--resume goes on with the run's own configuration; leave out {', '.join(map(str, extra))}")
+            if extra := [name for name in given if name != "total_kimg"] + [
+                n for n in (data, out, config, changes) if n
+            ]:
+                raise ValueError(
+                    f"--resume goes on with the run's own configuration; leave out {', '.join(map(str, extra))}"
+                )
             trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
         else:
             settings = _train_config(preset, config, data, given, changes or [])
@@ -110,7 +120,9 @@ def train(
             trainer = Trainer(settings, out, progress=not quiet)
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    typer.echo(f"{trainer.run_dir}: {trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}")
+    typer.echo(
+        f"{trainer.run_dir}: {trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}"
+    )
     try:
         trainer.fit()
     except FloatingPointError as error:
@@ -164,7 +176,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="A folder (png), or a .png or .npz file.")] = Path("samples.png"),
     fmt: Annotated[
-        Format | None, typer.Option("--format", help="png: a file each; grid; npz: uint8 [N, H, W, C] [default: by --out].")
+        Format | None,
+        typer.Option("--format", help="png: a file each; grid; npz: uint8 [N, H, W, C] [default: by --out]."),
     ] = None,
     t: Annotated[float, typer.Option(help="Time on the straight path; 1 is the clean image.", min=0.0, max=1.0)] = 1.0,
     batch: Annotated[int | None, typer.Option(help="Images at a time [default: by resolution].", min=1)] = None,
@@ -253,7 +266,9 @@ def demo(
 
     config = preset("digits", seed=seed, **({} if kimg is None else {"total_kimg": kimg}))
     run_dir = next_run_dir(out)
-    typer.echo(f"Training on 1,797 handwritten digits (16x16, bundled with scikit-learn) for {config.total_kimg:g} kimg ...")
+    typer.echo(
+        f"Training on 1,797 handwritten digits (16x16, bundled with scikit-learn) for {config.total_kimg:g} kimg ..."
+    )
     trainer = Trainer(config, run_dir)
     model = trainer.fit()
     if trainer.interrupted:

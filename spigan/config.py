@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -104,6 +104,6 @@ class TrainConfig(BaseModel):
             raise ValueError(f"batch must be a multiple of batch_gpu, got {self.batch} and {self.batch_gpu}")
         if self.data.resolution not in (None, self.model.resolution):
             raise ValueError(
-                f"data.resolution is {self.data.resolution} and model.resolution {self.model.resolution}: leave out the former"
+                f"data.resolution {self.data.resolution} is not model.resolution {self.model.resolution}: leave it out"
             )
         return self

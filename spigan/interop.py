@@ -17,8 +17,8 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
     """The generator whose images equal those of a StyleGAN2-ADA PyTorch synthesis network (skip architecture).
 
     Args:
-        state_dict: plain tensors under the official names, `synthesis.b4.const`, `synthesis.b8.conv0.affine.weight`, ...,
-            with or without the prefix `synthesis.`; a whole generator's state dict is taken too, its `mapping.*` left out.
+        state_dict: plain tensors under the official names, `synthesis.b4.const`, `synthesis.b8.conv0.weight`, ..., with
+            or without the prefix `synthesis.`; a whole generator's state dict is taken too, its `mapping.*` left out.
             float16 weights are cast to float32.
         conv_clamp: the network's clamp (StyleGAN2-ADA sets 256 where it uses float16), which no state dict records.
 
@@ -65,7 +65,10 @@ def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> G
     widths = {
         int(name.split(".")[0][1:]): tensor.shape[0]
         for name, tensor in tensors.items()
-        if name.startswith("b") and name.split(".")[0][1:].isdigit() and name.endswith("conv1.bias") and tensor.ndim == 1
+        if name.startswith("b")
+        and name.split(".")[0][1:].isdigit()
+        and name.endswith("conv1.bias")
+        and tensor.ndim == 1
     }
     for name, ndim in (("b4.conv1.affine.weight", 2), ("b4.torgb.bias", 1)):
         if name not in tensors:

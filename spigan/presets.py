@@ -80,9 +80,11 @@ def preset(name: str, **changes: Any) -> TrainConfig:
 
     Args:
         name: "digits", "cifar10", "cifar10-small", "celebahq256" or "church256".
-        **changes: fields of `TrainConfig` to replace; the 256-pixel presets need `data`, they have no source of their own.
+        **changes: fields of `TrainConfig` to replace; the 256-pixel presets need `data`, they have no source.
     """
     fields = preset_fields(name) | changes
     if "data" not in fields:
-        raise ValueError(f'the preset {name!r} needs images: pass data=DataConfig(source="folder, zip, parquet or hub id")')
+        raise ValueError(
+            f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet or hub id"}}'
+        )
     return TrainConfig.model_validate(fields)

@@ -36,8 +36,8 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
     """The model that an argument `model` means.
 
     Args:
-        model: a SPIGAN; a folder or hub id for `SPIGAN.from_pretrained`; a run folder, whose exported model is taken; None
-            for the bundled model.
+        model: a SPIGAN; a folder or hub id for `SPIGAN.from_pretrained`; a run folder, whose exported model is taken;
+            None for the bundled model.
         device: where it shall be; default: where a SPIGAN is, else cuda where there is one, else the CPU.
 
     Returns:
@@ -45,7 +45,9 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device
-        return model if device is None or here == torch.empty(0, device=device).device else copy.deepcopy(model).to(device)
+        return (
+            model if device is None or here == torch.empty(0, device=device).device else copy.deepcopy(model).to(device)
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model is None:
         return load_model(_bundled_model(), device)
@@ -144,8 +146,8 @@ def sample(
         batch_size: images evaluated at once; default by resolution.
         device: default: where a SPIGAN is, else cuda where there is one, else the CPU.
         dtype: float32 (default), bfloat16 or float16, in which the convolutions run.
-        output_type: "pt" float32 tensor [N, C, H, W] in [0, 1]; "np" float32 array [N, H, W, C] in [0, 1]; "pil" list of N
-            Pillow images. A list t adds a leading axis (or list) of K.
+        output_type: "pt" float32 tensor [N, C, H, W] in [0, 1]; "np" float32 array [N, H, W, C] in [0, 1]; "pil" list
+            of N Pillow images. A list t adds a leading axis (or list) of K.
         backend: for all operations; default: see `spigan.ops.use_backend`.
 
     Returns:

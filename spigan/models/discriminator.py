@@ -1,5 +1,5 @@
-"""Discriminator: (image, time) -> logit. StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c) that is told the time,
-one network for every t (the paper's section 3.4.2)."""
+"""Discriminator: (image, time) -> logit. StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c) that is told the
+time, one network for every t (the paper's section 3.4.2)."""
 
 from __future__ import annotations
 

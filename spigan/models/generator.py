@@ -90,7 +90,7 @@ class ToRGB(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: two layers (one at 4x4, which starts from a learned constant) and ToRGB added to the image so far.
+    """One resolution: two layers (one at 4x4, which starts from a learned constant), ToRGB added to the image so far.
 
     Args:
         in_channels: I; 0 for the first block.
@@ -104,7 +104,14 @@ class SynthesisBlock(nn.Module):
     resample_filter: Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, img_channels: int, *, dim_h: int, resolution: int, clamp: float | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        img_channels: int,
+        *,
+        dim_h: int,
+        resolution: int,
+        clamp: float | None,
     ) -> None:
         super().__init__()
         self.is_first = in_channels == 0

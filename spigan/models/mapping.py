@@ -52,8 +52,8 @@ class ImageEmbedding(nn.Module):
 class ODEMapping(nn.Module):
     """h(0) = o(z), dh/dt = r(h, t): a neural ODE whose state at time t is the style of the image i(t).
 
-    r is `layers` layers of width D, each y = W y + b + t u, the activation between them (see `spigan.ops.rk4_mlp`), with
-    equalised learning rate.
+    r is `layers` layers of width D, each y = W y + b + t u, the activation between them (see `spigan.ops.rk4_mlp`),
+    with equalised learning rate.
 
     Args:
         resolution, img_channels: shape of z.
@@ -132,7 +132,9 @@ class ODEMapping(nn.Module):
         except ImportError as error:
             raise ImportError('the solver "dopri5" needs torchdiffeq: pip install "spigan[ode]"') from error
         times = torch.tensor([0.0, *grid], dtype=h0.dtype, device=h0.device)
-        return odeint(lambda t, h: field(h, t), h0, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5")[1:]
+        return odeint(lambda t, h: field(h, t), h0, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5")[
+            1:
+        ]
 
 
 class MLPMapping(nn.Module):
@@ -160,5 +162,5 @@ class MLPMapping(nn.Module):
         if times != [1.0]:
             raise ValueError(f'mapping="mlp" has no time: t must be 1.0, got {t}; use mapping="ode" for other times')
         with torch.autocast(z.device.type, enabled=False):
-            h = self.layers(normalize_2nd_moment(z.to(self.layers[0].weight.dtype)))
+            h = self.layers(normalize_2nd_moment(z.to(next(self.parameters()).dtype)))
         return h if isinstance(t, (int, float)) else h[None]

@@ -89,7 +89,7 @@ class SPIGAN(
             return self.generator(h, noise)
         return self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a model card; each file is replaced whole or not at all.
 
         Args:

@@ -152,7 +152,9 @@ def describe(device: torch.device) -> dict[str, dict[str, Any]]:
         except BackendUnavailable as error:
             chosen, why = None, str(error)
         others = {
-            other: why_unavailable(op, other, device) or "available, not chosen" for other in BACKENDS if other != chosen
+            other: why_unavailable(op, other, device) or "available, not chosen"
+            for other in BACKENDS
+            if other != chosen
         }
         report[op] = {"chosen": chosen, "why": why, "others": others}
     return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(t) for t in times)
     if not values:
         raise ValueError("times must hold at least one time in (0, 1], got none")
-    if not all(0.0 < t <= 1.0 for t in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
+    if not all(0.0 < t <= 1.0 for t in values) or any(b <= a for a, b in pairwise(values)):
         raise ValueError(f"times must increase strictly within (0, 1], got {list(values)}")
     return values
 

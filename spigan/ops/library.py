@@ -1,6 +1,6 @@
-"""The torch.library namespace `spigan::` in which kernels are registered, so that torch.compile and torch.export see them.
+"""The torch.library namespace `spigan::` in which kernels are registered, so that torch.compile and export see them.
 
-Only kernels are registered: a reference is plain PyTorch, which compilers trace and autograd differentiates to any order.
+Only kernels are registered: a reference is plain PyTorch, which compilers trace and autograd differentiates.
 """
 
 import torch

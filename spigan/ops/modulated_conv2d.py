@@ -47,7 +47,7 @@ def modulated_conv2d_reference(
     gain: float,
     clamp: float | None,
 ) -> Tensor:
-    """Plain PyTorch definition: the style scales the input, so that one convolution with shared weights serves the batch.
+    """Plain PyTorch definition: the style scales the input, so that one convolution serves the whole batch.
 
     (Scaling the weight for each sample is the same function as a grouped convolution, which is several times slower.)
     """

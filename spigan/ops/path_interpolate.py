@@ -21,7 +21,7 @@ def to_unit_range(x0: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def path_interpolate_reference(
     x0: Tensor, noise: Tensor, times: Sequence[float], sde: VPSDE, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch definition: x_T = a(1) x_0 + s(1) e and i(t) = t x_0 + (1 - t) x_T, computed in float32 or better."""
+    """Plain PyTorch definition: x_T = a(1) x_0 + s(1) e, i(t) = t x_0 + (1 - t) x_T, in float32 or better."""
     compute = torch.float64 if x0.dtype == torch.float64 else torch.float32
     mean_coef, std = sde.marginal(1.0)
     clean = to_unit_range(x0, compute)
@@ -43,7 +43,7 @@ def path_interpolate(
 ) -> tuple[Tensor, Tensor]:
     """Noisy end and interior points of the straight path from noise to image.
 
-        x_T = a(1) x_0 + s(1) e,  e ~ N(0, I);    i(t) = t x_0 + (1 - t) x_T    (the paper's sections 3.1 and 3.4, eq. 7)
+        x_T = a(1) x_0 + s(1) e,  e ~ N(0, I);    i(t) = t x_0 + (1 - t) x_T    (the paper's section 3.4, eq. 7)
 
     The noise is that of `philox_normal(x0.shape, seed=seed, offset=offset)`: the same on every backend.
 

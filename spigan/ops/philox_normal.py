@@ -73,7 +73,9 @@ def philox_normal_reference(seeds: Tensor, row_numel: int, offset: int) -> Tenso
     block = torch.arange(offset // 4, (offset + row_numel + 3) // 4, device=seeds.device)[None]  # [1, B]
     zero = torch.zeros_like(block)
     seed = seeds[:, None]
-    words = philox4x32_10((block & _MASK32, (block >> 32) & _MASK32, zero, zero), (seed & _MASK32, (seed >> 32) & _MASK32))
+    words = philox4x32_10(
+        (block & _MASK32, (block >> 32) & _MASK32, zero, zero), (seed & _MASK32, (seed >> 32) & _MASK32)
+    )
     lanes = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
     return torch.stack(lanes, dim=-1).flatten(1)[:, skip : skip + row_numel].contiguous()
 

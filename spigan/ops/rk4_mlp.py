@@ -61,7 +61,7 @@ def step_grid(times: Sequence[float], steps: int) -> Iterator[tuple[float, float
 
 
 def rk4_step(field: Callable[[Tensor, float], Tensor], h: Tensor, t: float, dt: float) -> Tensor:
-    """One step of the classical fourth-order Runge-Kutta method: tableau nodes (0, 1/2, 1/2, 1), weights (1, 2, 2, 1)/6."""
+    """One step of the classical fourth-order Runge-Kutta method: nodes (0, 1/2, 1/2, 1), weights (1, 2, 2, 1) / 6."""
     k1 = field(h, t)
     k2 = field(h + (dt / 2) * k1, t + dt / 2)
     k3 = field(h + (dt / 2) * k2, t + dt / 2)
@@ -113,8 +113,7 @@ def rk4_mlp(
 ) -> Tensor:
     """Integrate dh/dt = r(h, t) from h(0) = h0 through all `times` with classical Runge-Kutta steps.
 
-    r is an MLP of L layers: y <- weight[l] y + bias[l] + t time_weight[l], the activation between layers, the last linear.
-    An interval of length d between requested times takes ceil(steps d) equal steps.
+    r is an MLP of L layers, y <- weight[l] y + bias[l] + t time_weight[l], activations between, the last linear. An interval of length d between requested times takes ceil(steps d) equal steps.
 
     Args:
         h0: [N, D] state at t = 0.
@@ -135,10 +134,10 @@ def rk4_mlp(
     """
     check_tensor("h0", h0, "[N, D]")
     dim, layers = h0.shape[1], weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
-    same = {"dtypes": (h0.dtype,), "device": h0.device}
-    check_tensor("weight", weight, "[L, D, D]", shape=(layers, dim, dim), **same)
-    check_tensor("bias", bias, "[L, D]", shape=(layers, dim), **same)
-    check_tensor("time_weight", time_weight, "[L, D]", shape=(layers, dim), **same)
+    matrix = (layers, dim, dim)
+    check_tensor("weight", weight, "[L, D, D]", shape=matrix, dtypes=(h0.dtype,), device=h0.device)
+    for name, value in (("bias", bias), ("time_weight", time_weight)):
+        check_tensor(name, value, "[L, D]", shape=matrix[:2], dtypes=(h0.dtype,), device=h0.device)
     if layers == 0:
         raise ValueError("weight must hold at least one layer, got shape " + str(list(weight.shape)))
     times = check_times(times)

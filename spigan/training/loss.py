@@ -1,5 +1,5 @@
-"""Losses of adversarial training: non-saturating logistic loss, lazy R1, path length. The paper's objective (appendix B.5)
-is not available; this is StyleGAN2's, with R1 taken on the real interpolations i(t)."""
+"""Losses of adversarial training: non-saturating logistic loss, lazy R1, path length. The paper's objective (appendix
+B.5) is not available; this is StyleGAN2's, with R1 taken on the real interpolations i(t)."""
 
 from __future__ import annotations
 

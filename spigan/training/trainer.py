@@ -1,5 +1,5 @@
-"""Training: Algorithm 1 of the paper (section 3.5). Iterations alternate between discriminator and generator; each draws a
-batch of clean images, noises them, and goes through the times t_1 < ... < t_K = 1 of the straight path."""
+"""Training: Algorithm 1 of the paper (section 3.5). Iterations alternate between discriminator and generator; each
+draws a batch of clean images, noises them, and goes through the times t_1 < ... < t_K = 1 of the straight path."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spigan.config import TrainConfig
-from spigan.data import open_dataset
 from spigan.data import loader as image_loader
+from spigan.data import open_dataset
 from spigan.images import display_scale, make_grid, save_png, to_uint8
 from spigan.models import SPIGAN, Discriminator
 from spigan.ops import path_interpolate, philox_normal
@@ -47,8 +47,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: int | None) -> torch.optim.Adam:
-    """Adam with betas (0, beta2), both and the learning rate corrected for a penalty that is applied every `interval` steps
-    in a step of its own (Karras et al. 2020b, appendix B, "lazy regularization")."""
+    """Adam with betas (0, beta2); betas and learning rate corrected for a penalty that takes a step of its own every
+    `interval` steps (Karras et al. 2020b, appendix B, "lazy regularization")."""
     ratio = 1.0 if interval is None else interval / (interval + 1)
     return torch.optim.Adam(parameters, lr=lr * ratio, betas=(0.0, beta2**ratio), eps=1e-8, fused=True)
 
@@ -56,9 +56,9 @@ def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: 
 class Trainer:
     """Trains a SPIGAN and keeps a run folder.
 
-    The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
-    checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. Construction seeds torch's global generator,
-    which training draws from.
+    The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN:
+    kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. Construction seeds torch's global
+    generator, which training draws from.
 
     Args:
         config: what to train and how.
@@ -104,15 +104,17 @@ class Trainer:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
         found = checkpoint.checkpoints(run_dir)
         if not found:
-            raise FileNotFoundError(f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder")
+            raise FileNotFoundError(
+                f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
+            )
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
         trainer._build(config, progress)
         record = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
         if record["fingerprint"] != trainer.dataset.fingerprint:
             raise ValueError(
-                f"the images of {config.data.source!r} are not those that {run_dir} was trained on: an exact resume is not "
-                "possible; restore them, or start a new run"
+                f"the images of {config.data.source!r} are not those that {run_dir} was trained on: an exact resume is "
+                "not possible; restore them, or start a new run"
             )
         trainer._load(found[-1])
         if total_kimg is not None:
@@ -146,8 +148,8 @@ class Trainer:
             .train()
         )
         # Convolutions are faster in this layout, most of all in bfloat16 on a CPU (docs/training.md).
-        self.model.to(memory_format=torch.channels_last)
-        self.discriminator.to(memory_format=torch.channels_last)
+        for module in (self.model, self.discriminator):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.augment = make_augment(config.augment, target=config.ada_target, kimg=config.ada_kimg).to(self.device)
         self.optimizer_g = adam(
@@ -168,7 +170,7 @@ class Trainer:
         flips = {"xflip": self.config.xflip, "fingerprint": self.dataset.fingerprint}
         return {**self.dataset.description, **flips}
 
-    # ---- Algorithm 1 ----------------------------------------------------------------------------------------------------
+    # ---- Algorithm 1 ----
 
     def train_iteration(self, images: Tensor) -> None:
         """One iteration of Algorithm 1: even ones update the discriminator, odd ones mapping network and generator.
@@ -185,8 +187,12 @@ class Trainer:
             images, times, seed=_NOISE_STREAM + self.config.seed, offset=self.noise_offset, sde=self.sde
         )
         self.noise_offset += images.numel()
-        # z of the generator side is the noisy end of the same images' path; StyleGAN2's mapping has a z of its own shape.
-        z = x_T if self.config.model.mapping == "ode" else torch.randn(len(images), self.config.model.dim_h, device=self.device)
+        # z is the noisy end of the same images' path; StyleGAN2's mapping has a z of its own shape.
+        z = (
+            x_T
+            if self.config.model.mapping == "ode"
+            else torch.randn(len(images), self.config.model.dim_h, device=self.device)
+        )
         groups = [list(range(len(times)))] if self.config.updates == "joint" else [[k] for k in range(len(times))]
         if self.iteration % 2 == 0:
             with torch.no_grad():
@@ -220,7 +226,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _logits(self, images: Tensor, t: Tensor) -> Tensor:
-        """[N, C, H, W] images at [N] times -> [N] logits of what the discriminator sees: augmented images, real and fake."""
+        """[N, C, H, W] images, real or generated, at [N] times -> [N] logits of their augmented versions."""
         images = self.augment(images)
         with self._autocast():
             return self.discriminator(images, t)
@@ -313,10 +319,10 @@ class Trainer:
         weight = 1.0 - 0.5 ** (images / max(half_life, 1e-8))
         for average, current in zip(self.ema.parameters(), self.model.parameters(), strict=True):
             average.lerp_(current, weight)
-        for average, current in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            average.copy_(current)
+        for kept, newest in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(newest)
 
-    # ---- Running --------------------------------------------------------------------------------------------------------
+    # ---- Running ----
 
     def fit(self) -> SPIGAN:
         """Train until `total_kimg` images have been seen, or Ctrl-C or SIGTERM, which save a checkpoint first.
@@ -345,7 +351,10 @@ class Trainer:
                 self.train_iteration(images)
                 bar.update(self.images_seen - before)
                 # A tick ends with a generator iteration, so that both losses have been measured.
-                if self.iteration % 2 or self.images_seen // tick_images == (self.images_seen - len(images)) // tick_images:
+                if (
+                    self.iteration % 2
+                    or self.images_seen // tick_images == (self.images_seen - len(images)) // tick_images
+                ):
                     continue
                 now = time.perf_counter()
                 self._elapsed = now - began
@@ -360,7 +369,9 @@ class Trainer:
             self._snapshot()
         log.close()
         if self.interrupted:
-            tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with: spigan train --resume {self.run_dir}")
+            tqdm.write(
+                f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with: spigan train --resume {self.run_dir}"
+            )
         return self.ema
 
     def _record(self, **values: Tensor) -> None:
@@ -372,8 +383,8 @@ class Trainer:
         means = {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
         if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
             raise FloatingPointError(
-                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is from "
-                "before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
+                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is "
+                "from before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
             )
         self._statistics.clear()
         return {
@@ -413,7 +424,7 @@ class Trainer:
         scale = display_scale(self.config.model.resolution)
         save_png(make_grid(images, columns=side, scale=scale), self.run_dir / "reals.png")
 
-    # ---- State ----------------------------------------------------------------------------------------------------------
+    # ---- State ----
 
     _COUNTERS = ("iteration", "images_seen", "images_drawn", "noise_offset", "d_steps", "g_steps")
 
