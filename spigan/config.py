@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spigan.data import DataConfig
 
 Resolution = Literal[8, 16, 32, 64, 128, 256, 512, 1024]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def describe_problems(error: ValidationError) -> str:
+    """What is wrong with which fields, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
+        if problem["loc"]
+        else problem["msg"].removeprefix("Value error, ")
+        for problem in error.errors()
+    )
 
 
 class ModelConfig(BaseModel):
@@ -31,7 +41,7 @@ class ModelConfig(BaseModel):
     ode_tolerance: Annotated[float, Field(gt=0)] = Field(1e-5, description="relative and absolute, dopri5 only")
     embed_channels: Positive = Field(64, description="width of the first convolution of o; ours")
     mlp_layers: Positive = Field(8, description='layers of mapping="mlp"')
-    mapping_lr_multiplier: Annotated[float, Field(gt=0)] = Field(0.01, description="StyleGAN2's 0.01, for r or the MLP")
+    mapping_lr_multiplier: Annotated[float, Field(gt=0)] = Field(0.01, description="of o, r, MLP: StyleGAN2's 0.01")
     channel_base: Positive = Field(32768, description="width at resolution r is min(channel_base / r, channel_max)")
     channel_max: Positive = Field(512, description="largest width")
     conv_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="bound of layer outputs; None: no bound")

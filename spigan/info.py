@@ -92,6 +92,24 @@ def _lines(value: Any, indent: int = 0) -> list[str]:
     return lines
 
 
+def _backend_lines(operations: dict[str, dict[str, Any]]) -> list[str]:
+    """One line per operation, below it the backends that exist but cannot run; then once what this version lacks."""
+    lines = []
+    missing: dict[str, list[str]] = {}
+    width = max(map(len, operations), default=0)
+    for op, entry in operations.items():
+        lines.append(f"  {op:{width}}  {entry['chosen'] or 'NONE':9}  ({entry['why']})")
+        lines += [f"    {backend} cannot run: {cause}" for backend, cause in entry["cannot_run"].items()]
+        for backend in entry["not_implemented"]:
+            missing.setdefault(backend, []).append(op)
+    if missing:
+        parts = [
+            backend if len(ops) == len(operations) else f"{backend} ({', '.join(ops)})" for backend, ops in missing.items()
+        ]
+        lines.append(f"  not in this version: {', '.join(parts)}")
+    return lines
+
+
 def report() -> str:
     """`collect` as text for people."""
     info = collect()
@@ -100,11 +118,7 @@ def report() -> str:
     if "error" in backends:
         return "\n".join([*lines, "backends:", f"  error: {backends['error']}"])
     for device, operations in backends.items():
-        lines.append(f"backends on {device}:")
-        for op, entry in operations.items():
-            chosen = f"{entry['chosen']} ({entry['why']})" if entry["chosen"] else f"NONE ({entry['why']})"
-            lines.append(f"  {op}: {chosen}")
-            lines += [f"    not {name}: {why}" for name, why in entry["others"].items()]
+        lines += [f"backends on {device}:", *_backend_lines(operations)]
     return "\n".join(lines)
 
 

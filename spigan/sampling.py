@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,26 @@ def _bundled_model() -> SPIGAN:
     return SPIGAN.from_pretrained(BUNDLED_MODEL)
 
 
+def resolve_device(device: torch.device | str | None = None) -> torch.device:
+    """The device that a name means; None and "auto": cuda where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device, or none here.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {device!r}") from None
+    count = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise ValueError(
+            f"device {str(device)!r} was asked for, but torch {torch.__version__} sees {count} CUDA devices"
+        )
+    return resolved
+
+
 def load_model(model: Model = None, device: torch.device | str | None = None) -> SPIGAN:
     """The model that an argument `model` means.
 
@@ -45,10 +66,11 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device
-        return (
-            model if device is None or here == torch.empty(0, device=device).device else copy.deepcopy(model).to(device)
-        )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # An empty tensor knows which device "cuda" is at the moment.
+        if device is None or here == torch.empty(0, device=resolve_device(device)).device:
+            return model
+        return copy.deepcopy(model).to(resolve_device(device))
+    device = resolve_device(device)
     if model is None:
         return load_model(_bundled_model(), device)
     exported = Path(model) / "model"
@@ -80,7 +102,7 @@ def generate(
         [B, C, H, W], or [K, B, C, H, W] where t is a list, floats in about [-1, 1] on the model's device.
     """
     device = next(model.parameters()).device
-    batch_size = batch_size or default_batch_size(model.config.resolution)
+    batch_size = default_batch_size(model.config.resolution) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -104,14 +126,15 @@ def resolve_seeds(n: int | None, seed: int | Sequence[int]) -> list[int]:
 
     Raises:
         ValueError: n contradicts the length of a list, or a seed is out of range.
+        TypeError: a seed is not an integer.
     """
-    if isinstance(seed, int):
+    if isinstance(seed, (int, np.integer)):
         n = 16 if n is None else n
         if n < 0:
             raise ValueError(f"n must not be negative, got {n}")
-        seeds = list(range(seed, seed + n))
+        seeds = list(range(int(seed), int(seed) + n))
     else:
-        seeds = [int(s) for s in seed]
+        seeds = [operator.index(s) for s in seed]
         if n is not None and n != len(seeds):
             raise ValueError(f"n is {n}, but {len(seeds)} seeds were given: leave out n")
     if bad := [s for s in seeds if not 0 <= s < 2**63]:
@@ -159,6 +182,8 @@ def sample(
     """
     if output_type not in ("pt", "np", "pil"):
         raise ValueError(f'output_type must be "pt", "np" or "pil", got {output_type!r}')
+    if z is not None and not isinstance(z, Tensor):
+        raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
     network = load_model(model, device)
     if z is not None and n is not None and n != len(z):
         raise ValueError(f"n is {n}, but z holds {len(z)}: leave out n")

@@ -88,7 +88,7 @@ def minibatch_std(x: Tensor, group_size: int) -> Tensor:
     """
     n, c, height, width = x.shape
     group = next(g for g in range(min(group_size, n), 0, -1) if n % g == 0) if n else 1
-    y = x.reshape(group, n // group, c, height, width).float()
+    y = x.reshape(group, n // group, c, height, width).to(torch.promote_types(x.dtype, torch.float32))
     std = (y.var(dim=0, correction=0) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # [n / group]
     return torch.cat([x, std.to(x.dtype).repeat(group)[:, None, None, None].expand(n, 1, height, width)], dim=1)
 
@@ -136,7 +136,7 @@ class Discriminator(nn.Module):
 
         Args:
             img: [N, C, H, W] in about [-1, 1].
-            t: time of all images, or [N] times, in [0, 1].
+            t: time of all images (a number or a scalar tensor), or [N] times, in [0, 1].
 
         Returns:
             [N] logits in the parameters' dtype.
@@ -150,6 +150,10 @@ class Discriminator(nn.Module):
             if self.time is not None:
                 if not isinstance(t, Tensor):
                     t = torch.full((img.shape[0],), float(t), device=img.device)
+                elif t.ndim == 0:
+                    t = t.expand(img.shape[0])
+                if t.shape != (img.shape[0],):
+                    raise ValueError(f"t must be a time or one for each of {img.shape[0]} images, got {list(t.shape)}")
                 time = self.time(t)
             x = self.fromrgb(img.to(dtype))
             for block in self.blocks:

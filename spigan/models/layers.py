@@ -88,6 +88,7 @@ class Conv2d(nn.Module):
         padding: zero padding; default k // 2.
         activation: "linear" or "lrelu".
         bias: whether a bias is added.
+        lr_multiplier: learning rate of this layer relative to the optimiser's.
     """
 
     def __init__(
@@ -100,17 +101,20 @@ class Conv2d(nn.Module):
         padding: int | None = None,
         activation: str = "linear",
         bias: bool = True,
+        lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        shape = (out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.randn(shape) / lr_multiplier)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.stride = stride
         self.padding = kernel_size // 2 if padding is None else padding
         self.activation = activation
-        self.weight_gain = 1.0 / math.sqrt(in_channels * kernel_size**2)
+        self.weight_gain = lr_multiplier / math.sqrt(in_channels * kernel_size**2)
+        self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W'] in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else (self.bias * self.bias_gain).to(x.dtype)
         x = F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype), bias, stride=self.stride, padding=self.padding)
         return lrelu(x) if self.activation == "lrelu" else x

@@ -25,24 +25,26 @@ def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore
 class ImageEmbedding(nn.Module):
     """o: noise image -> h(0). Stride-2 3x3 convolutions down to 4x4, one linear layer, second-moment normalisation.
 
-    The paper's appendix with its layer sizes is not available; they are this project's choice.
+    The paper's appendix with its layer sizes is not available; they are this project's choice. So is the learning rate
+    multiplier, without which training makes h almost the same for every z (docs/training.md has the measurement).
 
     Args:
         resolution: H = W of the image.
         img_channels: C.
         dim_h: D.
         channels: width of the first convolution; doubled at each one up to D.
+        lr_multiplier: learning rate relative to the optimiser's.
     """
 
-    def __init__(self, resolution: int, img_channels: int, dim_h: int, channels: int) -> None:
+    def __init__(self, resolution: int, img_channels: int, dim_h: int, channels: int, lr_multiplier: float) -> None:
         super().__init__()
         width_in, convs = img_channels, []
         size, width = resolution, channels
         while size > 4:
-            convs.append(Conv2d(width_in, width, 3, stride=2, activation="lrelu"))
+            convs.append(Conv2d(width_in, width, 3, stride=2, activation="lrelu", lr_multiplier=lr_multiplier))
             size, width_in, width = size // 2, width, min(2 * width, dim_h)
         self.convs = nn.Sequential(*convs)
-        self.linear = Linear(width_in * 16, dim_h)
+        self.linear = Linear(width_in * 16, dim_h, lr_multiplier=lr_multiplier)
 
     def forward(self, z: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, D]."""
@@ -60,10 +62,11 @@ class ODEMapping(nn.Module):
         dim_h: D.
         layers: number L of layers of r.
         steps: solver steps over [0, 1] (rk4, euler).
-        solver: "rk4", "euler" or "dopri5" (adaptive, through torchdiffeq).
+        solver: "rk4", "euler" or "dopri5" (adaptive, through torchdiffeq: one step size for the whole batch, so that an
+            image depends on its neighbours, within `tolerance`).
         activation: "silu", "lrelu", "tanh" or "softplus".
         embed_channels: width of o's first convolution.
-        lr_multiplier: learning rate of r relative to the optimiser's (StyleGAN2's mapping uses 0.01).
+        lr_multiplier: learning rate of o and r relative to the optimiser's (StyleGAN2's mapping uses 0.01).
         tolerance: relative and absolute tolerance of dopri5.
     """
 
@@ -82,14 +85,15 @@ class ODEMapping(nn.Module):
         tolerance: float,
     ) -> None:
         super().__init__()
-        self.embed = ImageEmbedding(resolution, img_channels, dim_h, embed_channels)
+        self.embed = ImageEmbedding(resolution, img_channels, dim_h, embed_channels, lr_multiplier)
         self.weight = nn.Parameter(torch.randn(layers, dim_h, dim_h) / lr_multiplier)
         self.bias = nn.Parameter(torch.zeros(layers, dim_h))
         self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier)
         self.steps, self.solver, self.activation = steps, solver, activation
-        # The time is one more input of each layer, hence dim_h + 1.
-        self.weight_gain = lr_multiplier / (dim_h + 1) ** 0.5
-        self.bias_gain = lr_multiplier
+        self.weight_gain = lr_multiplier / dim_h**0.5
+        # The time's weights start with unit variance and not, like those of D other inputs, with 1 / D: the time shall
+        # move h about as far as a change of z does, or the generator learns late to tell the times apart.
+        self.bias_gain = self.time_gain = lr_multiplier
         self.tolerance = tolerance
 
     def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
@@ -118,7 +122,7 @@ class ODEMapping(nn.Module):
         return torch.stack([states[time] for time in times])
 
     def _integrate(self, h0: Tensor, grid: list[float]) -> Tensor:
-        parameters = (self.weight * self.weight_gain, self.bias * self.bias_gain, self.time_weight * self.weight_gain)
+        parameters = (self.weight * self.weight_gain, self.bias * self.bias_gain, self.time_weight * self.time_gain)
         if self.solver == "rk4":
             return rk4_mlp(h0, *parameters, grid, steps=self.steps, activation=self.activation)
 
@@ -131,6 +135,8 @@ class ODEMapping(nn.Module):
             from torchdiffeq import odeint
         except ImportError as error:
             raise ImportError('the solver "dopri5" needs torchdiffeq: pip install "spigan[ode]"') from error
+        if h0.shape[0] == 0:
+            return h0.expand(len(grid), *h0.shape)  # torchdiffeq finds no step size for an empty batch
         times = torch.tensor([0.0, *grid], dtype=h0.dtype, device=h0.device)
         return odeint(lambda t, h: field(h, t), h0, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5")[
             1:

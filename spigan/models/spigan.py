@@ -9,18 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spigan.config import ModelConfig
+from spigan.config import ModelConfig, describe_problems
 from spigan.models.generator import Generator
 from spigan.models.mapping import MLPMapping, ODEMapping, Times
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+
+_MODEL_CARD = """---
+{{ card_data }}
+---
+
+# SPI-GAN generator of {{ size }} images
+
+Images from noise in one evaluation of the generator, trained on straight-path interpolations. config.json holds the
+architecture, model.safetensors the averaged weights.
+
+```python
+import spigan
+
+images = spigan.sample(16, model="path or hub id of this model")  # [16, C, H, W] in [0, 1]
+```
+"""
 
 
 class SPIGAN(
@@ -30,6 +46,7 @@ class SPIGAN(
     tags=["spigan", "gan", "unconditional-image-generation"],
     pipeline_tag="unconditional-image-generation",
     license="apache-2.0",
+    model_card_template=_MODEL_CARD,
 ):
     """Noise z = i(0) -> h(t) -> image i(t), in one evaluation of the generator.
 
@@ -94,18 +111,27 @@ class SPIGAN(
 
         Args:
             save_directory: folder, made if it does not exist.
-            **kwargs: see `huggingface_hub.ModelHubMixin.save_pretrained` (`push_to_hub`, `repo_id`, ...).
+            **kwargs: see `huggingface_hub.ModelHubMixin.save_pretrained`: push_to_hub=True uploads the model as well,
+                to `repo_id` (default: the folder's name), with the arguments of `push_to_hub`.
         """
         folder = Path(save_directory)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", folder.name)
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None) or folder.name
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            result = super().save_pretrained(scratch, **kwargs)
+            super().save_pretrained(scratch, model_card_kwargs=kwargs.get("model_card_kwargs"))
+            # safetensors makes its file private; all shall have the permissions that any new file gets.
+            (Path(scratch) / WEIGHTS_NAME).chmod((Path(scratch) / CONFIG_NAME).stat().st_mode)
             for file in Path(scratch).iterdir():
                 if file.name != "README.md" or not (folder / file.name).exists():
                     os.replace(file, folder / file.name)
-        return result
+        # Last: where the upload fails, the folder is complete.
+        return self.push_to_hub(repo_id, **kwargs) if push else None
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a saved model; see `huggingface_hub.ModelHubMixin.generate_model_card`."""
+        config = self.config
+        size = f"{config.resolution}x{config.resolution} {'grey' if config.img_channels == 1 else 'RGB'}"
+        return super().generate_model_card(*args, **({"size": size} | kwargs))
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -167,8 +193,9 @@ class SPIGAN(
 def _read_config(path: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValidationError, ValueError) as error:
-        raise ValueError(f"{path} is not the configuration of a spigan model: {error}") from error
+    except ValueError as error:
+        cause = describe_problems(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} is not the configuration of a spigan model: {cause}") from error
 
 
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:

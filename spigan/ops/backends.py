@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -104,7 +103,6 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
     return name
 
 
-@cache
 def _load_extension() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("spigan._C"), None
@@ -113,23 +111,26 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled extension spigan._C does not load ({type(error).__name__}: {error})"
 
 
+# Loaded here and not at first use: torch.compile traces `choose` and cannot trace an import.
+_extension, _extension_cause = _load_extension()
+
+
 def extension() -> ModuleType:
     """The compiled extension `spigan._C`.
 
     Raises:
         BackendUnavailable: it is missing or broken.
     """
-    module, cause = _load_extension()
-    if module is None:
-        raise BackendUnavailable(cause)
-    return module
+    if _extension is None:
+        raise BackendUnavailable(_extension_cause)
+    return _extension
 
 
 def extension_on_cpu(device: torch.device) -> str | None:
     """`unavailable` function of the cpp backends: they need `spigan._C` and tensors on the CPU."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    return _load_extension()[1]
+    return _extension_cause
 
 
 def always_available(device: torch.device) -> str | None:
@@ -138,23 +139,26 @@ def always_available(device: torch.device) -> str | None:
 
 
 def describe(device: torch.device) -> dict[str, dict[str, Any]]:
-    """For each operation: the backend chosen on `device`, and why each other one was not.
+    """For each operation: the backend chosen on `device`, and what became of the other ones.
 
     Returns:
-        {op: {"chosen": name or None, "why": reason, "others": {backend: why it was not chosen}}}
+        {op: {"chosen": name or None, "why": reason, "not_chosen": [backends that could run],
+        "cannot_run": {backend: cause}, "not_implemented": [backends that this version lacks]}}
     """
     report: dict[str, dict[str, Any]] = {}
     name, source = requested()
-    for op in operations():
+    for op, implementations in _implementations.items():
         try:
             chosen: str | None = choose(op, None, device)
-            why = f"first that runs on {device.type}" if name == "auto" else f"asked for by {source}"
-        except BackendUnavailable as error:
-            chosen, why = None, str(error)
-        others = {
-            other: why_unavailable(op, other, device) or "available, not chosen"
-            for other in BACKENDS
-            if other != chosen
+            why = f"auto: first that runs on {device.type}" if name == "auto" else f"asked for by {source}"
+        except BackendUnavailable:
+            chosen, why = None, f"{name} was asked for by {source}: {why_unavailable(op, name, device)}"
+        causes = {other: why_unavailable(op, other, device) for other in BACKENDS if other in implementations}
+        report[op] = {
+            "chosen": chosen,
+            "why": why,
+            "not_chosen": [other for other, cause in causes.items() if cause is None and other != chosen],
+            "cannot_run": {other: cause for other, cause in causes.items() if cause is not None},
+            "not_implemented": [other for other in BACKENDS if other not in implementations],
         }
-        report[op] = {"chosen": chosen, "why": why, "others": others}
     return report

@@ -74,11 +74,14 @@ def check_index(name: str, value: object, *, minimum: int = 0) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value}")
     if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # traced by torch.compile: it stands for an int
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+        return value  # type: ignore[return-value]  # traced by torch.export: it stands for an int
+    if isinstance(value, int):
+        number = value  # operator.index would make torch.compile compile anew for each seed and size
+    else:
+        try:
+            number = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     if not minimum <= number < 2**63:
         raise ValueError(f"{name} must be in [{minimum}, 2**63), got {number}")
     return number

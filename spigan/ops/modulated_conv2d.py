@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan.ops import backends
-from spigan.ops.checks import FLOATS, check_tensor
+from spigan.ops.checks import check_index, check_tensor
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 _EPS = 1e-8  # StyleGAN2's, inside the demodulation's square root
@@ -32,6 +32,19 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
     return (power + _EPS).rsqrt()
 
 
+def _prenormalized(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors that demodulation takes out again, so that the convolution before it stays within float16.
+
+    (As in StyleGAN2-ADA. With 512 input channels and |x| up to the usual clamp of 256 it would overflow.)
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    fan_in = weight[0].numel()
+    with torch.no_grad():  # the result does not depend on these factors
+        weight_scale = weight.to(dtype).abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-20) * fan_in**0.5
+        style_scale = style.to(dtype).abs().amax(1, keepdim=True).clamp(min=1e-20)
+    return weight / weight_scale, style / style_scale
+
+
 def modulated_conv2d_reference(
     x: Tensor,
     weight: Tensor,
@@ -52,6 +65,8 @@ def modulated_conv2d_reference(
     (Scaling the weight for each sample is the same function as a grouped convolution, which is several times slower.)
     """
     dtype = x.dtype
+    if demodulate and dtype == torch.float16:
+        weight, style = _prenormalized(weight, style)
     x = x * style.to(dtype)[:, :, None, None]
     if up == 1:
         x = F.conv2d(x, weight.to(dtype), padding=padding)
@@ -128,23 +143,22 @@ def modulated_conv2d(
     check_tensor("style", style, "[N, I]", shape=(n, channels_in), device=x.device)
     if kernel != kernel_width or kernel % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size, got {kernel}x{kernel_width}")
+    if channels_in == 0 or channels_out == 0:
+        raise ValueError(f"weight must have at least one input and one output channel, got shape {list(weight.shape)}")
     if up not in (1, 2):
         raise ValueError(f"up must be 1 or 2, got {up}")
-    if padding is None:
-        padding = kernel // 2
-    if padding < 0:
-        raise ValueError(f"padding must not be negative, got {padding}")
+    padding = kernel // 2 if padding is None else check_index("padding", padding)
     if activation not in ("linear", "lrelu"):
         raise ValueError(f'activation must be "linear" or "lrelu", got {activation!r}')
     if clamp is not None and not clamp > 0:
         raise ValueError(f"clamp must be positive or None, got {clamp}")
-    filter = fir_filter(device=x.device) if resample_filter is None else resample_filter
-    if up == 2 and resample_filter is not None:
-        check_tensor("resample_filter", filter, "[m, m]", shape=(None,) * filter.ndim, dtypes=FLOATS, device=x.device)
-        filter = fir_filter(filter)
+    if resample_filter is not None:
+        layout = "[m]" if isinstance(resample_filter, Tensor) and resample_filter.ndim == 1 else "[m, m]"
+        check_tensor("resample_filter", resample_filter, layout, device=x.device)
+    filter = fir_filter(device=x.device) if resample_filter is None else fir_filter(resample_filter)
     grow = 2 * padding - kernel + 1
     size = (up * height + grow, up * width + grow)
-    if min(size) < 1:
+    if min(*size, height, width) < 1:
         raise ValueError(f"x of {height}x{width} is too small for kernel {kernel} and padding {padding}")
     if bias is not None:
         check_tensor("bias", bias, "[O]", shape=(channels_out,), device=x.device)

@@ -110,6 +110,8 @@ def philox_normal(
         TypeError, ValueError: an argument of wrong type or range.
         BackendUnavailable: a backend asked for by name cannot run.
     """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of sizes, got {type(shape).__name__}")
     size = tuple(check_index("each size in shape", s) for s in shape)
     offset = check_index("offset", offset)
     if dtype not in FLOATS:

@@ -24,7 +24,7 @@ def fir_filter(taps: Sequence[float] | Tensor = (1.0, 3.0, 3.0, 1.0), *, device:
     taps = torch.as_tensor(taps, dtype=torch.float32, device=device)
     if taps.ndim == 1:
         taps = torch.outer(taps, taps)
-    if taps.ndim != 2 or taps.numel() == 0:
+    if taps.ndim != 2 or taps.shape[0] != taps.shape[1] or taps.numel() == 0:
         raise ValueError(f"a FIR filter must have shape [k] or [k, k], got {list(taps.shape)}")
     return taps / taps.sum()
 
@@ -51,6 +51,8 @@ def upfirdn2d(
     Returns:
         [N, C, H', W'] with H' = floor((H up + sum(padding) - k) / down) + 1.
     """
+    if up < 1 or down < 1:
+        raise ValueError(f"up and down must be at least 1, got up={up} and down={down}")
     n, c, h, w = x.shape
     if up > 1:
         x = x.view(n, c, h, 1, w, 1) if x.is_contiguous() else x.reshape(n, c, h, 1, w, 1)

@@ -52,7 +52,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise ValueError(f"{path} is no spigan checkpoint of format {FORMAT}")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}): remove it to go on from the checkpoint before it"
+        ) from error
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

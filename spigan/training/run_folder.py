@@ -53,7 +53,7 @@ class StatsLog:
         self.path = run_dir / "stats.jsonl"
         kept = [row for row in read_stats(run_dir) if row["iteration"] <= iteration]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1 if iteration else None)
+        self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one tick; `row` holds at least "iteration"."""

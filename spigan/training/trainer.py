@@ -132,6 +132,9 @@ class Trainer:
                 f"{config.data.source!r} has images of {self.dataset.channels} channel(s), the model makes "
                 f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
             )
+        # A group that divides the images at a time: of one time then, also where `_interleave` stacks several.
+        at_a_time = config.batch_gpu or config.batch
+        mbstd_group = next(g for g in range(min(config.mbstd_group, at_a_time), 0, -1) if at_a_time % g == 0)
         torch.manual_seed(config.seed)
         self.model = SPIGAN(config.model).to(self.device).train()
         self.discriminator = (
@@ -142,7 +145,7 @@ class Trainer:
                 channel_max=config.model.channel_max,
                 # StyleGAN2's own mapping comes with StyleGAN2's own discriminator.
                 time_conditioning=config.model.mapping == "ode",
-                mbstd_group=config.mbstd_group,
+                mbstd_group=mbstd_group,
             )
             .to(self.device)
             .train()
@@ -369,9 +372,8 @@ class Trainer:
             self._snapshot()
         log.close()
         if self.interrupted:
-            tqdm.write(
-                f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with: spigan train --resume {self.run_dir}"
-            )
+            tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
+            tqdm.write(f"  spigan train --resume {self.run_dir}")
         return self.ema
 
     def _record(self, **values: Tensor) -> None:
@@ -380,12 +382,7 @@ class Trainer:
 
     def _tick_row(self, images_per_sec: float) -> dict[str, float]:
         """Means since the last tick; starts the next."""
-        means = {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
-        if bad := [name for name, mean in means.items() if not math.isfinite(mean)]:
-            raise FloatingPointError(
-                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is "
-                "from before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
-            )
+        means = self._means()
         self._statistics.clear()
         return {
             "iteration": self.iteration,
@@ -396,10 +393,31 @@ class Trainer:
             **means,
         }
 
+    def _means(self) -> dict[str, float]:
+        """Means since the last tick.
+
+        Raises:
+            FloatingPointError: one of them is not finite, or a weight is not.
+        """
+        means = {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        for name, module in self._modules().items():
+            if not all(parameter.isfinite().all() for parameter in module.parameters()):
+                bad.append(f"weights of {name}")
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is "
+                "from before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
+            )
+        return means
+
     def _snapshot(self) -> None:
-        """Checkpoint, grid of samples, exported model; the checkpoint last to be written is first to be complete."""
-        if any(not value.isfinite() for values in self._statistics.values() for value in values[-1:]):
-            return  # never replace good checkpoints by a diverged state; the tick reports it
+        """Checkpoint, grid of samples, exported model; the checkpoint last to be written is first to be complete.
+
+        Raises:
+            FloatingPointError: training has diverged; good checkpoints are not replaced.
+        """
+        self._means()
         checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.run_dir, self.iteration), *self._state())
         for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
             old.unlink()
@@ -466,6 +484,8 @@ class Trainer:
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: it is not a checkpoint of this run") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _interleave(x: Tensor) -> Tensor:

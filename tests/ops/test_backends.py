@@ -1,0 +1,261 @@
+"""spigan.ops.backends: who decides which backend runs, and what happens when it cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+from spigan import ops
+from spigan.ops import BACKENDS, BackendUnavailable, backends, use_backend
+
+CPU = torch.device("cpu")
+OP = "philox_normal"  # it has two backends on the CPU
+
+
+@pytest.fixture(autouse=True)
+def _no_request(monkeypatch):
+    monkeypatch.delenv("SPIGAN_BACKEND", raising=False)
+
+
+def test_the_four_operations_are_registered_with_a_reference():
+    assert set(backends.operations()) >= {"modulated_conv2d", "path_interpolate", "philox_normal", "rk4_mlp"}
+    for op in backends.operations():
+        assert backends.why_unavailable(op, "reference", CPU) is None
+        assert backends.why_unavailable(op, "reference", torch.device("cuda")) is None
+
+
+def test_auto_takes_the_first_that_can_run():
+    assert backends.requested() == ("auto", "default")
+    assert backends.choose(OP, None, CPU) == "cpp"
+    assert backends.choose(OP, None, torch.device("meta")) == "reference"
+
+
+def test_auto_goes_down_the_order(monkeypatch):
+    monkeypatch.setattr(backends, "_implementations", {})
+    reasons = {"cuda": "no driver", "triton": "no compiler", "reference": None}
+    for backend in reasons:
+        backends.register("op", backend, lambda device, backend=backend: reasons[backend])
+    cuda = torch.device("cuda")
+    assert backends.choose("op", None, cuda) == "reference"
+    reasons["triton"] = None
+    assert backends.choose("op", None, cuda) == "triton"
+    reasons["cuda"] = None
+    assert backends.choose("op", None, cuda) == "cuda"
+    assert backends.choose("op", "auto", cuda) == "cuda"
+    assert backends.choose("op", None, CPU) == "reference"
+
+
+def test_argument_then_context_then_environment_then_auto(monkeypatch):
+    monkeypatch.setenv("SPIGAN_BACKEND", "reference")
+    assert backends.requested() == ("reference", "SPIGAN_BACKEND")
+    assert backends.choose(OP, None, CPU) == "reference"
+    with use_backend("cpp"):
+        assert backends.requested() == ("cpp", "use_backend")
+        assert backends.choose(OP, None, CPU) == "cpp"
+        assert backends.requested("reference") == ("reference", "the argument backend=")
+        assert backends.choose(OP, "reference", CPU) == "reference"
+    with use_backend("auto"):
+        assert backends.choose(OP, None, CPU) == "cpp"
+    assert backends.choose(OP, "auto", CPU) == "cpp"
+    monkeypatch.setenv("SPIGAN_BACKEND", "")
+    assert backends.requested() == ("auto", "default")
+
+
+def test_contexts_nest_and_an_exception_restores():
+    with use_backend("cpp"):
+        with use_backend("reference"):
+            assert backends.requested()[0] == "reference"
+        assert backends.requested()[0] == "cpp"
+        with pytest.raises(KeyError), use_backend("reference"):
+            raise KeyError
+        assert backends.requested()[0] == "cpp"
+        with pytest.raises(ValueError, match="use_backend names"), use_backend("nonsense"):
+            pass
+        assert backends.requested()[0] == "cpp"
+    assert backends.requested() == ("auto", "default")
+
+
+def test_a_context_holds_in_other_threads():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.choose(OP, None, CPU)))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "CPP", "cpu", " "])
+def test_unknown_names(name, monkeypatch):
+    expected = "expected one of auto, reference, cpp, triton, cuda"
+    with pytest.raises(ValueError, match=f"backend= names the backend '{name}'; {expected}"):
+        backends.choose(OP, name, CPU)
+    with pytest.raises(ValueError, match=f"use_backend names the backend '{name}'; {expected}"), use_backend(name):
+        pass
+    monkeypatch.setenv("SPIGAN_BACKEND", name)
+    with pytest.raises(ValueError, match=f"SPIGAN_BACKEND names the backend '{name}'; {expected}"):
+        ops.philox_normal((3,), seed=0)
+
+
+def _call(op: str, backend: str | None) -> None:
+    ones = torch.ones
+    if op == "philox_normal":
+        ops.philox_normal((3,), seed=0, backend=backend)
+    elif op == "rk4_mlp":
+        ops.rk4_mlp(ones(1, 2), ones(1, 2, 2), ones(1, 2), ones(1, 2), [1.0], backend=backend)
+    elif op == "path_interpolate":
+        ops.path_interpolate(ones(1, 1, 2, 2), [1.0], seed=0, backend=backend)
+    else:
+        ops.modulated_conv2d(ones(1, 1, 2, 2), ones(1, 1, 1, 1), ones(1, 1), backend=backend)
+
+
+@pytest.mark.parametrize("op", backends.operations())
+def test_a_backend_asked_for_by_name_runs_or_raises(op, monkeypatch):
+    for backend in BACKENDS:
+        cause = backends.why_unavailable(op, backend, CPU)
+        if cause is None:
+            _call(op, backend)
+            continue
+        assert len(cause) > 20
+        for source, request in {
+            "the argument backend=": lambda backend=backend: _call(op, backend),
+            "use_backend": lambda backend=backend: _within(backend, op),
+        }.items():
+            with pytest.raises(BackendUnavailable) as error:
+                request()
+            assert str(error.value) == f"{op}: backend {backend!r} (asked for by {source}) cannot run on cpu: {cause}"
+        monkeypatch.setenv("SPIGAN_BACKEND", backend)
+        with pytest.raises(BackendUnavailable, match="asked for by SPIGAN_BACKEND"):
+            _call(op, None)
+        monkeypatch.delenv("SPIGAN_BACKEND")
+
+
+def _within(backend: str, op: str) -> None:
+    with use_backend(backend):
+        _call(op, None)
+
+
+def test_cause_of_a_backend_without_implementation(monkeypatch):
+    monkeypatch.setattr(backends, "_implementations", {"op": {"reference": backends.always_available}})
+    with pytest.raises(BackendUnavailable, match=r"no triton implementation of op \(it has: reference\)"):
+        backends.choose("op", "triton", CPU)
+
+
+def test_cpp_is_for_the_cpu_alone():
+    with pytest.raises(BackendUnavailable, match="it runs on the CPU, not on meta"):
+        ops.philox_normal((3,), seed=0, device="meta", backend="cpp")
+
+
+def test_describe(monkeypatch):
+    entry = backends.describe(CPU)[OP]
+    assert entry["chosen"] == "cpp" and entry["why"] == "auto: first that runs on cpu"
+    assert entry["not_chosen"] == ["reference"]
+    for op, entry in backends.describe(CPU).items():
+        chosen = [entry["chosen"]] if entry["chosen"] else []
+        everything = [*chosen, *entry["not_chosen"], *entry["cannot_run"], *entry["not_implemented"]]
+        assert sorted(everything) == sorted(BACKENDS), op
+    monkeypatch.setenv("SPIGAN_BACKEND", "reference")
+    assert backends.describe(CPU)[OP]["why"] == "asked for by SPIGAN_BACKEND"
+    monkeypatch.setattr(backends, "_implementations", {"op": {"reference": lambda device: "out of order"}})
+    entry = backends.describe(CPU)["op"]
+    assert entry["chosen"] is None and entry["cannot_run"] == {"reference": "out of order"}
+    assert entry["why"] == "reference was asked for by SPIGAN_BACKEND: out of order"
+    assert entry["not_implemented"] == ["cpp", "triton", "cuda"]
+
+
+SABOTAGE = {
+    "missing": "import sys; sys.modules['spigan._C'] = None",
+    "damaged": """
+        import sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "spigan._C":
+                    raise OSError("undefined symbol: some_function")
+        sys.meta_path.insert(0, Finder())
+    """,
+}
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "cause"),
+    [("missing", "ModuleNotFoundError: import of spigan._C halted"), ("damaged", "OSError: undefined symbol: some_f")],
+)
+def test_without_the_extension(sabotage, cause, tmp_path):
+    """auto falls back to the reference; cpp, asked for by name, raises with the import's own error."""
+    program = textwrap.dedent(SABOTAGE[sabotage]) + textwrap.dedent("""
+        import torch
+        from spigan import ops
+        from spigan.ops import backends
+        automatic = ops.philox_normal((2, 5), seed=3)
+        assert torch.equal(automatic, ops.philox_normal((2, 5), seed=3, backend="reference"))
+        assert backends.choose("philox_normal", None, torch.device("cpu")) == "reference"
+        for call in (lambda: ops.philox_normal((2,), seed=3, backend="cpp"), backends.extension):
+            try:
+                call()
+            except ops.BackendUnavailable as error:
+                print(error)
+            else:
+                raise SystemExit("it ran")
+    """)
+    environment = {name: value for name, value in os.environ.items() if name != "SPIGAN_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    for line in done.stdout.splitlines():
+        assert f"the compiled extension spigan._C does not load ({cause}" in line
+
+
+def _compiled_backends(function, *arguments):
+    """Compile with fullgraph=True, run once, and return what the graph calls for the noise."""
+    found = []
+
+    def record(graph_module, inputs):
+        targets = [str(node.target) for node in graph_module.graph.nodes]
+        found.append("cpp" if any("spigan.philox_normal" in target for target in targets) else "reference")
+        return graph_module.forward
+
+    torch.compile(function, backend=record, fullgraph=True)(*arguments)
+    return found
+
+
+def test_choosing_does_not_break_a_compiled_graph(monkeypatch):
+    def draw(x):
+        return x + ops.philox_normal((3, 5), seed=7)
+
+    x = torch.zeros(3, 5)
+    assert _compiled_backends(draw, x) == ["cpp"]
+    torch.compiler.reset()
+    with use_backend("reference"):
+        assert _compiled_backends(draw, x) == ["reference"]
+    torch.compiler.reset()
+    monkeypatch.setenv("SPIGAN_BACKEND", "reference")
+    assert _compiled_backends(draw, x) == ["reference"]
+
+    def draw_within(x):
+        with use_backend("cpp"):
+            return x + ops.philox_normal((3, 5), seed=7)
+
+    assert _compiled_backends(draw_within, x) == ["cpp"]
+    assert _compiled_backends(lambda x: x + ops.philox_normal((3, 5), seed=7, backend="cpp"), x) == ["cpp"]
+
+
+def test_a_compiled_function_follows_a_later_use_backend():
+    graphs = []
+
+    def record(graph_module, inputs):
+        graphs.append(any("spigan.philox_normal" in str(node.target) for node in graph_module.graph.nodes))
+        return graph_module.forward
+
+    draw = torch.compile(lambda x: x + ops.philox_normal((2,), seed=7), backend=record, fullgraph=True)
+    draw(torch.zeros(2))
+    with use_backend("reference"):
+        draw(torch.zeros(2))
+    draw(torch.zeros(2))
+    assert graphs == [True, False]
