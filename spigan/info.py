@@ -104,7 +104,8 @@ def _backend_lines(operations: dict[str, dict[str, Any]]) -> list[str]:
             missing.setdefault(backend, []).append(op)
     if missing:
         parts = [
-            backend if len(ops) == len(operations) else f"{backend} ({', '.join(ops)})" for backend, ops in missing.items()
+            backend if len(ops) == len(operations) else f"{backend} ({', '.join(ops)})"
+            for backend, ops in missing.items()
         ]
         lines.append(f"  not in this version: {', '.join(parts)}")
     return lines

@@ -47,9 +47,8 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda, cuda:1, ..., got {device!r}") from None
     count = torch.cuda.device_count()
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
-        raise ValueError(
-            f"device {str(device)!r} was asked for, but torch {torch.__version__} sees {count} CUDA devices"
-        )
+        seen = f"sees {count or 'no'} CUDA device{'s' * (count > 1)}"
+        raise ValueError(f"device {str(device)!r} was asked for, but torch {torch.__version__} {seen}")
     return resolved
 
 

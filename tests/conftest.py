@@ -42,7 +42,9 @@ def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float 
     assert exact.isfinite().all() and plain.isfinite().all(), "the references themselves overflow"
     floor = slack * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     # Written so that a NaN fails.
-    assert error(actual) <= 2.0 * error(plain) + floor, f"{error(actual):.3e} against {error(plain):.3e} in plain PyTorch"
+    assert error(actual) <= 2.0 * error(plain) + floor, (
+        f"{error(actual):.3e} against {error(plain):.3e} in plain PyTorch"
+    )
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from decimal import Decimal, localcontext
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -39,8 +40,8 @@ def test_variance_is_preserved(t, beta_min, extra):
 @pytest.mark.parametrize("sde", SDES)
 def test_noise_grows_with_time(sde):
     means, stds = zip(*(sde.marginal(i / 100) for i in range(101)), strict=True)
-    assert all(a > b for a, b in zip(means, means[1:], strict=False))
-    assert all(a < b for a, b in zip(stds, stds[1:], strict=False))
+    assert all(a > b for a, b in pairwise(means))
+    assert all(a < b for a, b in pairwise(stds))
 
 
 @pytest.mark.parametrize("sde", SDES)
@@ -53,7 +54,12 @@ def test_marginal_solves_the_sde(sde, t):
     assert mean_coef == pytest.approx(math.exp(-0.5 * quad(beta, 0, t)[0]), rel=1e-12)
     # dx = -beta/2 x dt + sqrt(beta) dw: the mean and the variance of x obey these equations.
     moments = solve_ivp(
-        lambda u, y: [-0.5 * beta(u) * y[0], beta(u) * (1 - y[1])], (0, t), [1, 0], method="DOP853", rtol=1e-12, atol=1e-13
+        lambda u, y: [-0.5 * beta(u) * y[0], beta(u) * (1 - y[1])],
+        (0, t),
+        [1, 0],
+        method="DOP853",
+        rtol=1e-12,
+        atol=1e-13,
     ).y[:, -1]
     assert mean_coef == pytest.approx(moments[0], rel=1e-9)
     assert std**2 == pytest.approx(moments[1], rel=1e-9)
@@ -63,7 +69,7 @@ def test_marginal_solves_the_sde(sde, t):
 def test_std_is_accurate_where_one_minus_a_squared_cancels(t):
     with localcontext() as context:
         context.prec = 60
-        log_mean = -Decimal(t) ** 2 * Decimal(19.9) / 4 - Decimal(t) * Decimal(0.1) / 2
+        log_mean = -(Decimal(t) ** 2) * Decimal("19.9") / 4 - Decimal(t) * Decimal("0.1") / 2
         exact = (1 - (2 * log_mean).exp()).sqrt()
     assert VPSDE().marginal(t)[1] == pytest.approx(float(exact), rel=1e-14)
 

@@ -155,7 +155,9 @@ def modulated_conv2d(
     if resample_filter is not None:
         layout = "[m]" if isinstance(resample_filter, Tensor) and resample_filter.ndim == 1 else "[m, m]"
         check_tensor("resample_filter", resample_filter, layout, device=x.device)
-    filter = fir_filter(device=x.device) if resample_filter is None else fir_filter(resample_filter)
+    filter = fir_filter(device=x.device) if resample_filter is None else resample_filter
+    if up == 2:
+        filter = fir_filter(filter)
     grow = 2 * padding - kernel + 1
     size = (up * height + grow, up * width + grow)
     if min(*size, height, width) < 1:

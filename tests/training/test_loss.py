@@ -14,7 +14,6 @@ from torch.autograd.functional import jacobian
 from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
 
 
-
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 

@@ -1,0 +1,360 @@
+"""Sampling: an image depends on its seed and the weights alone; what goes in, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+import spigan
+from spigan import SPIGAN, ModelConfig, sampling
+from spigan.ops import BackendUnavailable, backends, philox_normal
+from spigan.sampling import count_evaluations, default_batch_size, generate, load_model, resolve_device, resolve_seeds
+
+# Another batch size may take another path through the CPU's convolutions and so round differently.
+ROUNDING = {"rtol": 0.0, "atol": 2e-6}
+
+
+def make(**changes: Any) -> SPIGAN:
+    """A tiny model whose images vary within [-1, 1] and whose stored noise matters."""
+    torch.manual_seed(0)
+    config = {
+        "resolution": 8,
+        "img_channels": 3,
+        "dim_h": 16,
+        "embed_channels": 4,
+        "channel_base": 64,
+        "channel_max": 8,
+    }
+    model = SPIGAN(ModelConfig.model_validate(config | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("noise_strength"):
+                parameter.fill_(0.1)
+            if name.endswith("torgb.weight"):
+                parameter.mul_(0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> SPIGAN:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def images(model: SPIGAN) -> Tensor:
+    """Images of seeds 0 to 8, one batch."""
+    return spigan.sample(9, model=model)  # type: ignore[return-value]
+
+
+def pt(*args: Any, **options: Any) -> Tensor:
+    result = spigan.sample(*args, **options)
+    assert isinstance(result, Tensor)
+    return result
+
+
+# ---- An image depends on its own seed and the weights alone ----
+
+
+def test_the_same_call_gives_the_same_bits(model: SPIGAN, images: Tensor) -> None:
+    assert torch.equal(pt(9, model=model), images)
+    torch.manual_seed(7)  # torch's own generator plays no part
+    assert torch.equal(pt(9, model=model), images)
+
+
+def test_images_differ(images: Tensor) -> None:
+    for i in range(8):
+        assert (images[i] - images[i + 1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_not_on_the_number_of_images(model: SPIGAN, images: Tensor, n: int) -> None:
+    torch.testing.assert_close(pt(n, model=model), images[:n], **ROUNDING)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+def test_not_on_the_batch_size(model: SPIGAN, images: Tensor, batch_size: int) -> None:
+    torch.testing.assert_close(pt(9, model=model, batch_size=batch_size), images, **ROUNDING)
+
+
+@pytest.mark.parametrize("seeds", [[3], [8, 0, 4], [2, 2, 2], (1, 7), np.array([5, 6])])
+def test_not_on_order_and_neighbours(model: SPIGAN, images: Tensor, seeds: Any) -> None:
+    torch.testing.assert_close(pt(model=model, seed=seeds), images[list(seeds)], **ROUNDING)
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3)])
+def test_an_integer_seed_counts_up(model: SPIGAN, images: Tensor, seed: Any) -> None:
+    torch.testing.assert_close(pt(5, model=model, seed=seed), images[3:8], **ROUNDING)
+
+
+def test_not_on_the_mode_of_the_model(images: Tensor) -> None:
+    training = make().train()
+    assert torch.equal(pt(9, model=training), images)
+    assert training.training
+
+
+def test_largest_seed(model: SPIGAN) -> None:
+    assert pt(1, model=model, seed=2**63 - 1).isfinite().all()
+    with pytest.raises(ValueError, match=re.escape(f"seeds must be in [0, 2**63), got {2**63}")):
+        pt(2, model=model, seed=2**63 - 1)
+
+
+# ---- What goes in ----
+
+
+def test_noise_is_philox(model: SPIGAN, images: Tensor) -> None:
+    z = torch.stack([philox_normal((3, 8, 8), seed=seed) for seed in range(9)])
+    torch.testing.assert_close(pt(model=model, z=z), images, **ROUNDING)
+    torch.testing.assert_close(pt(9, model=model, z=z, batch_size=2), images, **ROUNDING)
+    # The arithmetic of the whole function, once more.
+    with torch.no_grad():
+        expected = (model(z, noise="const") + 1) / 2
+    torch.testing.assert_close(images, expected.clamp(0, 1), **ROUNDING)
+
+
+def test_sixteen_images_by_default(model: SPIGAN) -> None:
+    assert pt(model=model).shape == (16, 3, 8, 8)
+
+
+def test_mlp_mapping() -> None:
+    model = make(mapping="mlp")
+    z = torch.stack([philox_normal((16,), seed=seed) for seed in (4, 5)])
+    torch.testing.assert_close(pt(2, model=model, seed=4), pt(model=model, z=z), **ROUNDING)
+
+
+def test_several_times(model: SPIGAN, images: Tensor) -> None:
+    path = pt(9, model=model, t=[0.0, 0.5, 1.0], batch_size=4)
+    assert path.shape == (3, 9, 3, 8, 8)
+    torch.testing.assert_close(path[2], images, **ROUNDING)
+    for row, t in enumerate((0.0, 0.5)):
+        torch.testing.assert_close(path[row], pt(9, model=model, t=t), **ROUNDING)
+    assert (path[0] - path[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_close(model: SPIGAN, images: Tensor, dtype: torch.dtype) -> None:
+    low = pt(9, model=model, dtype=dtype)
+    assert low.dtype == torch.float32
+    assert 1e-6 < (low - images).abs().max() < 0.03
+    assert torch.equal(pt(9, model=model, dtype=torch.float32), images)
+
+
+def test_backend_by_name(model: SPIGAN, images: Tensor) -> None:
+    torch.testing.assert_close(pt(9, model=model, backend="reference"), images, rtol=0, atol=1e-4)
+    with pytest.raises(BackendUnavailable, match=r"'cuda' .*cannot run on cpu"):
+        pt(9, model=model, device="cpu", backend="cuda")
+    assert backends.requested()[0] == "auto"  # the choice ended with the call
+    assert torch.equal(pt(9, model=model), images)
+
+
+def test_settings_do_not_leak_to_the_caller_between_batches(model: SPIGAN) -> None:
+    batches = generate(model, [0, 1], batch_size=1, dtype=torch.bfloat16, backend="reference")
+    for _ in batches:
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        assert backends.requested()[0] == "auto"
+
+
+def test_generate_yields_batches(model: SPIGAN, images: Tensor) -> None:
+    batches = list(generate(model, range(9), batch_size=4))
+    assert [batch.shape[0] for batch in batches] == [4, 4, 1]
+    torch.testing.assert_close((torch.cat(batches).clamp(-1, 1) + 1) / 2, images, **ROUNDING)  # still in [-1, 1]
+
+
+@pytest.mark.parametrize(("resolution", "size"), [(8, 128), (128, 128), (256, 64), (512, 16), (1024, 4)])
+def test_default_batch_size(resolution: int, size: int) -> None:
+    assert default_batch_size(resolution) == size
+
+
+# ---- What comes out ----
+
+
+def test_output_types(model: SPIGAN, images: Tensor) -> None:
+    assert images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.05
+    assert ((images > 0) & (images < 1)).float().mean() > 0.8  # not clamped away
+
+    array = spigan.sample(9, model=model, output_type="np")
+    assert isinstance(array, np.ndarray) and array.dtype == np.float32
+    assert np.array_equal(array, images.permute(0, 2, 3, 1).numpy())
+
+    pictures: Any = spigan.sample(9, model=model, output_type="pil")
+    assert isinstance(pictures, list) and all(isinstance(p, Image) and p.mode == "RGB" for p in pictures)
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    assert np.abs(pixels - array * 255).max() <= 0.5001
+
+
+def test_output_types_of_several_times(model: SPIGAN) -> None:
+    t = [0.5, 1.0]
+    array: Any = spigan.sample(3, model=model, t=t, output_type="np")
+    assert array.shape == (2, 3, 8, 8, 3)
+    rows: Any = spigan.sample(3, model=model, t=t, output_type="pil")
+    assert [len(row) for row in rows] == [3, 3]
+    assert np.abs(np.asarray(rows[0][2]) - array[0, 2] * 255).max() <= 0.5001
+
+
+def test_grey_pictures() -> None:
+    pictures: Any = spigan.sample(2, model=make(img_channels=1), output_type="pil")
+    assert [(picture.mode, picture.size) for picture in pictures] == [("L", (8, 8))] * 2
+
+
+def test_no_images(model: SPIGAN) -> None:
+    assert pt(0, model=model).shape == (0, 3, 8, 8)
+    assert pt(model=model, seed=[]).shape == (0, 3, 8, 8)
+    assert pt(model=model, z=torch.empty(0, 3, 8, 8)).shape == (0, 3, 8, 8)
+    assert pt(0, model=model, t=[0.5, 1.0]).shape == (2, 0, 3, 8, 8)
+    array: Any = spigan.sample(0, model=model, output_type="np")
+    assert array.shape == (0, 8, 8, 3)
+    assert spigan.sample(0, model=model, output_type="pil") == []
+    assert spigan.sample(0, model=model, t=[0.5, 1.0], output_type="pil") == [[], []]
+
+
+def test_the_result_can_be_trained_on(model: SPIGAN) -> None:
+    """Not an inference tensor, which autograd refuses."""
+    result = pt(2, model=model).requires_grad_(True)
+    result.square().sum().backward()
+    assert result.grad is not None
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"output_type": "jpg"}, ValueError, 'output_type must be "pt", "np" or "pil", got \'jpg\''),
+        ({"n": -1}, ValueError, "n must not be negative, got -1"),
+        ({"n": 2, "seed": [1, 2, 3]}, ValueError, "n is 2, but 3 seeds were given: leave out n"),
+        ({"n": 2, "z": torch.zeros(3, 3, 8, 8)}, ValueError, "n is 2, but z holds 3: leave out n"),
+        ({"z": torch.zeros(3, 1, 8, 8)}, ValueError, "z must have shape [N, 3, 8, 8], got [3, 1, 8, 8]"),
+        ({"z": np.zeros((3, 3, 8, 8))}, TypeError, "z must be a torch.Tensor, got ndarray"),
+        ({"seed": -1}, ValueError, "seeds must be in [0, 2**63), got -1"),
+        ({"seed": [1, -5]}, ValueError, "seeds must be in [0, 2**63), got -5"),
+        ({"seed": [1.5]}, TypeError, "'float' object cannot be interpreted as an integer"),
+        ({"seed": "12"}, TypeError, "'str' object cannot be interpreted as an integer"),
+        ({"t": 1.5}, ValueError, "t must be a time in [0, 1]"),
+        ({"t": []}, ValueError, "a non-empty list of such times"),
+        ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
+        ({"batch_size": -2}, ValueError, "batch_size must be positive, got -2"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be float32, bfloat16 or float16, got torch.float64"),
+        ({"dtype": torch.int32}, ValueError, "dtype must be float32, bfloat16 or float16, got torch.int32"),
+        ({"backend": "tpu"}, ValueError, "names the backend 'tpu'; expected one of auto, reference"),
+        ({"device": "nonsense"}, ValueError, "device must be auto, cpu, cuda, cuda:1, ..., got 'nonsense'"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' was asked for, but torch"),
+    ],
+)
+def test_refused(model: SPIGAN, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        spigan.sample(**({"n": 2} if options.keys().isdisjoint({"n", "seed", "z"}) else {}), model=model, **options)
+
+
+def test_resolve_seeds() -> None:
+    assert resolve_seeds(3, 5) == [5, 6, 7]
+    assert resolve_seeds(None, 0) == list(range(16))
+    assert resolve_seeds(None, [4, 4]) == resolve_seeds(2, (4, 4)) == [4, 4]
+    assert resolve_seeds(None, torch.tensor([4, 1])) == [4, 1]  # type: ignore[arg-type]
+
+
+# ---- One evaluation of the generator per image ----
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (9, 4), (16, 128)])
+def test_nfe_is_one(model: SPIGAN, n: int, batch_size: int) -> None:
+    with count_evaluations(model) as count:
+        pt(n, model=model, batch_size=batch_size)
+    assert count[0] / n == 1
+
+
+def test_evaluations_are_counted(model: SPIGAN) -> None:
+    z = torch.zeros(3, 3, 8, 8)
+    with count_evaluations(model) as count:
+        assert count == [0]
+        model(z)
+        assert count == [3]
+        model(z)
+        assert count == [6]  # two calls for three images: NFE = 2
+        model(z, t=[0.5, 1.0])
+        assert count == [12]
+    model(z)
+    assert count == [12]
+
+
+def test_counting_ends_after_an_error(model: SPIGAN) -> None:
+    def fail() -> None:
+        with count_evaluations(model):
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert not model.generator._forward_hooks
+
+
+# ---- Which model ----
+
+
+def test_model_by_folder(model: SPIGAN, images: Tensor, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run" / "model")
+    for path in (tmp_path / "run" / "model", str(tmp_path / "run" / "model"), tmp_path / "run", str(tmp_path / "run")):
+        assert torch.equal(pt(9, model=path, device="cpu"), images)
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no saved spigan model"):
+        spigan.sample(1, model=tmp_path)
+
+
+def test_hub_id_reaches_from_pretrained(model: SPIGAN, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def from_pretrained(name: str, device: torch.device) -> SPIGAN:
+        asked.append((name, device))
+        return model
+
+    monkeypatch.setattr(SPIGAN, "from_pretrained", from_pretrained)
+    assert load_model("user/name", "cpu") is model
+    assert asked == [("user/name", torch.device("cpu"))]
+
+
+def test_a_model_is_used_where_it_is() -> None:
+    model = make()
+    assert load_model(model) is model
+    assert load_model(model, "cpu") is model
+    elsewhere = load_model(model, "meta")
+    assert elsewhere is not model
+    assert {p.device.type for p in elsewhere.parameters()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert elsewhere.config == model.config and not elsewhere.training
+    assert load_model(elsewhere) is elsewhere
+
+
+def test_resolve_device() -> None:
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device().type == resolve_device("auto").type == here
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_bundled_model() -> None:
+    """`spigan.sample()` works right after install, without network: digits, which look like the data they come from."""
+    config = load_model(device="cpu").config
+    assert config.z_shape == (1, 16, 16)
+    assert {path.name for path in sampling.BUNDLED_MODEL.iterdir()} >= {"config.json", "model.safetensors"}
+    images = pt(64, device="cpu")
+    assert images.shape == (64, 1, 16, 16)
+    assert torch.equal(pt(64, device="cpu"), images)
+    # Bright strokes on black, no two alike.
+    assert images.amax(dim=(1, 2, 3)).min() > 0.7
+    assert images[:, :, :, 0].mean() < 0.1
+    assert 0.1 < images.mean() < 0.5
+    distances = torch.cdist(images.flatten(1), images.flatten(1)) + 100 * torch.eye(64)
+    assert distances.min() > 0.5
+
+
+def test_bundled_model_is_loaded_once() -> None:
+    assert load_model(None, "cpu") is load_model(None, "cpu")
