@@ -33,6 +33,12 @@ class Format(str, Enum):
 
 
 def _fail(error: Exception | str) -> NoReturn:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        from spigan.config import describe_problems
+
+        error = describe_problems(error)
     typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1)
 
@@ -141,7 +147,12 @@ def _train_config(
 
     fields: dict[str, Any]
     if config is not None:
-        fields = json.loads(config.read_text(encoding="utf-8"))
+        try:
+            fields = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{config} must hold a JSON object, as a run's config.json does")
     else:
         fields = preset_fields(preset)
     fields |= given
@@ -264,7 +275,10 @@ def demo(
     from spigan.training.run_folder import next_run_dir
     from spigan.training.trainer import Trainer
 
-    config = preset("digits", seed=seed, **({} if kimg is None else {"total_kimg": kimg}))
+    try:
+        config = preset("digits", seed=seed, **({} if kimg is None else {"total_kimg": kimg}))
+    except ValueError as error:
+        _fail(error)
     run_dir = next_run_dir(out)
     typer.echo(
         f"Training on 1,797 handwritten digits (16x16, bundled with scikit-learn) for {config.total_kimg:g} kimg ..."

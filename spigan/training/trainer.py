@@ -25,6 +25,7 @@ from spigan.data import open_dataset
 from spigan.images import display_scale, make_grid, save_png, to_uint8
 from spigan.models import SPIGAN, Discriminator
 from spigan.ops import path_interpolate, philox_normal
+from spigan.sampling import resolve_device
 from spigan.sde import VPSDE
 from spigan.training import checkpoint
 from spigan.training.augment import ADA, make_augment
@@ -34,16 +35,6 @@ from spigan.training.run_folder import StatsLog, next_run_dir, read_config, writ
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
 _NOISE_STREAM = 2**32
 _ADA_INTERVAL = 4  # discriminator steps between changes of ADA's p (Karras et al. 2020a, section 3.1)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a configuration names; "auto" is cuda where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device")
-    return device
 
 
 def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: int | None) -> torch.optim.Adam:

@@ -584,7 +584,7 @@ def test_other_images(tiny_config, tmp_path):
     assert Trainer.resume(tmp_path / "run", progress=False).iteration == 2
     Image.fromarray(np.full((8, 8), 1, dtype=np.uint8)).save(data / "0.png")
     before = files_of(tmp_path / "run")
-    with pytest.raises(ValueError, match="are not those that .* was trained on"):
+    with pytest.raises(ValueError, match=r"are not those that .* was trained on"):
         Trainer.resume(tmp_path / "run", total_kimg=9, progress=False)
     assert files_of(tmp_path / "run") == before  # nothing was changed, not even the length
 

@@ -76,9 +76,8 @@ def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor
     assert actual.keys() == expected.keys()
     assert max(g.abs().max() for g in expected.values()) > 1e-3, "nothing to compare"
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            actual[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        close = torch.allclose(actual[name], gradient, rtol=1e-4, atol=1e-6)
+        assert close, f"{name} differs by {(actual[name] - gradient).abs().max():.2e}"
 
 
 # ---- Who is updated ----
@@ -258,7 +257,7 @@ def test_path_length_gradient(new_trainer, monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "mbstd_group"),
     # In the last two the group does not divide the batch: it must be reduced as for a single time, not mix times.
-    [(4, 1), (4, 2), (8, 4), (6, 4), (2, 4)],
+    [(4, 1), (4, 2), (8, 4), (4, 3), (2, 4)],
 )
 def test_joint_gradient_is_the_mean_of_sequential_ones(new_trainer, monkeypatch, batch, mbstd_group):
     trainer = without_noise(new_trainer(batch=batch, mbstd_group=mbstd_group, intervals=3, r1_gamma=0.5, r1_interval=1))
