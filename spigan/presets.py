@@ -29,7 +29,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "total_kimg": 40,
         "batch": 32,
         "r1_gamma": 0.1,
-        "ema_kimg": 2,
+        "ema_kimg": 1,
         "ema_rampup": None,
         "tick_kimg": 1,
         "snapshot_ticks": 10,
@@ -84,7 +84,5 @@ def preset(name: str, **changes: Any) -> TrainConfig:
     """
     fields = preset_fields(name) | changes
     if "data" not in fields:
-        raise ValueError(
-            f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet or hub id"}}'
-        )
+        raise ValueError(f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet or hub id"}}')
     return TrainConfig.model_validate(fields)

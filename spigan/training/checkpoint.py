@@ -32,6 +32,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def remove_scratch(run_dir: Path) -> None:
+    """Delete the unfinished files that a kill in the middle of `save_checkpoint` left behind."""
+    for path in (run_dir / "checkpoints").glob(".checkpoint-*.safetensors"):
+        path.unlink()
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write tensors and a JSON-serialisable state, whole or not at all."""
     metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}

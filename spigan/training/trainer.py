@@ -34,7 +34,7 @@ from spigan.training.run_folder import StatsLog, next_run_dir, read_config, writ
 
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
 _NOISE_STREAM = 2**32
-_ADA_INTERVAL = 4  # discriminator steps between changes of ADA's p (Karras et al. 2020a, section 3.1)
+_ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras et al. 2020a, section 3.1)
 
 
 def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: int | None) -> torch.optim.Adam:
@@ -93,6 +93,7 @@ class Trainer:
         config = read_config(run_dir)
         if total_kimg is not None:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
+        checkpoint.remove_scratch(run_dir)
         found = checkpoint.checkpoints(run_dir)
         if not found:
             raise FileNotFoundError(
@@ -153,7 +154,7 @@ class Trainer:
             self.discriminator.parameters(), config.lr_d, config.beta2, config.r1_interval if config.r1_gamma else None
         )
         self.sde = VPSDE(config.beta_min, config.beta_max)
-        self.iteration = self.images_seen = self.images_drawn = self.noise_offset = self.d_steps = self.g_steps = 0
+        self.iteration = self.images_seen = self.images_drawn = self.noise_offset = 0
         self.pl_mean = torch.zeros((), device=self.device)
         self.interrupted = False
         self._statistics: dict[str, list[Tensor]] = {}
@@ -188,16 +189,27 @@ class Trainer:
             else torch.randn(len(images), self.config.model.dim_h, device=self.device)
         )
         groups = [list(range(len(times)))] if self.config.updates == "joint" else [[k] for k in range(len(times))]
+        # Lazy penalties are counted in iterations, not in steps: a count of steps would meet the same t_k every time
+        # wherever K divides the interval, and with K = 2 no clean image would ever be regularised.
+        round_ = self.iteration // 2
         if self.iteration % 2 == 0:
             with torch.no_grad():
                 h = self.model.mapping(z, times)  # [K, N, D]; one incremental solve serves all K updates
+            signs = []
             for group in groups:
-                self._discriminator_step(i[group], h[group], [times[k] for k in group])
+                group_times = [times[k] for k in group]
+                signs.append(self._discriminator_step(i[group], h[group], group_times))
+                if self.config.r1_gamma and round_ % self.config.r1_interval == 0:
+                    self._r1_step(i[group], group_times)
+            self._adapt_augmentation(torch.stack(signs).mean(), len(images))
             self.images_seen += len(images)
         else:
             for group in groups:
+                group_times = [times[k] for k in group]
                 # Solved anew for every update: the weights of the mapping network have changed since the last one.
-                self._generator_step(z, [times[k] for k in group])
+                self._generator_step(z, group_times)
+                if self.config.pl_weight and round_ % self.config.pl_interval == 0:
+                    self._path_length_step(z, group_times)
             self._update_ema(len(images))
         self.iteration += 1
 
@@ -225,8 +237,12 @@ class Trainer:
         with self._autocast():
             return self.discriminator(images, t)
 
-    def _discriminator_step(self, real: Tensor, h: Tensor, times: list[float]) -> None:
-        """Update the discriminator on real [k, N, C, H, W] = i(t) and latents h [k, N, D] of k times."""
+    def _discriminator_step(self, real: Tensor, h: Tensor, times: list[float]) -> Tensor:
+        """Update the discriminator on real [k, N, C, H, W] = i(t) and latents h [k, N, D] of k times.
+
+        Returns:
+            Mean sign of the real images' logits.
+        """
         self.discriminator.requires_grad_(True)
         self.optimizer_d.zero_grad(set_to_none=True)
         signs = []
@@ -244,15 +260,17 @@ class Trainer:
             signs.append(logits.detach().sign().mean() * share)
             self._record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
         self.optimizer_d.step()
-        if self.config.r1_gamma and self.d_steps % self.config.r1_interval == 0:
-            self._r1_step(real, times)
-        self.d_steps += 1
-        self._ada_signs.append(torch.stack(signs).sum())
-        self._record(real_sign=self._ada_signs[-1])
+        return torch.stack(signs).sum()
+
+    def _adapt_augmentation(self, sign: Tensor, images: int) -> None:
+        """Every few iterations, move ADA's p by the mean sign of D(real) over the images seen since."""
+        self._record(real_sign=sign)
+        if not isinstance(self.augment, ADA):
+            return
+        self._ada_signs.append(sign)
         if len(self._ada_signs) == _ADA_INTERVAL:
-            if isinstance(self.augment, ADA):
-                mean = torch.stack(self._ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
-                self.augment.adapt(mean.item(), _ADA_INTERVAL * real.shape[1])
+            mean = torch.stack(self._ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
+            self.augment.adapt(mean.item(), _ADA_INTERVAL * images)
             self._ada_signs.clear()
 
     def _r1_step(self, real: Tensor, times: list[float]) -> None:
@@ -278,9 +296,6 @@ class Trainer:
             (loss * (len(part) / len(z))).backward()
             self._record(loss_g=loss)
         self.optimizer_g.step()
-        if self.config.pl_weight and self.g_steps % self.config.pl_interval == 0:
-            self._path_length_step(z, times)
-        self.g_steps += 1
 
     def _path_length_step(self, z: Tensor, times: list[float]) -> None:
         """Lazy path-length regularisation: penalise the distance of path lengths from their running mean."""
@@ -435,7 +450,7 @@ class Trainer:
 
     # ---- State ----
 
-    _COUNTERS = ("iteration", "images_seen", "images_drawn", "noise_offset", "d_steps", "g_steps")
+    _COUNTERS = ("iteration", "images_seen", "images_drawn", "noise_offset")
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, "ema": self.ema, "discriminator": self.discriminator, "augment": self.augment}

