@@ -24,9 +24,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "data": DataConfig(source="digits"),
         "model": ModelConfig(
-            resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=512, channel_max=64
+            resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=384, channel_max=48
         ),
-        "total_kimg": 40,
+        "total_kimg": 28,
         "batch": 32,
         "r1_gamma": 0.1,
         "ema_kimg": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +170,7 @@ def test_rows_of_an_attempt_without_a_checkpoint_are_dropped(tmp_path):
     first = StatsLog(tmp_path, 0)
     first.write({"iteration": 4, "loss_d": 1.0})
     first.close()
+    time.sleep(1.1)  # TensorBoard orders its files by the second in their names
     again = StatsLog(tmp_path, 0)
     again.write({"iteration": 4, "loss_d": 2.0})
     again.write({"iteration": 8, "loss_d": 3.0})
