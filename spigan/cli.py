@@ -71,8 +71,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 @app.command()
 def train(
     preset: Annotated[
-        str, typer.Option(help="Where to start: digits, cifar10, cifar10-small, celebahq256, church256.")
-    ] = "digits",
+        str | None,
+        typer.Option(help="Where to start: digits (default), cifar10, cifar10-small, celebahq256, church256."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -105,33 +106,33 @@ def train(
     The run folder gets config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
     checkpoints and the exported model.
     """
+    from spigan.ops import BackendUnavailable
     from spigan.training.trainer import Trainer
 
     given = {"total_kimg": kimg, "batch": batch, "intervals": intervals, "seed": seed, "device": device}
     given = {name: value for name, value in given.items() if value is not None}
+    errors = (ValueError, OSError, ImportError, FloatingPointError, BackendUnavailable)
     try:
         if resume is not None:
-            if extra := [name for name in given if name != "total_kimg"] + [
-                n for n in (data, out, config, changes) if n
-            ]:
-                raise ValueError(
-                    f"--resume goes on with the run's own configuration; leave out {', '.join(map(str, extra))}"
-                )
+            others = {
+                "--preset": preset, "--data": data, "--out": out, "--config": config, "--batch": batch, "--seed": seed,
+                "--intervals": intervals, "--device": device, "--set": changes, "--show-config": show or None,
+            }  # fmt: skip
+            if extra := [name for name, value in others.items() if value is not None]:
+                raise ValueError(f"--resume goes on with the run's own configuration: leave out {', '.join(extra)}")
             trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
         else:
-            settings = _train_config(preset, config, data, given, changes or [])
+            if preset is not None and config is not None:
+                raise ValueError("--preset and --config both say where to start: leave out one of them")
+            settings = _train_config(preset or "digits", config, data, given, changes or [])
             if show:
                 typer.echo(settings.model_dump_json(indent=2))
                 return
             trainer = Trainer(settings, out, progress=not quiet)
-    except (ValueError, OSError, ImportError) as error:
-        _fail(error)
-    typer.echo(
-        f"{trainer.run_dir}: {trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}"
-    )
-    try:
+        length = f"{trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}"
+        typer.echo(f"{trainer.run_dir}: {length}")
         trainer.fit()
-    except FloatingPointError as error:
+    except errors as error:
         _fail(error)
     if trainer.interrupted:
         raise typer.Exit(130)
@@ -157,7 +158,10 @@ def _train_config(
         fields = preset_fields(preset)
     fields |= given
     if data is not None:
-        fields["data"] = fields.get("data", {}) | {"source": data}
+        stored = fields.get("data", {})
+        if not isinstance(stored, dict):
+            raise ValueError(f"data must be an object in {config}, got {stored!r}")
+        fields["data"] = stored | {"source": data}
     for change in changes:
         name, separator, text = change.partition("=")
         if not separator:
@@ -180,23 +184,32 @@ def _train_config(
 
 @app.command()
 def sample(
-    n: Annotated[int, typer.Option("-n", help="Number of images.", min=1)] = 16,
+    n: Annotated[int | None, typer.Option("-n", help="Number of images [default: 16].", min=1)] = None,
     model: Annotated[
         str | None, typer.Option(help="A run folder, a saved model or a hub id [default: the bundled digits].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i uses seed + i.", min=0)] = 0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Image i uses seed + i [default: 0]; or give one --seed for each image.", min=0),
+    ] = None,
     out: Annotated[Path, typer.Option(help="A folder (png), or a .png or .npz file.")] = Path("samples.png"),
     fmt: Annotated[
         Format | None,
         typer.Option("--format", help="png: a file each; grid; npz: uint8 [N, H, W, C] [default: by --out]."),
     ] = None,
-    t: Annotated[float, typer.Option(help="Time on the straight path; 1 is the clean image.", min=0.0, max=1.0)] = 1.0,
+    t: Annotated[
+        list[float] | None,
+        typer.Option(help="Time on the straight path [default: 1, the clean image]; several: --t 0 --t 0.5 --t 1."),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Images at a time [default: by resolution].", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
 ) -> None:
-    """Draw images: a folder of PNGs, one grid, or an npz file."""
+    """Draw images: a folder of PNGs, one grid, or an npz file.
+
+    With several times: a row for each image in a grid, a file for each time in a folder, a leading axis in an npz.
+    """
     import torch
     from tqdm.auto import tqdm
 
@@ -204,49 +217,63 @@ def sample(
     from spigan.images import to_uint8
     from spigan.ops import BackendUnavailable
 
-    fmt = fmt or {".png": Format.grid, ".npz": Format.npz}.get(out.suffix.lower(), Format.png)
     try:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+        times = t or [1.0]
+        seeds = sampling.resolve_seeds(n, seed[0] if seed and len(seed) == 1 else seed or 0)
+        writer = _Writer(fmt or _format_of(out), out, seeds, times)
         network = sampling.load_model(model, None if device == "auto" else device)
-        seeds = sampling.resolve_seeds(n, seed)
-        writer = _writer(fmt, out, seeds)
-        with sampling.count_evaluations(network) as evaluations, tqdm(total=n, unit="img", dynamic_ncols=True) as bar:
+        bar = tqdm(total=len(seeds), unit="img", dynamic_ncols=True)
+        with sampling.count_evaluations(network) as evaluations, bar:
             began = time.perf_counter()
             for images in sampling.generate(
-                network, seeds, t=t, batch_size=batch, dtype=getattr(torch, dtype), backend=backend
+                network, seeds, t=times, batch_size=batch, dtype=getattr(torch, dtype), backend=backend
             ):
                 writer.add(to_uint8(images).cpu())
-                bar.update(len(images))
+                bar.update(images.shape[1])
             elapsed = time.perf_counter() - began
         writer.close()
-    except (ValueError, OSError, ImportError, RuntimeError, BackendUnavailable) as error:
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
         _fail(error)
-    typer.echo(f"{n} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / n:g}: {out}")
+    count = len(seeds) * len(times)
+    typer.echo(f"{count} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / count:g}: {out}")
 
 
-class _writer:
-    """Takes uint8 [B, C, H, W] batches and writes them as the format says."""
+def _format_of(out: Path) -> Format:
+    """The format that a path asks for."""
+    formats = {".png": Format.grid, ".npz": Format.npz, "": Format.png}
+    if out.suffix.lower() not in formats and not out.is_dir():
+        raise ValueError(f"--out {out}: expected a .png or .npz file, or a folder (say --format png)")
+    return formats.get(out.suffix.lower(), Format.png)
 
-    def __init__(self, fmt: Format, out: Path, seeds: list[int]) -> None:
+
+class _Writer:
+    """Takes uint8 [K, B, C, H, W] batches of K times and writes them as the format says."""
+
+    def __init__(self, fmt: Format, out: Path, seeds: list[int], times: list[float]) -> None:
         if fmt is Format.png and out.is_file():
             raise ValueError(f"{out} is a file; --format png needs a folder")
         if fmt is not Format.png and out.is_dir():
             raise ValueError(f"{out} is a folder; --format {fmt.value} needs a file name")
-        self.fmt, self.out, self.seeds, self.count = fmt, out, seeds, 0
+        self.fmt, self.out, self.seeds, self.times, self.count = fmt, out, seeds, times, 0
         self.batches: list[Any] = []
 
     def add(self, images: Any) -> None:
+        """Write or keep the next batch."""
         from spigan.images import save_png
 
-        if self.fmt is Format.png:
-            for seed, image in zip(self.seeds[self.count :], images, strict=False):
-                save_png(image, self.out / f"seed{seed:06d}.png")
-        else:
+        if self.fmt is not Format.png:
             self.batches.append(images)
-        self.count += len(images)
+            return
+        for moment, row in zip(self.times, images, strict=True):
+            suffix = f"-t{moment:.2f}" if len(self.times) > 1 else ""
+            for seed, image in zip(self.seeds[self.count :], row, strict=False):
+                save_png(image, self.out / f"seed{seed:06d}{suffix}.png")
+        self.count += images.shape[1]
 
     def close(self) -> None:
+        """Write what was kept."""
         import numpy as np
         import torch
 
@@ -254,12 +281,16 @@ class _writer:
 
         if self.fmt is Format.png:
             return
-        images = torch.cat(self.batches)
+        images = torch.cat(self.batches, dim=1)
         if self.fmt is Format.grid:
-            save_png(make_grid(images, scale=display_scale(images.shape[-1])), self.out)
+            columns = len(self.times) if len(self.times) > 1 else None
+            cells = images.transpose(0, 1).flatten(0, 1)  # image by image, its times side by side
+            save_png(make_grid(cells, columns=columns, scale=display_scale(images.shape[-1])), self.out)
             return
+        arrays = images.movedim(-3, -1).numpy()
+        arrays = arrays if len(self.times) > 1 else arrays[0]
         with atomic_path(self.out) as scratch, scratch.open("wb") as file:
-            np.savez_compressed(file, images=images.permute(0, 2, 3, 1).numpy(), seeds=np.array(self.seeds))
+            np.savez_compressed(file, images=arrays, seeds=np.array(self.seeds), t=np.array(self.times))
 
 
 @app.command()
@@ -270,6 +301,7 @@ def demo(
 ) -> None:
     """Train on small digits for about two minutes (2 CPU cores), draw samples, show noise turn into images, time it."""
     from spigan.images import display_scale, make_grid, save_png, to_uint8
+    from spigan.ops import BackendUnavailable
     from spigan.presets import preset
     from spigan.sampling import count_evaluations, generate
     from spigan.training.run_folder import next_run_dir
@@ -283,8 +315,11 @@ def demo(
     typer.echo(
         f"Training on 1,797 handwritten digits (16x16, bundled with scikit-learn) for {config.total_kimg:g} kimg ..."
     )
-    trainer = Trainer(config, run_dir)
-    model = trainer.fit()
+    try:
+        trainer = Trainer(config, run_dir)
+        model = trainer.fit()
+    except (ValueError, OSError, FloatingPointError, BackendUnavailable) as error:
+        _fail(error)
     if trainer.interrupted:
         raise typer.Exit(130)
     scale = display_scale(config.model.resolution)

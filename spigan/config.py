@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
     What the paper leaves open (its appendix is not available) is this project's choice and marked "ours".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     resolution: Resolution = Field(32, description="height and width of the images")
     img_channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
@@ -57,7 +57,7 @@ class ModelConfig(BaseModel):
 class TrainConfig(BaseModel):
     """A training run: Algorithm 1 of the paper with StyleGAN2's loss and regularisation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: ModelConfig = ModelConfig()
     data: DataConfig

@@ -1,4 +1,4 @@
-"""Named training configurations, starting points to be changed with `model_copy` or the command line's options."""
+"""Named training configurations, starting points for `preset(name, **changes)` or the command line's options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "model": ModelConfig(
             resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=384, channel_max=48
         ),
-        "total_kimg": 28,
+        "total_kimg": 24,
         "batch": 32,
         "r1_gamma": 0.1,
         "ema_kimg": 1,
@@ -36,6 +36,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10": {
         # StyleGAN2-ADA's "cifar": no path length, gamma 0.01, EMA half-life of 500 kimg, 512 channels everywhere.
+        # Unlike there, D has residual blocks.
         "data": DataConfig(source="cifar10"),
         "model": ModelConfig(resolution=32),
         "xflip": True,
@@ -80,9 +81,12 @@ def preset(name: str, **changes: Any) -> TrainConfig:
 
     Args:
         name: "digits", "cifar10", "cifar10-small", "celebahq256" or "church256".
-        **changes: fields of `TrainConfig` to replace; the 256-pixel presets need `data`, they have no source.
+        **changes: fields of `TrainConfig` to replace; a dict for `model` or `data` changes only the fields it names.
+            The 256-pixel presets need `data`, they have no source of their own.
     """
-    fields = preset_fields(name) | changes
+    fields = preset_fields(name)
+    for key, value in changes.items():
+        fields[key] = {**fields.get(key, {}), **value} if isinstance(value, dict) else value
     if "data" not in fields:
-        raise ValueError(f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet or hub id"}}')
+        raise ValueError(f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet, hub id"}}')
     return TrainConfig.model_validate(fields)

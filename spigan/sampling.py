@@ -186,6 +186,8 @@ def sample(
     network = load_model(model, device)
     if z is not None and n is not None and n != len(z):
         raise ValueError(f"n is {n}, but z holds {len(z)}: leave out n")
+    if z is not None and not isinstance(seed, int):
+        raise ValueError("z was given, so the seeds would not be used: leave out one of them")
     source: Sequence[int] | Tensor = z if z is not None else resolve_seeds(n, seed)
     shape = (network.config.img_channels, network.config.resolution, network.config.resolution)
     if len(source):

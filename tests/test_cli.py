@@ -192,7 +192,7 @@ def test_sample_to_npz(model: Path, tmp_path: Path, t: float) -> None:
         "cpu",
     )
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
-        assert sorted(file) == ["images", "seeds"]
+        assert sorted(file) == ["images", "seeds", "t"]
         assert file["seeds"].tolist() == [7, 8, 9, 10, 11]
         assert file["images"].dtype == np.uint8
         assert close(file["images"], pixels(model, 5, 7, t=t))
@@ -301,7 +301,7 @@ def test_data_is_for_presets_without(tmp_path: Path) -> None:
         (["--device", "cuda:99"], "cuda"),
         (["--out", "{tmp}"], "exists and is not empty"),
         (["--resume", "{tmp}"], "{tmp} is no run folder: it has no config.json"),
-        (["--resume", "{tmp}", "--batch", "8"], "--resume goes on with the run's own configuration; leave out batch"),
+        (["--resume", "{tmp}", "--batch", "8"], "--resume goes on with the run's own configuration: leave out --batch"),
     ],
 )
 def test_train_refuses(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -379,3 +379,30 @@ def test_info() -> None:
     assert f"spigan: {spigan.__version__}" in text and "backends on cpu" in text
     report = json.loads(run("info", "--json"))
     assert report["versions"]["spigan"] == spigan.__version__
+
+
+def test_sample_several_times_and_seeds(model: Path, tmp_path: Path) -> None:
+    times = [text for t in (1, 0, 0.5) for text in ("--t", t)]
+    for name in ("grid.png", "images.npz", "folder"):
+        out = tmp_path / name
+        printed = run("sample", "--model", model, "--device", "cpu", "--seed", 7, "--seed", 3, *times, "--out", out)
+        assert printed.startswith("6 images in ") and ", NFE = 1: " in printed
+    with np.load(tmp_path / "images.npz", allow_pickle=False) as file:
+        images, seeds, t = file["images"], file["seeds"], file["t"]
+    assert seeds.tolist() == [7, 3] and t.tolist() == [1.0, 0.0, 0.5] and images.shape == (3, 2, 8, 8, 3)
+    names = {f"seed{seed:06d}-t{moment:.2f}.png" for seed in (7, 3) for moment in (1, 0, 0.5)}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == names
+    alone = spigan.sample(model=model, seed=[3], t=0.5, output_type="pil", device="cpu")
+    assert np.abs(np.asarray(alone[0], dtype=int) - images[2, 1].astype(int)).max() <= 1
+    with Image.open(tmp_path / "grid.png") as grid:  # a row for each image, enlarged eight times
+        assert grid.size == ((3 * 9 - 1) * 8, (2 * 9 - 1) * 8)
+
+
+def test_sample_refuses_an_unknown_suffix(model: Path, tmp_path: Path) -> None:
+    assert "expected a .png or .npz file" in refused("sample", "--model", model, "--out", tmp_path / "x.jpg")
+    assert not (tmp_path / "x.jpg").exists()
+
+
+def test_resume_names_the_options_it_cannot_take(tmp_path: Path) -> None:
+    message = refused("train", "--resume", tmp_path, "--preset", "digits", "--batch", 4)
+    assert message.endswith("leave out --preset, --batch")

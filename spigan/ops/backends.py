@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 _AUTO_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _implementations: dict[str, dict[str, Callable[[torch.device], str | None]]] = {}
-_override: list[str] = []
+_override: list[list[str]] = []  # of `use_backend`, innermost last; each block removes its own entry
 
 
 class BackendUnavailable(RuntimeError):
@@ -55,11 +55,13 @@ def use_backend(backend: str) -> Iterator[None]:
     Args:
         backend: "auto" or one of `BACKENDS`.
     """
-    _override.append(_check_name(backend, "use_backend"))
+    entry = [_check_name(backend, "use_backend")]
+    _override.append(entry)
     try:
         yield
     finally:
-        _override.pop()
+        # By identity: blocks of several threads may end in any order.
+        _override[:] = [other for other in _override if other is not entry]
 
 
 def requested(backend: str | None = None) -> tuple[str, str]:
@@ -74,7 +76,7 @@ def requested(backend: str | None = None) -> tuple[str, str]:
     if backend is not None:
         return _check_name(backend, "backend="), "the argument backend="
     if _override:
-        return _override[-1], "use_backend"
+        return _override[-1][0], "use_backend"
     if name := os.environ.get("SPIGAN_BACKEND"):
         return _check_name(name, "SPIGAN_BACKEND"), "SPIGAN_BACKEND"
     return "auto", "default"

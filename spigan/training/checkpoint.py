@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def remove_scratch(run_dir: Path) -> None:
-    """Delete the unfinished files that a kill in the middle of `save_checkpoint` left behind."""
-    for path in (run_dir / "checkpoints").glob(".checkpoint-*.safetensors"):
-        path.unlink()
+    """Delete the unfinished files that a kill in the middle of writing left behind."""
+    for pattern in ("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".stats.jsonl-*", ".*.json-*"):
+        for path in run_dir.glob(pattern):
+            path.unlink()
+    for folder in run_dir.glob("model/.saving-*"):
+        shutil.rmtree(folder)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

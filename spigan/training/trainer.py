@@ -24,7 +24,7 @@ from spigan.data import loader as image_loader
 from spigan.data import open_dataset
 from spigan.images import display_scale, make_grid, save_png, to_uint8
 from spigan.models import SPIGAN, Discriminator
-from spigan.ops import path_interpolate, philox_normal
+from spigan.ops import backends, path_interpolate, philox_normal
 from spigan.sampling import resolve_device
 from spigan.sde import VPSDE
 from spigan.training import checkpoint
@@ -127,6 +127,8 @@ class Trainer:
         # A group that divides the images at a time: of one time then, also where `_interleave` stacks several.
         at_a_time = config.batch_gpu or config.batch
         mbstd_group = next(g for g in range(min(config.mbstd_group, at_a_time), 0, -1) if at_a_time % g == 0)
+        for op in backends.operations():
+            backends.choose(op, None, self.device)  # a backend that cannot run is told before anything is written
         torch.manual_seed(config.seed)
         self.model = SPIGAN(config.model).to(self.device).train()
         self.discriminator = (
