@@ -359,6 +359,7 @@ def test_killed_again_and_again(tiny_config, tmp_path, forks):
         ("before stats.jsonl", 1),  # while resuming
     ]
     assert forks.session(run_dir, config, place=places[0]) == -signal.SIGKILL
+    assert list((run_dir / "checkpoints").glob(".checkpoint-*")), "the kill did not hit the writing of a checkpoint"
     last = 0
     for place in [*places[1:], None, None]:
         whole = checkpoints(run_dir)
@@ -370,12 +371,12 @@ def test_killed_again_and_again(tiny_config, tmp_path, forks):
         delay = random.Random(last).uniform(0.1, 0.4)
         ended = forks.session(run_dir, place=place, after=None if place else delay)
         assert ended == -signal.SIGKILL or (place is None and ended == 0)
-    assert list((run_dir / "checkpoints").glob(".checkpoint-*")), "no kill hit the writing of a checkpoint"
     assert last >= 10, "no session got further"
 
     assert forks.session(run_dir) == 0
     assert_same_end(run_dir, straight)
     assert len(rows(run_dir)) == 11
+    assert not [path for path in run_dir.rglob(".*")], "scratch files of killed sessions are left"
     assert (run_dir / "model" / "model.safetensors").read_bytes() == (
         straight / "model" / "model.safetensors"
     ).read_bytes()

@@ -225,14 +225,14 @@ def test_generator_gradient(new_trainer, monkeypatch):
 def test_r1_gradient(new_trainer, monkeypatch):
     """gamma / 2 times the penalty on real i(t), times the number of steps it stands for; in a step of its own."""
     trainer = without_noise(new_trainer(r1_gamma=3.0, r1_interval=5))
-    x_T, i = case(trainer, 4, [0.3])
+    _, i = case(trainer, 4, [0.3])
     real = i[0].clone().requires_grad_()
     (5 * 3.0 / 2 * r1_penalty(trainer.discriminator(real, torch.full((4,), 0.3)), real)).backward()
     expected = {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer._discriminator_step(i, trainer.model.mapping(x_T, [0.3]), [0.3])
-    assert len(gradients) == 2
-    assert_gradients_close(gradients[1], expected)
+    trainer._r1_step(i, [0.3])
+    assert len(gradients) == 1
+    assert_gradients_close(gradients[0], expected)
 
 
 def test_path_length_gradient(new_trainer, monkeypatch):
@@ -248,10 +248,10 @@ def test_path_length_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
     torch.manual_seed(3)
-    trainer._generator_step(x_T, [0.3])
-    assert len(gradients) == 2
+    trainer._path_length_step(x_T, [0.3])
+    assert len(gradients) == 1
     assert trainer.pl_mean.item() == pytest.approx(mean, rel=1e-5)
-    assert_gradients_close(gradients[1], expected)
+    assert_gradients_close(gradients[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -266,10 +266,12 @@ def test_joint_gradient_is_the_mean_of_sequential_ones(new_trainer, monkeypatch,
     h = trainer.model.mapping(x_T, times).detach()
     gradients = keep_gradients(monkeypatch, trainer)
     trainer._discriminator_step(i, h, times)
+    trainer._r1_step(i, times)
     trainer._generator_step(x_T, times)
     joint, gradients[:] = gradients[:], []
     for k, t in enumerate(times):
         trainer._discriminator_step(i[[k]], h[[k]], [t])
+        trainer._r1_step(i[[k]], [t])
         trainer._generator_step(x_T, [t])
     assert len(joint) == 3 and len(gradients) == 9  # D, R1, G, for each time
     for kind in range(3):
@@ -288,6 +290,7 @@ def test_gradients_accumulate(new_trainer, monkeypatch, times):
         x_T, i = case(trainer, 6, times)
         gradients = keep_gradients(monkeypatch, trainer)
         trainer._discriminator_step(i, trainer.model.mapping(x_T, times).detach(), times)
+        trainer._r1_step(i, times)
         trainer._generator_step(x_T, times)
         assert set(sizes) == {(batch_gpu or 6) * len(times)}
         found[batch_gpu] = gradients
