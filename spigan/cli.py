@@ -299,7 +299,7 @@ def demo(
     kimg: Annotated[float | None, typer.Option(help="Thousands of images to train on.")] = None,
     seed: Annotated[int, typer.Option(help="Of training.", min=0)] = 0,
 ) -> None:
-    """Train on small digits for about two minutes (2 CPU cores), draw samples, show noise turn into images, time it."""
+    """Train on small digits for a few minutes (2 CPU cores), draw samples, show noise turn into images, time it."""
     from spigan.images import display_scale, make_grid, save_png, to_uint8
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset

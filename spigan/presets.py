@@ -26,7 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "model": ModelConfig(
             resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=384, channel_max=48
         ),
-        "total_kimg": 24,
+        "total_kimg": 28,
         "batch": 32,
         "r1_gamma": 0.1,
         "ema_kimg": 1,
