@@ -3,38 +3,54 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "bindings.h"
 #include "common/philox.h"
-#include "cpu/philox_normal.h"
+#include "cpu/kernels.h"
+#if defined(SPIGAN_WITH_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
+using namespace spigan;
+
 using Words4 = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t>;
 using Words2 = std::tuple<std::uint32_t, std::uint32_t>;
 
-Words4 philox4x32_10(const Words4& counter, const Words2& key) {
+Words4 philox_words(const Words4& counter, const Words2& key) {
   const auto [c0, c1, c2, c3] = counter;
   const auto [k0, k1] = key;
   const spigan::Philox4x32 words = spigan::philox4x32_10({c0, c1, c2, c3}, {k0, k1});
   return {words.x0, words.x1, words.x2, words.x3};
 }
 
-void philox_normal(std::uintptr_t out_ptr, std::uintptr_t seeds_ptr, std::int64_t rows, std::int64_t row_numel,
-                   std::uint64_t offset, int threads) {
-  if (rows < 0 || row_numel < 0 || threads < 1) {
-    throw std::invalid_argument("philox_normal needs rows >= 0, row_numel >= 0 and threads >= 1, got rows=" +
-                                std::to_string(rows) + ", row_numel=" + std::to_string(row_numel) +
-                                ", threads=" + std::to_string(threads));
+// The kernels on the CPU; the last argument of each is the number of threads.
+struct Cpu {
+  static constexpr const char* kContext = "threads";
+  static constexpr const char* kContextDoc = "most threads to use, at least 1; changes no bit of the result.";
+
+  static int threads(std::int64_t context) {
+    require(context >= 1 && context <= 1 << 20, "threads >= 1", context);
+    return static_cast<int>(context);
   }
-  spigan::cpu::philox_normal(reinterpret_cast<float*>(out_ptr), reinterpret_cast<const std::int64_t*>(seeds_ptr), rows,
-                             row_numel, offset, threads);
-}
+  static void philox_normal(const PhiloxNormal& args, std::int64_t context) {
+    cpu::kernels().philox_normal(args, threads(context));
+  }
+  static void path_interpolate(const PathInterpolate& args, std::int64_t context) {
+    cpu::kernels().path_interpolate(args, threads(context));
+  }
+  static void rk4_mlp(const Rk4Mlp& args, std::int64_t context) {
+    if (!cpu::kernels().rk4_mlp(args, threads(context))) throw std::bad_alloc();
+  }
+};
 
 // "80-real,90" -> ["80-real", "90"]; CMake joins its list with commas, which need no quoting on a command line.
 py::list split(const std::string& text) {
@@ -60,6 +76,10 @@ py::dict build_info() {
   info["cuda"] = !cuda_version.empty();
   info["cuda_version"] = cuda_version.empty() ? py::object(py::none()) : py::object(py::str(cuda_version));
   info["cuda_architectures"] = split(SPIGAN_CUDA_ARCHITECTURES);
+  py::list isas;
+  for (const char* const* name = cpu::available_isas(); *name != nullptr; ++name) isas.append(*name);
+  info["cpu_isas"] = isas;
+  info["cpu_isa"] = cpu::kernels().isa;
   info["build_type"] = SPIGAN_BUILD_TYPE;
   return info;
 }
@@ -70,7 +90,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "C++ kernels of spigan. Private: the public functions, which check their arguments, are in spigan.ops.";
 
-  m.def("philox4x32_10", &philox4x32_10, py::arg("counter"), py::arg("key"),
+  m.def("philox4x32_10", &philox_words, py::arg("counter"), py::arg("key"),
         R"(Ten rounds of Philox4x32 on one block.
 
 Args:
@@ -80,22 +100,28 @@ Args:
 Returns:
     Four 32-bit words.)");
 
-  m.def("philox_normal", &philox_normal, py::arg("out_ptr"), py::arg("seeds_ptr"), py::arg("rows"),
-        py::arg("row_numel"), py::arg("offset"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
-        R"(Write out[i, j] = standard normal number `offset + j` (mod 2^64) of the stream of seeds[i].
+  bind_operations<Cpu>(m);
+#if defined(SPIGAN_WITH_CUDA)
+  py::module_ cuda = m.def_submodule("cuda", "The same operations on a GPU: device addresses, and a stream.");
+  bind_cuda(cuda);
+#endif
 
-The result does not depend on `threads`. The GIL is released.
+  m.def(
+      "select_cpu_isa",
+      [](const py::object& name) {
+        if (!cpu::select_isa(name.is_none() ? nullptr : py::cast<std::string>(name).c_str())) {
+          throw std::invalid_argument("select_cpu_isa: " + py::cast<std::string>(py::str(name)) +
+                                      " is not one of build_info()['cpu_isas']");
+        }
+      },
+      py::arg("name"),
+      R"(Run the CPU kernels on another instruction set than the best one, for tests.
 
 Args:
-    out_ptr: address of float32 [rows, row_numel], contiguous; overwritten.
-    seeds_ptr: address of int64 [rows], read as unsigned.
-    rows: number of streams; may be 0.
-    row_numel: numbers to draw from each stream; may be 0.
-    offset: index of the first number in each stream, in [0, 2^64).
-    threads: most threads to use, at least 1.
+    name: one of build_info()["cpu_isas"], or None for the best one.
 
 Raises:
-    ValueError: a negative size, or threads below 1.)");
+    ValueError: this CPU or this build does not have it.)");
 
   m.def("build_info", &build_info,
         R"(How this extension was built.
@@ -103,5 +129,6 @@ Raises:
 Returns:
     Dictionary of compiler and compiler_version (str), cxx_standard (int, the value of __cplusplus), openmp (bool),
     openmp_version (int, the date YYYYMM of the OpenMP specification, or None), cuda (bool), cuda_version (str or
-    None), cuda_architectures (list of str in CMake's notation) and build_type (str).)");
+    None), cuda_architectures (list of str in CMake's notation), cpu_isas (list of str: instruction sets built that
+    this CPU has, best first), cpu_isa (str: the one in use) and build_type (str).)");
 }

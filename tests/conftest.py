@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spigan import _C
 
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)
 settings.load_profile("spigan")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """set_threads(n): torch's number of threads, which the C++ kernels take, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=_C.build_info()["cpu_isas"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set that this CPU has, which the C++ kernels then use."""
+    _C.select_cpu_isa(request.param)
+    yield request.param
+    _C.select_cpu_isa(None)
 
 
 @pytest.fixture
@@ -40,6 +68,8 @@ def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float 
         return (value.detach().double() - exact).abs().max().item()
 
     assert exact.isfinite().all() and plain.isfinite().all(), "the references themselves overflow"
+    if actual.dtype == torch.float64:
+        slack = 100.0  # the reference itself is only that exact
     floor = slack * torch.finfo(actual.dtype).eps * exact.abs().max().item()
     # Written so that a NaN fails.
     assert error(actual) <= 2.0 * error(plain) + floor, (
@@ -47,10 +77,33 @@ def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float 
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_accurate() -> Callable[..., None]:
     """assert_accurate(actual, plain, exact): error(actual) <= 2 error(plain) + 2 eps max|exact|.
 
     `plain` is plain PyTorch in the dtype of `actual`, `exact` the same in float64.
     """
     return _assert_accurate
+
+
+class _Kernels(TorchDispatchMode):
+    """Notes (operator, backend) of every kernel of this project that runs inside the `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "spigan":
+            bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            self.calls.append((name, bound.get("backend", "")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def kernels() -> _Kernels:
+    """`with kernels:` notes in `kernels.calls` which operators of the project run, and on which backend."""
+    return _Kernels()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,8 +91,19 @@ def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
     return implementations[backend](device)
 
 
-def choose(op: str, backend: str | None, device: torch.device) -> str:
+def unlimited(backend: str) -> str | None:
+    """`limit` of operations whose backends all take the same arguments."""
+    return None
+
+
+def choose(op: str, backend: str | None, device: torch.device, limit: Callable[[str], str | None] = unlimited) -> str:
     """Name of the backend that runs `op` on `device`.
+
+    Args:
+        op: name of the operation.
+        backend: the `backend` argument of the call.
+        device: device of the tensors.
+        limit: tells for a backend why it does not take this call's arguments, or None when it does.
 
     Raises:
         BackendUnavailable: `backend` was asked for by name and cannot run.
@@ -99,8 +111,8 @@ def choose(op: str, backend: str | None, device: torch.device) -> str:
     name, source = requested(backend)
     if name == "auto":
         order = _AUTO_ORDER.get(device.type, ("reference",))
-        return next(b for b in order if why_unavailable(op, b, device) is None)
-    if (cause := why_unavailable(op, name, device)) is not None:
+        return next(b for b in order if why_unavailable(op, b, device) is None and limit(b) is None)
+    if (cause := why_unavailable(op, name, device) or limit(name)) is not None:
         raise BackendUnavailable(f"{op}: backend {name!r} (asked for by {source}) cannot run on {device}: {cause}")
     return name
 
@@ -133,6 +145,49 @@ def extension_on_cpu(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     return _extension_cause
+
+
+# Found out once, here: compilers trace `choose`, and could not trace this.
+_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_capabilities: dict[int, tuple[int, int]] = {}  # by index of the CUDA device
+
+
+def _old_gpu(device: torch.device) -> str | None:
+    index = device.index or 0
+    if index not in _capabilities:  # not at import: it would initialise CUDA, after which a process cannot fork
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    major, minor = _capabilities[index]
+    if major < 8:
+        return f"it needs compute capability 8.0 or more, {device} has {major}.{minor}"
+    return None
+
+
+def triton_on_gpu(device: torch.device) -> str | None:
+    """`unavailable` function of the triton backends: CUDA tensors, or CPU tensors where TRITON_INTERPRET=1."""
+    if not _TRITON:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        return _old_gpu(device)
+    if device.type == "cpu" and _TRITON_INTERPRET:
+        return None
+    return f"it runs on CUDA devices, not on {device.type}"
+
+
+def cuda_on_gpu(device: torch.device) -> str | None:
+    """`unavailable` function of the cuda backends: they need `spigan._C` built with CUDA, and CUDA tensors."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, not on {device.type}"
+    if _extension is None:
+        return _extension_cause
+    if not _extension.build_info()["cuda"]:
+        return (
+            "spigan._C was built without CUDA: put nvcc on PATH and install again "
+            "(SPIGAN_CUDA=ON makes its absence an error)"
+        )
+    return _old_gpu(device)
 
 
 def always_available(device: torch.device) -> str | None:

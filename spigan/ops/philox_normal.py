@@ -1,7 +1,8 @@
 """Standard normal numbers from the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3"): element e of a seed's stream is the same number on every backend, whoever draws it.
 
-C++ twin: csrc/cpu/philox_normal.cpp, csrc/common/philox.h.
+Twins: csrc/common/philox.h (arithmetic), csrc/cpu/philox_normal.cpp, csrc/cuda/philox_normal.cu,
+kernels/philox_normal.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from spigan.ops import backends
 from spigan.ops.checks import FLOATS, check_index, dtype_names
-from spigan.ops.library import library
+from spigan.ops.library import address, define, dtype_number, launcher, on
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -101,7 +102,7 @@ def philox_normal(
         offset: index of the first element in the stream, in [0, 2^63).
         device: device of the result; default: that of a seed tensor, else the CPU.
         dtype: float32, float64, bfloat16 or float16.
-        backend: "auto", "reference" or "cpp"; default: see `spigan.ops.use_backend`.
+        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`.
 
     Returns:
         Tensor of `shape`. It carries no gradient.
@@ -126,30 +127,43 @@ def philox_normal(
     else:
         seeds = torch.full((1,), check_index("seed", seed), dtype=torch.int64, device=device)
         row_numel = math.prod(size)
-    name = backends.choose("philox_normal", backend, seeds.device)
+
+    def limit(name: str) -> str | None:
+        if name in ("triton", "cuda") and dtype == torch.float64:
+            return "it draws float32, bfloat16 or float16, not float64"
+        return None
+
+    name = backends.choose("philox_normal", backend, seeds.device, limit)
     if name == "reference":
-        rows = philox_normal_reference(seeds, row_numel, offset)
-    else:
-        rows = torch.ops.spigan.philox_normal(seeds, row_numel, offset, name)
-    return rows.view(size).to(dtype)
+        return philox_normal_reference(seeds, row_numel, offset).view(size).to(dtype)
+    return torch.ops.spigan.philox_normal(seeds, row_numel, offset, dtype, name).view(size)
 
 
-def _philox_normal_cpp(seeds: Tensor, row_numel: int, offset: int, backend: str) -> Tensor:
+def _kernel(seeds: Tensor, row_numel: int, offset: int, dtype: torch.dtype, backend: str) -> Tensor:
     seeds = seeds.contiguous()
-    out = torch.empty((seeds.shape[0], row_numel), dtype=torch.float32)
-    backends.extension().philox_normal(
-        out.data_ptr(), seeds.data_ptr(), seeds.shape[0], row_numel, offset, torch.get_num_threads()
-    )
+    out = seeds.new_empty((seeds.shape[0], row_numel), dtype=dtype)
+    with on(out.device):
+        if backend == "triton":
+            from spigan.kernels.philox_normal import philox_normal as draw
+
+            draw(out, seeds, offset)
+        else:
+            module, context = launcher(backend, out.device)
+            number = dtype_number(module, dtype)
+            module.philox_normal(address(out), number, address(seeds), *out.shape, offset, context)
     return out
 
 
-def _philox_normal_fake(seeds: Tensor, row_numel: int, offset: int, backend: str) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], row_numel), dtype=torch.float32)
+def _fake(seeds: Tensor, row_numel: int, offset: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], row_numel), dtype=dtype)
 
 
-library.define("philox_normal(Tensor seeds, SymInt row_numel, SymInt offset, str backend) -> Tensor")
-library.impl("philox_normal", _philox_normal_cpp, "CPU")
-torch.library.register_fake("spigan::philox_normal", _philox_normal_fake, lib=library)
-
+define(
+    "philox_normal(Tensor seeds, SymInt row_numel, SymInt offset, ScalarType dtype, str backend) -> Tensor",
+    _kernel,
+    _fake,
+)
 backends.register("philox_normal", "reference", backends.always_available)
 backends.register("philox_normal", "cpp", backends.extension_on_cpu)
+backends.register("philox_normal", "triton", backends.triton_on_gpu)
+backends.register("philox_normal", "cuda", backends.cuda_on_gpu)

@@ -1,10 +1,14 @@
 """Integration of the mapping network's ODE dh/dt = r(h, t), r a small MLP, by the classical Runge-Kutta method
-(the paper's eq. 6 and section 3.3)."""
+(the paper's eq. 6 and section 3.3).
+
+Twins: csrc/common/rk4.h and activations.h (arithmetic), csrc/cpu/rk4_mlp.cpp, csrc/cuda/rk4_mlp.cu, kernels/rk4_mlp.py.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from torch.nn import functional as F
 
 from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor, check_times
+from spigan.ops.library import address, define, dtype_number, launcher, library, on
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -45,8 +50,8 @@ def mlp_vector_field(
     return h
 
 
-def step_grid(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, bool]]:
-    """Steps (start, length, whether it ends at a requested time) that lead from 0 through all `times`.
+def intervals(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, int]]:
+    """(start, length of a step, number of steps) that lead from 0 to each of `times` in turn.
 
     An interval of length d is divided into ceil(steps d) equal steps.
     """
@@ -54,10 +59,15 @@ def step_grid(times: Sequence[float], steps: int) -> Iterator[tuple[float, float
     for end in times:
         # 1e-6 of a step keeps rounding in e.g. 0.7 - 0.2 from adding one.
         count = max(1, math.ceil(steps * (end - start) - 1e-6))
-        length = (end - start) / count
+        yield start, (end - start) / count, count
+        start = end
+
+
+def step_grid(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, bool]]:
+    """Steps (start, length, whether it ends at a requested time) that lead from 0 through all `times`."""
+    for start, length, count in intervals(times, steps):
         for i in range(count):
             yield start + i * length, length, i == count - 1
-        start = end
 
 
 def rk4_step(field: Callable[[Tensor, float], Tensor], h: Tensor, t: float, dt: float) -> Tensor:
@@ -89,15 +99,15 @@ def integrate(
     return torch.stack(states)
 
 
+def _field(weight: Tensor, bias: Tensor, time_weight: Tensor, activation: str, h: Tensor, t: float) -> Tensor:
+    return mlp_vector_field(h, t, weight, bias, time_weight, activation)
+
+
 def rk4_mlp_reference(
     h0: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, times: Sequence[float], steps: int, activation: str
 ) -> Tensor:
     """Plain PyTorch definition of `rk4_mlp`, differentiable to any order."""
-
-    def field(h: Tensor, t: float) -> Tensor:
-        return mlp_vector_field(h, t, weight, bias, time_weight, activation)
-
-    return integrate(rk4_step, field, h0, times, steps)
+    return integrate(rk4_step, partial(_field, weight, bias, time_weight, activation), h0, times, steps)
 
 
 def rk4_mlp(
@@ -124,10 +134,13 @@ def rk4_mlp(
         times: K increasing floats in (0, 1], shared by the batch.
         steps: steps for the whole interval [0, 1].
         activation: "silu", "lrelu" (slope 0.2), "tanh" or "softplus".
-        backend: "auto" or "reference"; default: see `spigan.ops.use_backend`.
+        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`. "triton" and "cuda" take D a
+            multiple of 16 up to 1024, L up to 8, at most 64 times and no float64.
 
     Returns:
-        [K, N, D] h at the requested times. Differentiable in all tensors, to any order.
+        [K, N, D] h at the requested times. Differentiable in all tensors, to any order: a kernel's first derivatives
+        are those of its own steps (discretise, then optimise) from one saved state per step, with the stages computed
+        again; second derivatives are computed by the reference.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or range.
@@ -145,8 +158,202 @@ def rk4_mlp(
     steps = check_index("steps", steps, minimum=1)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    backends.choose("rk4_mlp", backend, h0.device)
-    return rk4_mlp_reference(h0, weight, bias, time_weight, times, steps, activation)
+
+    def limit(name: str) -> str | None:
+        if name not in ("triton", "cuda"):
+            return None
+        if h0.dtype == torch.float64:
+            return "it takes float32, bfloat16 and float16, not float64"
+        if dim % 16 != 0 or not 16 <= dim <= 1024 or weight.shape[0] > 8:
+            return f"it takes D a multiple of 16 up to 1024 and up to 8 layers, got D = {dim} and {weight.shape[0]}"
+        return f"it takes at most 64 times, got {len(times)}" if len(times) > 64 else None
+
+    name = backends.choose("rk4_mlp", backend, h0.device, limit)
+    if name == "reference":
+        return rk4_mlp_reference(h0, weight, bias, time_weight, times, steps, activation)
+    inputs = (h0, weight, bias, time_weight)
+    # Where a backward pass may follow, the state after every step is written and kept for it.
+    every_step = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, every_step, activation, name)
+    if not every_step:
+        return states
+    return torch.stack([states[step] for step in _written(times, steps, False)])
 
 
+def _written(times: Sequence[float], steps: int, every_step: bool) -> list[int]:
+    """The steps after which a state is written."""
+    return [step for step, (_, _, ends) in enumerate(step_grid(times, steps)) if ends or every_step]
+
+
+def _kernel(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    time_weight: Tensor,
+    times: Sequence[float],
+    steps: int,
+    every_step: bool,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    h0, weight, bias, time_weight = (x.contiguous() for x in (h0, weight, bias, time_weight))
+    grid = tuple(intervals(times, steps))
+    out = _fake(h0, weight, bias, time_weight, times, steps, every_step, activation, backend)
+    with on(h0.device):
+        if backend == "triton":
+            from spigan.kernels.rk4_mlp import rk4_mlp as solve
+
+            solve(out, h0, weight, bias, time_weight, grid, every_step, activation)
+        else:
+            module, context = launcher(backend, h0.device)
+            number, sizes = dtype_number(module, h0.dtype), (*h0.shape, weight.shape[0])
+            needed = module.rk4_mlp_workspace_bytes(number, *sizes) if backend == "cuda" else 0
+            workspace = h0.new_empty(needed, dtype=torch.uint8)
+            module.rk4_mlp(
+                address(out),
+                number,
+                address(h0),
+                address(weight),
+                address(bias),
+                address(time_weight),
+                *sizes,
+                grid,
+                every_step,
+                module.ACTIVATIONS.index(activation),
+                context,
+                address(workspace),
+            )
+    return out
+
+
+def _fake(
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    time_weight: Tensor,
+    times: Sequence[float],
+    steps: int,
+    every_step: bool,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return h0.new_empty((len(_written(times, steps, every_step)), *h0.shape))
+
+
+# Gradient in the input of an activation, from the gradient in its output and the input.
+_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "lrelu": lambda grad, x: torch.ops.aten.leaky_relu_backward(grad, x, 0.2, False),
+    "tanh": lambda grad, x: torch.ops.aten.tanh_backward(grad, torch.tanh(x)),
+    "softplus": lambda grad, x: torch.ops.aten.softplus_backward(grad, x, 1, 20),
+}
+
+
+def _backward_kernel(
+    grad_states: Tensor,
+    states: Tensor,
+    h0: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    time_weight: Tensor,
+    times: Sequence[float],
+    steps: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `rk4_mlp` from those of the states after every step [S, N, D].
+
+    Plain PyTorch on any device: matrix products are most of its time, and the library's are the fastest. Each step's
+    four stages are computed again from the state before it; sums of gradients are float32 for half types.
+    """
+    dtype, layers = h0.dtype, weight.shape[0]
+    exact = torch.promote_types(dtype, torch.float32)
+    act, act_backward = ACTIVATIONS[activation], _ACTIVATION_BACKWARD[activation]
+    grad_weight, grad_bias, grad_time = (torch.zeros_like(x, dtype=exact) for x in (weight, bias, time_weight))
+    grad_h = torch.zeros_like(h0, dtype=exact)
+    for step, (t, dt, _) in reversed(list(enumerate(step_grid(times, steps)))):
+        grad_h = grad_h + grad_states[step]
+        h = (states[step - 1] if step else h0).to(exact)
+        nodes = [(t, 0.0), (t + dt / 2, dt / 2), (t + dt / 2, dt / 2), (t + dt, dt)]  # of the four stages: time, length
+        inputs: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] what the layer multiplies
+        before: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] what its activation was given
+        k = torch.zeros_like(h)
+        for time, length in nodes:
+            x = (h + length * k).to(dtype)
+            for layer in range(layers):
+                inputs[layer].append(x)
+                x = F.linear(x, weight[layer], bias[layer] + time * time_weight[layer])
+                before[layer].append(x)
+                x = act(x) if layer < layers - 1 else x
+            k = x.to(exact)
+        # Backwards through k4 .. k1; the stage after stage s starts at h + length k_s.
+        grads: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage, last first]
+        grad_k, grad_start = (dt / 6) * grad_h, grad_h
+        for stage in reversed(range(4)):
+            grad = grad_k.to(dtype)
+            for layer in reversed(range(layers)):
+                if layer < layers - 1:
+                    grad = act_backward(grad, before[layer][stage])
+                grads[layer].append(grad)
+                grad = grad @ weight[layer]
+            grad_x = grad.to(exact)
+            grad_start = grad_start + grad_x
+            grad_k = (dt / (6 if stage == 1 else 3)) * grad_h + nodes[stage][1] * grad_x
+        for layer in range(layers):
+            grad = torch.cat(grads[layer][::-1])  # [4 N, D]
+            grad_weight[layer] += grad.t() @ torch.cat(inputs[layer])
+            per_stage = grad.view(4, *h0.shape).sum(1, dtype=exact)
+            grad_bias[layer] += per_stage.sum(0)
+            grad_time[layer] += sum(time * per_stage[stage] for stage, (time, _) in enumerate(nodes))
+        grad_h = grad_start
+    return grad_h.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype), grad_time.to(dtype)
+
+
+def _backward_fake(grad_states, states, h0, weight, bias, time_weight, times, steps, activation):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h0, weight, bias, time_weight))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.times, ctx.steps, ctx.every_step, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _backward(ctx, grad_states):  # type: ignore[no-untyped-def]
+    *inputs, states = ctx.saved_tensors
+    times, steps, activation = ctx.times, ctx.steps, ctx.activation
+    if torch.is_grad_enabled():
+        # A second derivative was asked for: the reference again, with a graph.
+        needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+        h, weight, bias, time_weight = inputs
+        field = partial(_field, weight, bias, time_weight, activation)
+        every = []
+        for t, dt, _ in step_grid(times, steps):
+            h = rk4_step(field, h, t, dt)
+            every.append(h)
+        output = torch.stack([every[step] for step in _written(times, steps, ctx.every_step)])
+        grads = iter(torch.autograd.grad(output, needed, grad_states, create_graph=True))
+        return *(next(grads) if need else None for need in ctx.needs_input_grad[:4]), *(None,) * 5
+    if not ctx.every_step:  # the states between were not kept
+        states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, True, activation, ctx.backend)
+        every_grad = torch.zeros_like(states)
+        every_grad[_written(times, steps, False)] = grad_states
+        grad_states = every_grad
+    return *torch.ops.spigan.rk4_mlp_backward(grad_states, states, *inputs, times, steps, activation), *(None,) * 5
+
+
+define(
+    "rk4_mlp(Tensor h0, Tensor weight, Tensor bias, Tensor time_weight, float[] times, SymInt steps, bool every_step, "
+    "str activation, str backend) -> Tensor",
+    _kernel,
+    _fake,
+)
+define(
+    "rk4_mlp_backward(Tensor grad_states, Tensor states, Tensor h0, Tensor weight, Tensor bias, Tensor time_weight, "
+    "float[] times, SymInt steps, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+torch.library.register_autograd("spigan::rk4_mlp", _backward, setup_context=_setup_context, lib=library)
 backends.register("rk4_mlp", "reference", backends.always_available)
+backends.register("rk4_mlp", "cpp", backends.extension_on_cpu)
+backends.register("rk4_mlp", "triton", backends.triton_on_gpu)
+backends.register("rk4_mlp", "cuda", backends.cuda_on_gpu)

@@ -176,12 +176,15 @@ class Trainer:
             images: uint8 [N, C, H, W] clean images.
         """
         images = images.to(self.device, non_blocking=True)
-        if self.config.xflip:
-            flip = torch.rand(images.shape[0], device=self.device) < 0.5
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        flips = torch.rand(images.shape[0], device=self.device) < 0.5 if self.config.xflip else None
         times = self._draw_times()
         x_T, i = path_interpolate(
-            images, times, seed=_NOISE_STREAM + self.config.seed, offset=self.noise_offset, sde=self.sde
+            images,
+            times,
+            seed=_NOISE_STREAM + self.config.seed,
+            offset=self.noise_offset,
+            flips=flips,
+            sde=self.sde,
         )
         self.noise_offset += images.numel()
         # z is the noisy end of the same images' path; StyleGAN2's mapping has a z of its own shape.

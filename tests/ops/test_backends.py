@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -149,6 +150,164 @@ def test_cause_of_a_backend_without_implementation(monkeypatch):
 def test_cpp_is_for_the_cpu_alone():
     with pytest.raises(BackendUnavailable, match="it runs on the CPU, not on meta"):
         ops.philox_normal((3,), seed=0, device="meta", backend="cpp")
+
+
+# ---- Limits of the kernels: refused by name, left to the reference by "auto" ----
+
+
+class _Chosen(Exception):
+    pass
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Let every backend run on the CPU, as far as `choose` can tell, cuda first; calls end with the choice."""
+    for op in ("philox_normal", "path_interpolate", "rk4_mlp"):
+        for backend in ("triton", "cuda"):
+            monkeypatch.setitem(backends._implementations[op], backend, backends.always_available)
+    monkeypatch.setitem(backends._AUTO_ORDER, "cpu", ("cuda", "triton", "cpp", "reference"))
+    choose = backends.choose
+
+    def stop(*args):
+        raise _Chosen(choose(*args))
+
+    monkeypatch.setattr(backends, "choose", stop)
+
+
+def _mlp(dim=16, layers=2, times=1, dtype=torch.float32, **options):
+    zeros = [torch.zeros(shape, dtype=dtype) for shape in ((2, dim), (layers, dim, dim), (layers, dim), (layers, dim))]
+    ops.rk4_mlp(*zeros, [(k + 1) / times for k in range(times)], **options)
+
+
+def _path(times=1, x0_dtype=torch.float32, dtype=torch.float32, noise_dtype=None, **options):
+    x0 = torch.zeros(2, 1, 2, 2).to(x0_dtype)
+    noise = None if noise_dtype is None else torch.zeros(2, 1, 2, 2, dtype=noise_dtype)
+    ops.path_interpolate(x0, [(k + 1) / times for k in range(times)], seed=0, noise=noise, dtype=dtype, **options)
+
+
+def _normal(dtype, **options):
+    ops.philox_normal((3,), seed=0, dtype=dtype, **options)
+
+
+FLOAT64 = "it takes float32, bfloat16 and float16, not float64"
+WIDTH = "it takes D a multiple of 16 up to 1024 and up to 8 layers, got D = {} and {}"
+PATH_FLOAT64 = "it computes in float32: float64 images or results are for the reference"
+# (call, what "auto" falls back to, backends that refuse, cause)
+BEYOND = [
+    (
+        lambda **o: _normal(torch.float64, **o),
+        "cpp",
+        ["triton", "cuda"],
+        "it draws float32, bfloat16 or float16, not f",
+    ),
+    (lambda **o: _path(9, **o), "reference", ["cpp", "triton", "cuda"], "it takes at most 8 times, got 9"),
+    (lambda **o: _path(x0_dtype=torch.float64, **o), "reference", ["cpp", "triton", "cuda"], PATH_FLOAT64),
+    (lambda **o: _path(dtype=torch.float64, **o), "reference", ["cpp", "triton", "cuda"], PATH_FLOAT64),
+    (lambda **o: _mlp(24, **o), "cpp", ["triton", "cuda"], WIDTH.format(24, 2)),
+    (lambda **o: _mlp(8, **o), "cpp", ["triton", "cuda"], WIDTH.format(8, 2)),
+    (lambda **o: _mlp(0, **o), "cpp", ["triton", "cuda"], WIDTH.format(0, 2)),
+    (lambda **o: _mlp(1040, 1, **o), "cpp", ["triton", "cuda"], WIDTH.format(1040, 1)),
+    (lambda **o: _mlp(16, 9, **o), "cpp", ["triton", "cuda"], WIDTH.format(16, 9)),
+    (lambda **o: _mlp(times=65, **o), "cpp", ["triton", "cuda"], "it takes at most 64 times, got 65"),
+    (lambda **o: _mlp(dtype=torch.float64, **o), "cpp", ["triton", "cuda"], FLOAT64),
+]
+WITHIN = [
+    *(lambda dtype=dtype, **o: _normal(dtype, **o) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(lambda dtype=dtype, **o: _mlp(dtype=dtype, **o) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    lambda **o: _mlp(1024, 1, **o),
+    lambda **o: _mlp(16, 8, **o),
+    lambda **o: _mlp(times=64, **o),
+    lambda **o: _path(8, **o),
+    lambda **o: _path(x0_dtype=torch.uint8, dtype=torch.bfloat16, noise_dtype=torch.float64, **o),
+]
+
+
+@pytest.mark.parametrize(("call", "fallback", "refusing", "cause"), BEYOND)
+def test_beyond_a_limit(call, fallback, refusing, cause, everywhere):
+    with pytest.raises(_Chosen, match=f"^{fallback}$"):
+        call()
+    for backend in refusing:
+        message = rf"backend '{backend}' \(asked for by use_backend\) cannot run on cpu: {re.escape(cause)}"
+        with pytest.raises(BackendUnavailable, match=message), use_backend(backend):
+            call()
+    for backend in {"reference", "cpp"} - set(refusing):
+        with pytest.raises(_Chosen, match=f"^{backend}$"):
+            call(backend=backend)
+
+
+@pytest.mark.parametrize("call", WITHIN)
+def test_within_all_limits(call, everywhere):
+    with pytest.raises(_Chosen, match=r"^cuda$"):
+        call()
+    for backend in BACKENDS:
+        with pytest.raises(_Chosen, match=f"^{backend}$"):
+            call(backend=backend)
+
+
+def test_what_no_kernel_takes_is_computed_by_the_reference(kernels):
+    x0, times = torch.rand(2, 1, 3, 3), [k / 9 for k in range(1, 10)]
+    with kernels:
+        ops.path_interpolate(x0, times[:8], noise=torch.randn_like(x0))
+        assert kernels.calls == [("path_interpolate", "cpp")]
+        kernels.calls.clear()
+        x_T, i = ops.path_interpolate(x0, times, seed=3, offset=5)
+        results = ops.path_interpolate(x0.double(), [0.5], noise=torch.randn_like(x0))
+    assert [name for name, _ in kernels.calls] == ["philox_normal"]  # the noise has limits of its own
+    assert i.shape == (9, *x0.shape) and results[0].dtype == torch.float32
+    torch.testing.assert_close(i, torch.stack([t * x0 + (1 - t) * x_T for t in times]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("installed", "interpret", "device", "cause"),
+    [
+        (False, True, "cpu", "the package triton is not installed"),
+        (False, False, "cuda", "the package triton is not installed"),
+        (True, False, "cpu", "it runs on CUDA devices, not on cpu"),
+        (True, True, "cpu", None),
+        (True, True, "meta", "it runs on CUDA devices, not on meta"),
+        (True, False, "cuda", None),
+        (True, False, "cuda:1", "it needs compute capability 8.0 or more, cuda:1 has 7.5"),
+    ],
+)
+def test_where_triton_runs(installed, interpret, device, cause, monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON", installed)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(backends, "_capabilities", {0: (8, 0), 1: (7, 5)})
+    assert backends.triton_on_gpu(torch.device(device)) == cause
+
+
+def test_where_cuda_runs(monkeypatch):
+    class Extension:
+        @staticmethod
+        def build_info():
+            return {"cuda": with_cuda}
+
+    monkeypatch.setattr(backends, "_capabilities", {0: (9, 0), 1: (7, 5)})
+    monkeypatch.setattr(backends, "_extension", Extension)
+    with_cuda = True
+    assert backends.cuda_on_gpu(torch.device("cuda")) is None
+    assert backends.cuda_on_gpu(CPU) == "it runs on CUDA devices, not on cpu"
+    assert "it needs compute capability 8.0 or more" in backends.cuda_on_gpu(torch.device("cuda:1"))
+    with_cuda = False
+    assert backends.cuda_on_gpu(torch.device("cuda")).startswith("spigan._C was built without CUDA: put nvcc on PATH")
+    monkeypatch.setattr(backends, "_extension", None)
+    monkeypatch.setattr(backends, "_extension_cause", "it is gone")
+    assert backends.cuda_on_gpu(torch.device("cuda")) == "it is gone"
+
+
+def test_capability_is_asked_once_for_each_device(monkeypatch):
+    asked = []
+
+    def capability(index):
+        asked.append(index)
+        return (9, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(backends, "_capabilities", {})
+    monkeypatch.setattr(backends, "_TRITON", True)
+    for device in ("cuda", "cuda:0", "cuda:1", "cuda:1"):
+        assert backends.triton_on_gpu(torch.device(device)) is None
+    assert asked == [0, 1]
 
 
 def test_describe(monkeypatch):

@@ -505,7 +505,6 @@ def test_make_augment():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("module", [ADA(0.7), DiffAugment()], ids=["ada", "diffaug"])
 def test_derivatives_on_a_gpu(module):
     x = images(2, 3, 8, 8).cuda().requires_grad_()
@@ -520,7 +519,6 @@ def test_derivatives_on_a_gpu(module):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_warp_on_a_gpu_is_that_of_the_cpu():
     x, matrix = images(4, 3, 32, 32), augment.rotate2d(images(4))
     torch.testing.assert_close(augment.warp(x.cuda(), matrix.cuda()).cpu(), augment.warp(x, matrix))

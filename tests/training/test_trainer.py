@@ -492,18 +492,32 @@ def test_xflip(new_trainer, monkeypatch, xflip):
     trainer = new_trainer(xflip=xflip)
     taken = []
 
-    def take(images, *args, **kwargs):
-        taken.append(images)
+    def take(images, times, **kwargs):
+        taken.append(path_interpolate(images, [1.0], **kwargs)[1][0])  # i(1), the clean images
         raise _Stop
 
     monkeypatch.setattr(trainer_module, "path_interpolate", take)
     images = torch.randint(0, 256, (1000, 1, 8, 8), dtype=torch.uint8)
     with pytest.raises(_Stop):
         trainer.train_iteration(images)
-    same = (taken[0] == images).flatten(1).all(1)
-    mirrored = (taken[0] == images.flip(3)).flatten(1).all(1)
+    same, mirrored = (
+        torch.isclose(taken[0], x.float() / 127.5 - 1, rtol=0, atol=1e-6).flatten(1).all(1)
+        for x in (images, images.flip(3))
+    )
     assert (same ^ mirrored).all()
     assert mirrored.sum().item() == 0 if not xflip else 430 < mirrored.sum().item() < 570  # 500 +- 4.4 sigma
+
+
+def test_kernels_run_without_being_asked_for(new_trainer, kernels):
+    trainer = new_trainer()
+    with kernels:
+        train(trainer, 2)  # one iteration of the discriminator, one of the generator
+    assert set(kernels.calls) == {("path_interpolate", "cpp"), ("rk4_mlp", "cpp"), ("rk4_mlp_backward", "")}
+    assert kernels.calls.count(("path_interpolate", "cpp")) == 2
+    kernels.calls.clear()
+    with kernels, use_backend("reference"):
+        train(trainer, 2)
+    assert kernels.calls == []
 
 
 # ---- Noise and counters ----

@@ -1,0 +1,12 @@
+// The kernels of one instruction set.
+#include "kernels.h"
+
+#define SPIGAN_STRING2(x) #x
+#define SPIGAN_STRING(x) SPIGAN_STRING2(x)
+
+namespace spigan::cpu::SPIGAN_ISA {
+
+extern const Kernels table;
+const Kernels table = {SPIGAN_STRING(SPIGAN_ISA), philox_normal, path_interpolate, rk4_mlp};
+
+}  // namespace spigan::cpu::SPIGAN_ISA
