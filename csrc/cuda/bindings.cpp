@@ -1,0 +1,82 @@
+// Python functions of the CUDA kernels: those of csrc/bindings.h, on device addresses and a stream.
+#include "bindings.h"
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../bindings.h"
+#include "kernels.h"
+
+namespace spigan {
+namespace {
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
+}
+
+struct Cuda {
+  static constexpr const char* kContext = "stream";
+  static constexpr const char* kContextDoc =
+      "stream: cudaStream_t as an integer, of the current device, where all arrays are. The call only enqueues work; "
+      "RuntimeError where that fails.";
+
+  static cudaStream_t stream(std::int64_t context) { return reinterpret_cast<cudaStream_t>(context); }
+  static void philox_normal(const PhiloxNormal& args, std::int64_t context) {
+    check(cuda::philox_normal(args, stream(context)));
+  }
+  static void path_interpolate(const PathInterpolate& args, std::int64_t context) {
+    check(cuda::path_interpolate(args, stream(context)));
+  }
+  static void rk4_mlp(const Rk4Mlp& args, std::int64_t context) { check(cuda::rk4_mlp(args, stream(context))); }
+};
+
+cuda::Rk4Plan plan_of(int dtype, std::int64_t batch, std::int64_t dim, std::int64_t layers) {
+  cuda::Rk4Plan plan;
+  check(cuda::plan_rk4_mlp(dtype_of(dtype, false, false), batch, dim, layers, &plan));
+  return plan;
+}
+
+}  // namespace
+
+void bind_cuda(pybind11::module_& m) {
+  namespace py = pybind11;
+  bind_operations<Cuda>(m);
+  m.attr("RK4_MLP_MAX_INTERVALS") = cuda::kMaxIntervals;
+
+  m.def(
+      "rk4_mlp_workspace_bytes",
+      [](int dtype, std::int64_t batch, std::int64_t dim, std::int64_t layers) {
+        return plan_of(dtype, batch, dim, layers).workspace_bytes;
+      },
+      py::arg("dtype"), py::arg("batch"), py::arg("dim"), py::arg("layers"),
+      R"(Bytes of device memory that rk4_mlp needs as its workspace on the current device; often 0.
+
+Its contents are of no importance, its address is a multiple of 16, and no other call may use it meanwhile.)");
+
+  m.def(
+      "rk4_mlp_plan",
+      [](int dtype, std::int64_t batch, std::int64_t dim, std::int64_t layers) {
+        const cuda::Rk4Plan plan = plan_of(dtype, batch, dim, layers);
+        py::dict result;
+        result["exchange"] = plan.cluster ? "cluster" : "workspace";
+        result["weights"] = plan.weights_in_shared ? "shared" : "global";
+        result["members"] = plan.members;
+        result["groups"] = plan.groups;
+        result["rows"] = plan.rows;
+        result["threads"] = plan.threads;
+        result["shared_bytes"] = plan.shared_bytes;
+        result["workspace_bytes"] = plan.workspace_bytes;
+        return result;
+      },
+      py::arg("dtype"), py::arg("batch"), py::arg("dim"), py::arg("layers"),
+      R"(How rk4_mlp would divide its work on the current device: for tests and benchmarks.
+
+Returns:
+    Dictionary of exchange ("cluster" or "workspace"), weights ("shared" or "global"), members (blocks of a group),
+    groups, rows (of the batch that a group integrates at a time), threads (of a block), shared_bytes (of a block) and
+    workspace_bytes.)");
+}
+
+}  // namespace spigan

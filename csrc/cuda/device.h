@@ -1,0 +1,205 @@
+// What kernels use beside plain C++: wide loads and stores, and the instructions that need PTX. Without a CUDA compiler
+// the same functions call csrc/testing, where tests execute the kernels on a CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../common/dtypes.h"
+
+namespace spigan::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xFFFFFFFFu;
+
+// Thread-block clusters exist on sm_90 and later.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+// ---- Wide memory accesses ----
+
+// 4 N bytes that one instruction moves; their address is a multiple of 4 N.
+template <int N>
+struct alignas(4 * N) Words {
+  std::uint32_t word[N];
+};
+
+template <int N>
+__device__ __forceinline__ Words<N> load_words(const void* p) {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::check_aligned(p, 4 * N);
+#endif
+  return *static_cast<const Words<N>*>(p);
+}
+
+template <int N>
+__device__ __forceinline__ void store_words(void* p, const Words<N>& words) {
+#if !defined(__CUDACC__)
+  cuda_on_cpu::check_aligned(p, 4 * N);
+#endif
+  *static_cast<Words<N>*>(p) = words;
+}
+
+// Words of N elements of T.
+template <class T, int N>
+using Packed = Words<N * static_cast<int>(sizeof(T)) / 4>;
+
+template <int N>
+__device__ __forceinline__ void unpack(const Words<N>& from, float (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = float_of_bits(from.word[i]);
+}
+
+// T: bfloat16 or float16.
+template <class T, int N>
+__device__ __forceinline__ void unpack_halves(const Words<N>& from, float (&to)[2 * N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    to[2 * i] = to_float(T{static_cast<std::uint16_t>(from.word[i])});
+    to[2 * i + 1] = to_float(T{static_cast<std::uint16_t>(from.word[i] >> 16)});
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void unpack_as(const Packed<T, N>& from, float (&to)[N]) {
+  if constexpr (sizeof(T) == 4) {
+    unpack(from, to);
+  } else {
+    unpack_halves<T>(from, to);
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ Packed<T, N> pack_as(const float (&from)[N]) {
+  Packed<T, N> to;
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to.word[i] = float_bits(from[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const std::uint32_t low = from_float<T>(from[2 * i]).bits, high = from_float<T>(from[2 * i + 1]).bits;
+      to.word[i] = low | high << 16;
+    }
+  }
+  return to;
+}
+
+// ---- Memory of a block ----
+
+// The block's dynamic shared memory.
+__device__ __forceinline__ char* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+#else
+  return cuda_on_cpu::shared_memory();
+#endif
+}
+
+// Starts a copy of 16 aligned bytes from global to shared memory; copies_wait() ends all copies of this thread.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__)
+  const std::uint32_t to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  const std::size_t from = __cvta_generic_to_global(global);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::copy_async(shared, global);
+#endif
+}
+
+__device__ __forceinline__ void copies_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::copies_wait();
+#endif
+}
+
+// ---- Thread-block clusters ----
+
+// All threads of the cluster's blocks meet; what they wrote to shared memory before arriving is seen after waiting. Not
+// the "aligned" forms, which must not be reached by a warp whose lanes have gone different ways.
+__device__ __forceinline__ void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::cluster_arrive();
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::cluster_wait();
+#endif
+}
+
+// Stores where the cluster's block number `rank` has what this block has at `own`.
+template <int N>
+__device__ __forceinline__ void store_in_cluster(void* own, int rank, const Words<N>& words) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static_assert(N == 2 || N == 4);
+  const std::uint32_t here = static_cast<std::uint32_t>(__cvta_generic_to_shared(own));
+  std::uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  if constexpr (N == 2) {
+    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(there), "r"(words.word[0]), "r"(words.word[1])
+                 : "memory");
+  } else {
+    asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(words.word[0]),
+                 "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3])
+                 : "memory");
+  }
+#elif !defined(__CUDACC__)
+  store_words<N>(cuda_on_cpu::in_cluster(own, rank), words);
+#endif
+}
+
+// ---- Between blocks, through global memory ----
+
+// Adds 1; whoever reads the sum with load_acquire sees what this thread wrote, and what it saw, before.
+__device__ __forceinline__ void add_release(std::uint32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+#elif !defined(__CUDACC__)
+  __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
+#endif
+}
+
+__device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* counter) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return value;
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::yield();
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#else
+  return 0;
+#endif
+}
+
+// 16 bytes from the L2 cache, which all blocks share; a block's own L1 cache may hold older ones.
+__device__ __forceinline__ Words<4> load_from_l2(const void* p) {
+#if defined(__CUDA_ARCH__)
+  Words<4> w;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.word[0]), "=r"(w.word[1]), "=r"(w.word[2]), "=r"(w.word[3])
+               : "l"(__cvta_generic_to_global(p))
+               : "memory");
+  return w;
+#else
+  return load_words<4>(p);
+#endif
+}
+
+}  // namespace spigan::cuda

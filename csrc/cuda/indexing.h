@@ -1,0 +1,47 @@
+// Indices of the elementwise kernels, whose threads draw one Philox block of four neighbouring elements at a time.
+#pragma once
+
+#include "device.h"
+
+namespace spigan::cuda {
+
+constexpr int kElementwiseThreads = 256;
+
+// Block numbers are 62 bits wide, because element indices wrap at 2^64.
+constexpr std::uint64_t kBlockMask = ~std::uint64_t{0} >> 2;
+
+// n / d; 32-bit numbers take a fifth of the instructions.
+__device__ __forceinline__ std::int64_t divide(std::int64_t n, std::int64_t d) {
+  if (((n | d) >> 32) == 0) return static_cast<std::uint32_t>(n) / static_cast<std::uint32_t>(d);
+  return n / d;
+}
+
+__device__ __forceinline__ std::int64_t first_item() {
+  return static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ std::int64_t item_stride() { return static_cast<std::int64_t>(gridDim.x) * blockDim.x; }
+
+// Whether element -head of an array lies where four elements can be moved at once, and so every fourth after it.
+template <class T>
+bool aligned_in_fours(const T* array, std::int64_t head) {
+  const auto address = reinterpret_cast<std::uintptr_t>(array) - static_cast<std::uintptr_t>(head) * sizeof(T);
+  return address % (4 * sizeof(T)) == 0;
+}
+
+// Elements first .. first + 3 of `to`; `whole`: all of them exist and are aligned, else only those in [0, count) exist.
+template <class T>
+__device__ __forceinline__ void store_four(T* to, std::int64_t first, std::int64_t count, bool whole,
+                                           const float (&values)[4]) {
+  if (whole) {
+    store_words(to + first, pack_as<T>(values));
+  } else {
+#pragma unroll
+    for (int lane = 0; lane < 4; ++lane) {
+      const std::int64_t at = first + lane;
+      if (at >= 0 && at < count) to[at] = from_float<T>(values[lane]);
+    }
+  }
+}
+
+}  // namespace spigan::cuda

@@ -1,0 +1,69 @@
+// Launching kernels whose index space has one dimension.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace spigan::cuda {
+
+struct LaunchShape {
+  unsigned blocks, threads;
+  std::size_t shared_bytes = 0;
+  unsigned cluster = 0;      // blocks of a thread-block cluster; 0: none
+  bool cooperative = false;  // all blocks run at the same time
+};
+
+template <class... Params>
+cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
+                   const std::decay_t<Params>&... args) {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (shape.cluster != 0) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  } else if (shape.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  }
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  const cudaError_t last = cudaGetLastError();  // also cleared, so that the next call does not report it again
+  return error != cudaSuccess ? error : last;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+
+// Launches an elementwise kernel of `work` > 0 items whose threads stride over the grid. Blocks end and start one by
+// one, which balances the multiprocessors; with 64 for each of them the last ones to end do not count.
+template <class... Params>
+cudaError_t launch_strided(void (*kernel)(Params...), std::uint64_t work, cudaStream_t stream,
+                           const std::decay_t<Params>&... args) {
+  const int threads = std::min(256, device_attribute(cudaDevAttrMaxThreadsPerBlock));
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  if (threads <= 0 || processors <= 0) {
+    const cudaError_t error = cudaGetLastError();
+    return error != cudaSuccess ? error : cudaErrorNoDevice;
+  }
+  const std::uint64_t wanted = (work - 1) / static_cast<std::uint64_t>(threads) + 1;
+  const std::uint64_t most = std::uint64_t{64} * static_cast<std::uint64_t>(processors);
+  return launch(kernel, {static_cast<unsigned>(std::min(wanted, most)), static_cast<unsigned>(threads)}, stream,
+                args...);
+}
+
+}  // namespace spigan::cuda
