@@ -1,1 +1,1 @@
-"""Triton kernels, one module per operation, named as in `spigan.ops`; installed as `spigan.kernels`. None yet."""
+"""Triton kernels, one module per operation, named as in `spigan.ops`; installed as `spigan.kernels`."""
