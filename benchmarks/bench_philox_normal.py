@@ -5,31 +5,34 @@ pytest benchmarks/bench_philox_normal.py --benchmark-only
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from spigan.ops import philox_normal
+from spigan.ops import BACKENDS, philox_normal
+from spigan.ops.backends import why_unavailable
+
+from .conftest import DEVICE
 
 SHAPES = {"z of 100 cifar10 images": (100, 3, 32, 32), "4 M": (4, 1024, 1024)}
-
-
-def _draws(shape: tuple[int, ...], backend: str) -> Callable[[], Tensor]:
-    if backend == "torch.randn":
-        return lambda: torch.randn(shape)
-    return lambda: philox_normal(shape, seed=0, backend=backend)
+KERNELS = [b for b in BACKENDS if b != "reference" and why_unavailable("philox_normal", b, DEVICE) is None]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("backend", ["reference", "cpp", "torch.randn"])
-def test_philox_normal(benchmark, shape: tuple[int, ...], backend: str) -> None:  # type: ignore[no-untyped-def]
-    draw = _draws(shape, backend)
-    if backend == "cpp":  # a time is worth nothing where the result is wrong
-        torch.testing.assert_close(draw(), _draws(shape, "reference")(), atol=1e-5, rtol=0)
-    benchmark.group = f"philox_normal, {next(name for name, s in SHAPES.items() if s == shape)}"
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    result = benchmark(draw)
-    assert result.shape == shape
-    benchmark.extra_info["normals_per_second"] = result.numel() / benchmark.stats.stats.median
+@pytest.mark.parametrize("implementation", ["reference", "torch.randn", *KERNELS])
+def test_philox_normal(row: Any, shape: tuple[int, ...], implementation: str) -> None:
+    def draw(backend: str = implementation) -> Tensor:
+        if backend == "torch.randn":
+            return torch.randn(shape, device=DEVICE)
+        return philox_normal(shape, seed=0, device=DEVICE, backend=backend)
+
+    def check(result: Tensor) -> None:
+        if implementation == "torch.randn":
+            assert abs(result.std().item() - 1.0) < 1e-2
+        else:
+            torch.testing.assert_close(result, draw("reference"), atol=1e-5, rtol=0)
+
+    group = f"philox_normal, {next(name for name, s in SHAPES.items() if s == shape)}"
+    row(group, implementation, draw, check=check, moved=4 * torch.Size(shape).numel())

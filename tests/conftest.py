@@ -104,6 +104,6 @@ class _Kernels(TorchDispatchMode):
 
 
 @pytest.fixture
-def kernels() -> _Kernels:
-    """`with kernels:` notes in `kernels.calls` which operators of the project run, and on which backend."""
+def noted_kernels() -> _Kernels:
+    """`with noted_kernels:` notes in `noted_kernels.calls` which operators of the project run, and on which backend."""
     return _Kernels()

@@ -153,6 +153,16 @@ def test_backend_by_name(model: SPIGAN, images: Tensor) -> None:
     assert torch.equal(pt(9, model=model), images)
 
 
+def test_kernels_run_without_being_asked_for(model: SPIGAN, images: Tensor, noted_kernels: Any) -> None:
+    with noted_kernels:
+        assert torch.equal(pt(9, model=model, batch_size=9), images)
+    assert noted_kernels.calls == [("philox_normal", "cpp"), ("rk4_mlp", "cpp")]
+    noted_kernels.calls.clear()
+    with noted_kernels:
+        torch.testing.assert_close(pt(9, model=model, backend="reference"), images, rtol=0, atol=1e-4)
+    assert noted_kernels.calls == []
+
+
 def test_settings_do_not_leak_to_the_caller_between_batches(model: SPIGAN) -> None:
     batches = generate(model, [0, 1], batch_size=1, dtype=torch.bfloat16, backend="reference")
     for _ in batches:

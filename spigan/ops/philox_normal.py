@@ -129,7 +129,7 @@ def philox_normal(
         row_numel = math.prod(size)
 
     def limit(name: str) -> str | None:
-        if name in ("triton", "cuda") and dtype == torch.float64:
+        if name == "triton" and dtype == torch.float64:
             return "it draws float32, bfloat16 or float16, not float64"
         return None
 

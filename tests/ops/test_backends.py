@@ -244,15 +244,15 @@ def test_within_all_limits(call, everywhere):
             call(backend=backend)
 
 
-def test_what_no_kernel_takes_is_computed_by_the_reference(kernels):
+def test_what_no_kernel_takes_is_computed_by_the_reference(noted_kernels):
     x0, times = torch.rand(2, 1, 3, 3), [k / 9 for k in range(1, 10)]
-    with kernels:
+    with noted_kernels:
         ops.path_interpolate(x0, times[:8], noise=torch.randn_like(x0))
-        assert kernels.calls == [("path_interpolate", "cpp")]
-        kernels.calls.clear()
+        assert noted_kernels.calls == [("path_interpolate", "cpp")]
+        noted_kernels.calls.clear()
         x_T, i = ops.path_interpolate(x0, times, seed=3, offset=5)
         results = ops.path_interpolate(x0.double(), [0.5], noise=torch.randn_like(x0))
-    assert [name for name, _ in kernels.calls] == ["philox_normal"]  # the noise has limits of its own
+    assert [name for name, _ in noted_kernels.calls] == ["philox_normal"]  # the noise has limits of its own
     assert i.shape == (9, *x0.shape) and results[0].dtype == torch.float32
     torch.testing.assert_close(i, torch.stack([t * x0 + (1 - t) * x_T for t in times]), rtol=0, atol=1e-6)
 

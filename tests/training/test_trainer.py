@@ -508,16 +508,16 @@ def test_xflip(new_trainer, monkeypatch, xflip):
     assert mirrored.sum().item() == 0 if not xflip else 430 < mirrored.sum().item() < 570  # 500 +- 4.4 sigma
 
 
-def test_kernels_run_without_being_asked_for(new_trainer, kernels):
+def test_kernels_run_without_being_asked_for(new_trainer, noted_kernels):
     trainer = new_trainer()
-    with kernels:
+    with noted_kernels:
         train(trainer, 2)  # one iteration of the discriminator, one of the generator
-    assert set(kernels.calls) == {("path_interpolate", "cpp"), ("rk4_mlp", "cpp"), ("rk4_mlp_backward", "")}
-    assert kernels.calls.count(("path_interpolate", "cpp")) == 2
-    kernels.calls.clear()
-    with kernels, use_backend("reference"):
+    assert set(noted_kernels.calls) == {("path_interpolate", "cpp"), ("rk4_mlp", "cpp"), ("rk4_mlp_backward", "")}
+    assert noted_kernels.calls.count(("path_interpolate", "cpp")) == 2
+    noted_kernels.calls.clear()
+    with noted_kernels, use_backend("reference"):
         train(trainer, 2)
-    assert kernels.calls == []
+    assert noted_kernels.calls == []
 
 
 # ---- Noise and counters ----
