@@ -2,6 +2,7 @@
 // one build serves every torch version. The caller (spigan/ops) validates, allocates and keeps the memory alive.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <new>
 #include <sstream>
@@ -51,6 +52,62 @@ struct Cpu {
     if (!cpu::kernels().rk4_mlp(args, threads(context))) throw std::bad_alloc();
   }
 };
+
+// The passes around a modulated convolution; float32 vectors, channels-last images.
+void bind_layers(py::module_& m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "scale_channels",
+      [](std::uintptr_t out, int dtype, std::uintptr_t x, std::uintptr_t style, std::int64_t images, std::int64_t pixels,
+         std::int64_t channels, std::int64_t threads) {
+        cpu::kernels().scale_channels({pointer<void>(out), dtype_of(dtype, false, false), pointer<const void>(x),
+                                       pointer<const float>(style), images, pixels, channels},
+                                      Cpu::threads(threads));
+      },
+      py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("style"), py::arg("images"), py::arg("pixels"),
+      py::arg("channels"), py::arg("threads"), Unlocked());
+
+  m.def(
+      "finish_layer",
+      [](std::uintptr_t out, int dtype, std::uintptr_t y, std::uintptr_t demodulation, std::uintptr_t noise,
+         std::int64_t noise_stride, std::uintptr_t bias, std::uintptr_t next_style, float slope, float gain, float clamp,
+         const std::array<std::int64_t, 4>& size, const std::array<std::int64_t, 3>& y_size, std::int64_t pad,
+         const std::vector<float>& filter_y, const std::vector<float>& filter_x, bool winograd, std::int64_t threads) {
+        require(filter_x.size() == filter_y.size(), "filters of one length", filter_x.size());
+        require(filter_x.size() * static_cast<std::size_t>(y_size[2]) <= 64, "taps times kernel <= 64", filter_x.size());
+        const cpu::LayerEnd args = {pointer<void>(out), dtype_of(dtype, false, false), pointer<const void>(y),
+                               pointer<const float>(demodulation), pointer<const float>(noise), noise_stride,
+                               pointer<const float>(bias), pointer<const float>(next_style), slope, gain, clamp,
+                               size[0], size[1], size[2], size[3], y_size[0], y_size[1], y_size[2],
+                               static_cast<std::int64_t>(filter_y.size()), pad, filter_y.data(), filter_x.data()};
+        const auto run = winograd ? cpu::kernels().winograd_output : cpu::kernels().finish_layer;
+        if (!run(args, Cpu::threads(threads))) throw std::bad_alloc();
+      },
+      py::arg("out"), py::arg("dtype"), py::arg("y"), py::arg("demodulation"), py::arg("noise"),
+      py::arg("noise_stride"), py::arg("bias"), py::arg("next_style"), py::arg("slope"), py::arg("gain"),
+      py::arg("clamp"), py::arg("size"), py::arg("y_size"), py::arg("pad"), py::arg("filter_y"), py::arg("filter_x"),
+      py::arg("winograd"), py::arg("threads"), Unlocked());
+
+  m.def(
+      "winograd_input",
+      [](std::uintptr_t out, std::uintptr_t x, std::uintptr_t style, const std::array<std::int64_t, 4>& size,
+         std::int64_t threads) {
+        cpu::kernels().winograd_input({pointer<float>(out), pointer<const float>(x), pointer<const float>(style),
+                                       size[0], size[1], size[2], size[3]},
+                                      Cpu::threads(threads));
+      },
+      py::arg("out"), py::arg("x"), py::arg("style"), py::arg("size"), py::arg("threads"), Unlocked());
+
+  m.def(
+      "winograd_weight",
+      [](std::uintptr_t out, std::uintptr_t weight, std::int64_t out_channels, std::int64_t in_channels,
+         std::int64_t threads) {
+        cpu::kernels().winograd_weight({pointer<float>(out), pointer<const float>(weight), out_channels, in_channels},
+                                       Cpu::threads(threads));
+      },
+      py::arg("out"), py::arg("weight"), py::arg("out_channels"), py::arg("in_channels"), py::arg("threads"),
+      Unlocked());
+}
 
 // "80-real,90" -> ["80-real", "90"]; CMake joins its list with commas, which need no quoting on a command line.
 py::list split(const std::string& text) {
@@ -105,6 +162,8 @@ Returns:
   py::module_ cuda = m.def_submodule("cuda", "The same operations on a GPU: device addresses, and a stream.");
   bind_cuda(cuda);
 #endif
+
+  bind_layers(m);
 
   m.def(
       "select_cpu_isa",
