@@ -3,7 +3,13 @@
 // The batch is divided among groups of threads, and each layer's outputs among the threads of a group, who meet at a
 // barrier after every layer. Threads that share rows read each weight once between them, which counts for a small batch;
 // threads that do not share rows need no barrier, which counts for a large one.
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
 #include <sched.h>
+#endif
 
 #include <cstdlib>
 #include <type_traits>
@@ -90,25 +96,36 @@ struct State {
   typename Traits<W>::Input *x, *next;
 };
 
-// Where the threads of a group wait for each other. OpenMP's barrier may put a thread to sleep, and waking it takes as
-// long as a whole layer of a small batch; here threads spin, and let others run only if the wait is long.
+// Where the threads of a group wait for each other. OpenMP's barrier may put a thread to sleep at once, and waking it
+// takes as long as a whole layer of a small batch: here threads spin first. They sleep if the wait is long, because the
+// one they wait for may be waiting for a processor.
 struct alignas(64) Barrier {
-  std::int32_t arrived, round;
+  std::int32_t arrived, round, sleeping;
 
   void wait(std::int32_t members) {
     const std::int32_t current = __atomic_load_n(&round, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == members) {
       __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&round, current + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(&round, current + 1, __ATOMIC_SEQ_CST);
+#if defined(__linux__)
+      if (__atomic_load_n(&sleeping, __ATOMIC_SEQ_CST) != 0) syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, members);
+#endif
       return;
     }
     for (int spins = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == current; ++spins) {
-      if (spins < 2000) {
+      if (spins < 400) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
       } else {
+#if defined(__linux__)
+        // The kernel looks at `round` once more before the thread sleeps, so that no wake-up is lost.
+        __atomic_add_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, current, nullptr);
+        __atomic_sub_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
+#else
         sched_yield();
+#endif
       }
     }
   }

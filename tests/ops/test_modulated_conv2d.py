@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -19,6 +20,7 @@ from spigan.ops.modulated_conv2d import demodulation
 from spigan.ops.upfirdn2d import fir_filter
 
 RUNNING = ["reference"]  # in float64; the kernels, which have no float64, come at the end
+MODULE = importlib.import_module("spigan.ops.modulated_conv2d")  # the package's attribute of that name is the function
 KERNELS = [b for b in BACKENDS[1:] if why_unavailable("modulated_conv2d", b, torch.device("cpu")) is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Sums are powers of two, so that normalising in float32 does not round.
@@ -554,8 +556,20 @@ def double(arguments):
 )
 @pytest.mark.parametrize("demodulate", [True, False])
 def test_kernel_values(
-    n, channels_in, channels_out, size, kernel, up, demodulate, dtype, backend, assert_accurate, poisoned_memory
+    n,
+    channels_in,
+    channels_out,
+    size,
+    kernel,
+    up,
+    demodulate,
+    dtype,
+    backend,
+    assert_accurate,
+    poisoned_memory,
+    monkeypatch,
 ):
+    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 128)  # else it would take large images
     arguments = single_layer(n, channels_in, channels_out, size, kernel, up, dtype, noise_rows=n)
     options = {"demodulate": demodulate, "up": up, "activation": "lrelu", "gain": 1.3}
     exact = modulated_conv2d(**double(arguments), **options, backend="reference")
@@ -579,7 +593,8 @@ def memory_formats(arguments):
     "end",
     [{}, {"activation": "lrelu"}, {"clamp": 0.7}, {"activation": "lrelu", "gain": 1.4, "clamp": 0.9}, {"bias": None}],
 )
-def test_kernel_does_what_follows_the_convolution(end, noise_rows, up, backend):
+def test_kernel_does_what_follows_the_convolution(end, noise_rows, up, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
     for channels, size in ((6, 5), (64, 12)):  # direct, Winograd
         arguments = single_layer(2, channels, channels, size, 3, up, torch.float32, noise_rows) | end
         exact = modulated_conv2d(**double(arguments), up=up, backend="reference")
@@ -601,7 +616,8 @@ def test_kernel_takes_any_filter_and_padding(padding, kernel, filter, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("up", [1, 2])
-def test_kernel_takes_any_layout_and_empty_batches(up, backend):
+def test_kernel_takes_any_layout_and_empty_batches(up, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
     arguments = single_layer(3, 64, 66, 9, 3, up, torch.float32, noise_rows=3)
     expected = modulated_conv2d(**arguments, up=up, backend=backend)
     views = {
@@ -618,7 +634,8 @@ def test_kernel_takes_any_layout_and_empty_batches(up, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("up", [1, 2])
-def test_kernel_with_gradients(up, backend):
+def test_kernel_with_gradients(up, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
     arguments = single_layer(2, 64, 8, 8, 3, up, torch.float32)
     names = ["x", "weight", "style", "noise", "bias"]
 
