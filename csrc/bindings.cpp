@@ -143,7 +143,8 @@ py::dict build_info() {
 
 }  // namespace
 
-// mod_gil_not_used: no function touches shared state, so free-threaded Python need not bring the GIL back.
+// mod_gil_not_used: no function but select_cpu_isa, which is for tests, touches shared state, so
+// free-threaded Python need not bring the GIL back.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "C++ kernels of spigan. Private: the public functions, which check their arguments, are in spigan.ops.";
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spigan.ops import backends
 
@@ -51,6 +52,35 @@ def annotate(name: str, enabled: bool | None = None) -> Callable[[Function], Fun
     return decorate
 
 
+def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """`kernel` with autocast off: PyTorch's operators in it must return the dtype that it reads by address."""
+
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled(device_type):
+            return kernel(*args)
+        with torch.autocast(device_type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+def why_transformed(*tensors: Tensor | None) -> str | None:
+    """Why no kernel takes `tensors`: a kernel has reverse-mode derivatives only and does not see through torch.func.
+
+    Returns:
+        The cause for a `limit` of `backends.choose`, or None.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+        if dual or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "forward-mode derivatives and the transforms of torch.func are for the reference"
+    return None
+
+
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register `spigan::<schema>` for CPU and CUDA tensors.
 
@@ -61,8 +91,8 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     """
     name = schema.partition("(")[0]
     library.define(schema)
-    for dispatch_key in ("CPU", "CUDA"):
-        library.impl(name, annotate(f"spigan::{name}")(kernel), dispatch_key)
+    for device_type in ("cpu", "cuda"):
+        library.impl(name, annotate(f"spigan::{name}")(_without_autocast(kernel, device_type)), device_type.upper())
     torch.library.register_fake(f"spigan::{name}", fake, lib=library)
 
 

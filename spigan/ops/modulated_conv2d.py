@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor
-from spigan.ops.library import address, define, dtype_number, launcher, library
+from spigan.ops.library import address, define, dtype_number, launcher, library, why_transformed
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 _EPS = 1e-8  # StyleGAN2's, inside the demodulation's square root
@@ -178,10 +178,16 @@ def modulated_conv2d(
     if noise is not None:
         rows = n if isinstance(noise, Tensor) and noise.ndim and noise.shape[0] != 1 else 1
         check_tensor("noise", noise, "[N or 1, 1, H', W']", shape=(rows, 1, *size), device=x.device)
-    tensors = (x, weight, style, noise, bias)
+    if up == 1:
+        filter = filter.detach()  # not used
+    tensors = (x, weight, style, noise, bias, filter)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
+    transformed = why_transformed(*tensors)
+
     def limit(name: str) -> str | None:
+        if name != "reference" and transformed is not None:
+            return transformed
         if name == "cpp" and x.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
         if name == "cpp" and needs_grad and backends.requested(backend)[0] == "auto":
@@ -251,17 +257,17 @@ def _kernel(
     factor = demodulation(weight, style) if demodulate else torch.ones_like(style[:, :1]).expand(n, channels_out)
     factor = _vector(factor)
     noise = None if noise is None else _vector(noise)
-    bias = torch.zeros(channels_out) if bias is None else _vector(bias)
+    bias = x.new_zeros(channels_out, dtype=torch.float32) if bias is None else _vector(bias)
     _, channels_in, in_height, in_width = x.shape
     kernel = weight.shape[-1]
 
     before, after = _fir_padding(kernel, resample_filter.shape[-1], padding)
-    rows, columns = resample_filter.sum(1), resample_filter.sum(0)
-    separable = (
-        up == 2
-        and kernel * resample_filter.shape[-1] <= 64
-        and torch.allclose(torch.outer(rows, columns), resample_filter, rtol=0.0, atol=1e-7)
-    )
+    separable = False
+    if up == 2:
+        rows, columns = resample_filter.sum(1), resample_filter.sum(0)
+        separable = kernel * resample_filter.shape[-1] <= 64 and torch.allclose(
+            torch.outer(rows, columns), resample_filter, rtol=0.0, atol=1e-7
+        )
 
     def finish(y: Tensor, first: int = 0, count: int = n, winograd: bool = False) -> None:
         filters: tuple[list[float], list[float]] = ([], [])
@@ -370,8 +376,12 @@ def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad[: len(ctx.given)]
     saved = iter(ctx.saved_tensors)
     tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
-    if not create_graph:
-        tensors = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
+    # Views where a graph is wanted: the inputs may be functions of each other, and only what this operation makes of
+    # each is to be differentiated.
+    tensors = [
+        t if not need else t.view_as(t) if create_graph else t.detach().requires_grad_()
+        for t, need in zip(tensors, needs, strict=True)
+    ]
     x, weight, style, noise, bias, resample_filter = tensors
     with torch.enable_grad():
         out = modulated_conv2d_reference(

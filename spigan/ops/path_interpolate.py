@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spigan.ops import backends
 from spigan.ops.checks import FLOATS, check_index, check_tensor, check_times, dtype_names
-from spigan.ops.library import address, define, dtype_number, launcher, library, on
+from spigan.ops.library import address, define, dtype_number, launcher, library, on, why_transformed
 from spigan.ops.philox_normal import philox_normal
 from spigan.sde import VPSDE
 
@@ -90,7 +90,11 @@ def path_interpolate(
     if not isinstance(sde, VPSDE):
         raise TypeError(f"sde must be a spigan.VPSDE, got {type(sde).__name__}")
 
+    transformed = why_transformed(x0, noise)
+
     def limit(name: str) -> str | None:
+        if name != "reference" and transformed is not None:
+            return transformed
         if name != "reference" and torch.float64 in (x0.dtype, dtype):
             return "it computes in float32: float64 images or results are for the reference"
         if name != "reference" and len(times) > _MAX_TIMES:
@@ -104,7 +108,7 @@ def path_interpolate(
             noise = philox_normal(x0.shape, seed=seed, offset=offset, device=x0.device, backend="reference")
         return path_interpolate_reference(x0, noise, flips, times, sde, dtype)
     if noise is not None:
-        seed, noise = 0, noise.to(torch.float32)
+        seed, offset, noise = 0, 0, noise.to(torch.float32)
     return torch.ops.spigan.path_interpolate(x0, noise, flips, times, *sde.marginal(1.0), seed, offset, dtype, name)
 
 

@@ -133,6 +133,7 @@ def philox_normal(
             return "it draws float32, bfloat16 or float16, not float64"
         return None
 
+    row_numel = check_index("the number of elements of shape", row_numel)
     name = backends.choose("philox_normal", backend, seeds.device, limit)
     if name == "reference":
         return philox_normal_reference(seeds, row_numel, offset).view(size).to(dtype)

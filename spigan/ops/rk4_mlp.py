@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor, check_times
-from spigan.ops.library import address, define, dtype_number, launcher, library, on
+from spigan.ops.library import address, define, dtype_number, launcher, library, on, why_transformed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -159,7 +159,12 @@ def rk4_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
+    inputs = (h0, weight, bias, time_weight)
+    transformed = why_transformed(*inputs)
+
     def limit(name: str) -> str | None:
+        if name != "reference" and transformed is not None:
+            return transformed
         if name not in ("triton", "cuda"):
             return None
         if h0.dtype == torch.float64:
@@ -171,7 +176,6 @@ def rk4_mlp(
     name = backends.choose("rk4_mlp", backend, h0.device, limit)
     if name == "reference":
         return rk4_mlp_reference(h0, weight, bias, time_weight, times, steps, activation)
-    inputs = (h0, weight, bias, time_weight)
     # Where a backward pass may follow, the state after every step is written and kept for it.
     every_step = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, every_step, activation, name)
@@ -321,7 +325,9 @@ def _backward(ctx, grad_states):  # type: ignore[no-untyped-def]
     *inputs, states = ctx.saved_tensors
     times, steps, activation = ctx.times, ctx.steps, ctx.activation
     if torch.is_grad_enabled():
-        # A second derivative was asked for: the reference again, with a graph.
+        # A second derivative was asked for: the reference again, with a graph. Views, because the inputs may be
+        # functions of each other, and only what this operation makes of each is to be differentiated.
+        inputs = [x.view_as(x) for x in inputs]
         needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
         h, weight, bias, time_weight = inputs
         field = partial(_field, weight, bias, time_weight, activation)
