@@ -1,10 +1,11 @@
-"""The whole synthesis network of the cifar10 preset: kernels beside the reference, in float32 and bfloat16.
+"""Whole synthesis networks without gradients: cifar10 beside its rivals, and the 256-pixel network.
 
 pytest benchmarks/bench_synthesis.py --benchmark-only
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,40 +13,86 @@ import torch
 from torch import Tensor
 
 import spigan
+from spigan.models import generator as generator_module
 from spigan.models.generator import Generator
 from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
 
-from .conftest import DEVICE
+from .conftest import DEVICE, grouped_modulated_conv2d
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None]
-FLOP_PER_IMAGE = 8.0e9  # 4.0 G multiply-adds in the convolutions, as they are defined
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(scope="module")
-def generator() -> Generator:
+@cache
+def network(preset: str) -> Generator:
     torch.manual_seed(0)
-    return spigan.SPIGAN(spigan.preset("cifar10").model).generator.to(DEVICE).eval()
+    config = spigan.preset(preset, data={"source": "digits"}).model
+    return Generator(
+        config.resolution, dim_h=config.dim_h, channel_base=config.channel_base, channel_max=config.channel_max
+    ).to(DEVICE).eval().requires_grad_(False)  # fmt: skip
+
+
+def convolution_flop(generator: Generator) -> float:
+    """Of one image, as the convolutions are defined."""
+    flop = 0.0
+    for resolution in generator.block_resolutions:
+        block = getattr(generator, f"b{resolution}")
+        flop += 2.0 * resolution**2 * (block.conv1.weight.numel() + block.torgb.weight.numel())
+        if not block.is_first:
+            flop += 2.0 * (resolution / 2) ** 2 * block.conv0.weight.numel()
+    return flop
+
+
+def largest_layer(generator: Generator, dtype: torch.dtype) -> int:
+    """Bytes of the input and the output of the largest layer, for one image."""
+    layers = [(r, getattr(generator, f"b{r}").conv1.weight.shape[0]) for r in generator.block_resolutions]
+    return max(2 * channels * resolution**2 * dtype.itemsize for resolution, channels in layers)
+
+
+def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: torch.dtype, implementation: str) -> None:
+    generator = network(preset)
+    h = torch.randn(batch, generator.dim_h, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def synthesize(forward: Any = generator, half: bool = dtype == torch.bfloat16) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=half):
+            return forward(h)
+
+    with use_backend("reference"):
+        expected = synthesize(half=False)
+    forward: Any = generator
+    if implementation == "torch.compile":
+        torch.compiler.reset()
+        forward = torch.compile(generator)
+    elif implementation == "grouped":
+        monkeypatch.setattr(generator_module, "modulated_conv2d", grouped_modulated_conv2d_of_layer)
+    with use_backend(implementation if implementation in BACKENDS else "reference"):
+        row(
+            f"synthesis, {preset}, {batch} images, {str(dtype)[6:]}",
+            implementation,
+            lambda: synthesize(forward),
+            expected=expected,
+            tolerance=(4e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
+            flop=convolution_flop(generator) * batch,
+            dtype=dtype,
+            layer_bytes=largest_layer(generator, dtype) * batch,
+        )
+
+
+def grouped_modulated_conv2d_of_layer(*args: Any, noise_seed: Tensor | None = None, **kwargs: Any) -> Tensor:
+    return grouped_modulated_conv2d(*args, **kwargs)
+
+
+@pytest.mark.parametrize("implementation", [*BACKENDS_HERE, "torch.compile", "grouped"])
+@pytest.mark.parametrize("batch", [1, 16, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_cifar10(row: Any, monkeypatch: Any, dtype: torch.dtype, batch: int, implementation: str) -> None:
+    time_network(row, monkeypatch, "cifar10", batch, dtype, implementation)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS_HERE)
-@pytest.mark.parametrize("batch", [1, 16, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @torch.no_grad()
-def test_synthesis(row: Any, generator: Generator, dtype: torch.dtype, batch: int, implementation: str) -> None:
-    h = torch.randn(batch, 512, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-    def synthesize(backend: str = implementation, half: bool = dtype == torch.bfloat16) -> Tensor:
-        with use_backend(backend), torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=half):
-            return generator(h)
-
-    expected = synthesize("reference", half=False)
-    row(
-        f"synthesis, cifar10, {batch} images, {str(dtype)[6:]}",
-        implementation,
-        synthesize,
-        expected=expected,
-        tolerance=(2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
-        flop=FLOP_PER_IMAGE * batch,
-        dtype=dtype,
-    )
+def test_celebahq256(row: Any, monkeypatch: Any, dtype: torch.dtype, implementation: str) -> None:
+    time_network(row, monkeypatch, "celebahq256", 64 if DEVICE.type == "cuda" else 4, dtype, implementation)

@@ -5,16 +5,23 @@ pytest benchmarks/ --benchmark-only
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from spigan.ops import fir_bias_act
+from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _rows: list[dict[str, Any]] = []
@@ -63,6 +70,61 @@ def device_name() -> str:
     return f"CPU {platform.machine()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def peak_memory(function: Callable[[], object]) -> int:
+    """Bytes that `function` takes at most beside what there is before: of tensors on a GPU, of the process on a CPU."""
+    synchronize()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def kibibytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    library, mmap_threshold = ctypes.CDLL(None), -3  # of glibc's mallopt
+    library.mallopt(mmap_threshold, 1 << 20)  # what is freed goes back to the system and does not count
+    function()
+    gc.collect()
+    library.malloc_trim(0)
+    reset.write_text("5")  # the peak begins anew
+    before = kibibytes("VmRSS:")
+    function()
+    peak = kibibytes("VmHWM:") - before
+    library.mallopt(mmap_threshold, 32 << 20)  # as it becomes where such sizes are allocated and freed
+    return 1024 * peak
+
+
+def grouped_modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    *,
+    demodulate: bool = True,
+    up: int = 1,
+    resample_filter: Tensor | None = None,
+    **end: Any,
+) -> Tensor:
+    """A rival of `modulated_conv2d`: weights for each image, and one group for each image in one convolution."""
+    n, channels_in, height, width = x.shape
+    channels_out, _, kernel, _ = weight.shape
+    weights = weight[None] * style[:, None, :, None, None]
+    if demodulate:
+        weights = weights * (weights.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+    weights = weights.to(x.dtype)
+    x = x.reshape(1, n * channels_in, height, width)
+    if up == 2:
+        x = F.conv_transpose2d(x, weights.transpose(1, 2).flatten(0, 1), stride=2, groups=n)
+    else:
+        x = F.conv2d(x, weights.flatten(0, 1), padding=kernel // 2, groups=n)
+    x = x.view(n, channels_out, *x.shape[2:])
+    if up == 2:
+        filter = fir_filter(device=x.device) if resample_filter is None else resample_filter
+        x = upfirdn2d(x, filter, padding=(1, 1), gain=4.0)
+    return fir_bias_act(x, **end, backend="reference")
+
+
 @pytest.fixture
 def row(benchmark: Any) -> Callable[..., None]:
     """row(group, name, function, expected=..., ...): check the result of `function`, then time it.
@@ -77,6 +139,7 @@ def row(benchmark: Any) -> Callable[..., None]:
         flop: floating-point operations of one call, for the rate and the percentage of `matrix_rate(dtype)`.
         moved: bytes that one call must read and write, for the rate and the percentage of `copy_rate()`.
         dtype: dtype of the matrix products.
+        layer_bytes: input and output of the largest layer, with which the call's peak memory is compared.
     """
 
     def measure(
@@ -90,8 +153,12 @@ def row(benchmark: Any) -> Callable[..., None]:
         flop: float | None = None,
         moved: float | None = None,
         dtype: torch.dtype = torch.float32,
+        layer_bytes: int | None = None,
     ) -> None:
+        start = time.perf_counter()
         result = function()
+        synchronize()
+        first_seconds = time.perf_counter() - start
         if check is not None:
             check(result)
         else:
@@ -103,13 +170,18 @@ def row(benchmark: Any) -> Callable[..., None]:
             synchronize()
 
         benchmark.group = group
-        benchmark(synchronized)
+        if first_seconds < 1.0 or DEVICE.type == "cuda":
+            benchmark(synchronized)
+        else:
+            benchmark.pedantic(synchronized, rounds=1 if first_seconds > 5.0 else 2)
         seconds = benchmark.stats.stats.median
         numbers: dict[str, Any] = {"group": group, "name": name, "milliseconds": 1e3 * seconds}
         if flop is not None:
             numbers |= {"rate": f"{flop / seconds / 1e9:.0f} GFLOP/s", "limit": flop / seconds / matrix_rate(dtype)}
         if moved is not None:
             numbers |= {"rate": f"{moved / seconds / 1e9:.1f} GB/s", "limit": moved / seconds / copy_rate()}
+        if layer_bytes is not None:
+            numbers["memory"] = f"{peak_memory(function) / layer_bytes:.2f} in + out"
         benchmark.extra_info |= numbers | {"device": device_name()}
         _rows.append(numbers)
 
@@ -122,7 +194,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section(device_name())
     terminalreporter.write_line(
-        "Medians. x: times the speed of the reference. %: of a large matrix product's or a large copy's rate."
+        "Medians. x: times the speed of the reference. %: of a large matrix product's or a large copy's rate. "
+        "in + out: peak memory over the largest layer's input and output."
     )
     for group in dict.fromkeys(row["group"] for row in _rows):
         rows = [row for row in _rows if row["group"] == group]
@@ -133,4 +206,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             limit = f"{100 * row['limit']:.0f} %" if "limit" in row else ""
             terminalreporter.write_line(
                 f"  {row['name']:<28}{row['milliseconds']:>12.3f} ms{ratio:>12}{row.get('rate', ''):>16}{limit:>8}"
+                f"{row.get('memory', ''):>18}"
             )

@@ -48,65 +48,143 @@ struct Cpu {
   static void path_interpolate(const PathInterpolate& args, std::int64_t context) {
     cpu::kernels().path_interpolate(args, threads(context));
   }
+  static void fir_bias_act(const FirBiasAct& args, std::int64_t context) {
+    if (!cpu::kernels().fir_bias_act(args, threads(context))) throw std::bad_alloc();
+  }
+  static void bias_act_backward(const BiasActBackward& args, std::int64_t context) {
+    if (!cpu::kernels().bias_act_backward(args, threads(context))) throw std::bad_alloc();
+  }
   static void rk4_mlp(const Rk4Mlp& args, std::int64_t context) {
     if (!cpu::kernels().rk4_mlp(args, threads(context))) throw std::bad_alloc();
   }
 };
 
-// The passes around a modulated convolution; float32 vectors, channels-last images.
+void check_rows(const std::array<std::int64_t, 2>& rows, std::int64_t height, const char* expected) {
+  require(rows[0] >= 0 && rows[0] <= height, expected, rows[0]);
+  require(rows[1] >= 0 && rows[1] <= height - rows[0], expected, rows[1]);
+}
+
+void check_tile_rows(const std::array<std::int64_t, 2>& rows, const std::array<std::int64_t, 4>& size) {
+  for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
+  check_rows(rows, size[1] / 2 + size[1] % 2, "tile_rows of the image");
+}
+
+// The passes around the matrix products that are a modulated convolution; float32 vectors, channels-last images.
 void bind_layers(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def(
-      "scale_channels",
-      [](std::uintptr_t out, int dtype, std::uintptr_t x, std::uintptr_t style, std::int64_t images, std::int64_t pixels,
-         std::int64_t channels, std::int64_t threads) {
-        cpu::kernels().scale_channels({pointer<void>(out), dtype_of(dtype, false, false), pointer<const void>(x),
-                                       pointer<const float>(style), images, pixels, channels},
-                                      Cpu::threads(threads));
-      },
-      py::arg("out"), py::arg("dtype"), py::arg("x"), py::arg("style"), py::arg("images"), py::arg("pixels"),
-      py::arg("channels"), py::arg("threads"), Unlocked());
-
-  m.def(
-      "finish_layer",
-      [](std::uintptr_t out, int dtype, std::uintptr_t y, std::uintptr_t demodulation, std::uintptr_t noise,
-         std::int64_t noise_stride, std::uintptr_t bias, std::uintptr_t next_style, float slope, float gain, float clamp,
-         const std::array<std::int64_t, 4>& size, const std::array<std::int64_t, 3>& y_size, std::int64_t pad,
-         const std::vector<float>& filter_y, const std::vector<float>& filter_x, bool winograd, std::int64_t threads) {
+      "finish_products",
+      [](std::uintptr_t y, const std::array<std::int64_t, 3>& y_size, const std::array<std::int64_t, 2>& y_rows,
+         std::int64_t pad, const std::vector<float>& filter_y, const std::vector<float>& filter_x,
+         const std::array<std::int64_t, 2>& rows, std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size,
+         std::uintptr_t factor, std::uintptr_t noise, std::int64_t noise_stride, std::uintptr_t strength,
+         std::uintptr_t bias, double slope, double gain, double clamp, std::uintptr_t next_factor, std::uintptr_t rgb,
+         std::uintptr_t rgb_weight, std::int64_t rgb_channels, std::int64_t threads) {
+        const auto [y_height, y_width, kernel] = y_size;
+        require(y_height >= 0 && y_width >= 0, "y_size >= 0", y_height < 0 ? y_height : y_width);
+        require(kernel >= 1, "a kernel >= 1", kernel);
+        const std::int64_t taps = static_cast<std::int64_t>(filter_y.size());
         require(filter_x.size() == filter_y.size(), "filters of one length", filter_x.size());
-        require(filter_x.size() * static_cast<std::size_t>(y_size[2]) <= 64, "taps times kernel <= 64", filter_x.size());
-        const cpu::LayerEnd args = {pointer<void>(out), dtype_of(dtype, false, false), pointer<const void>(y),
-                               pointer<const float>(demodulation), pointer<const float>(noise), noise_stride,
-                               pointer<const float>(bias), pointer<const float>(next_style), slope, gain, clamp,
-                               size[0], size[1], size[2], size[3], y_size[0], y_size[1], y_size[2],
-                               static_cast<std::int64_t>(filter_y.size()), pad, filter_y.data(), filter_x.data()};
-        const auto run = winograd ? cpu::kernels().winograd_output : cpu::kernels().finish_layer;
-        if (!run(args, Cpu::threads(threads))) throw std::bad_alloc();
+        require(taps >= 1 && taps <= cpu::kMaxProductTerms / kernel, "1 to 64 / kernel taps", taps);
+        require(pad > -(std::int64_t{1} << 40) && pad < std::int64_t{1} << 40, "|pad| < 2^40", pad);
+        check_rows(y_rows, y_height, "y_rows of the input");
+        check_rows(rows, size[1], "rows of out");
+        if (rows[1] > 0) {  // row r needs input rows i with 2 i + u = r + t - pad, 0 <= u < kernel and 0 <= t < taps
+          const std::int64_t first = (rows[0] - pad - kernel + 2) >> 1, end = y_rows[0] + y_rows[1];
+          const std::int64_t last = (rows[0] + rows[1] - 1 + taps - 1 - pad) >> 1;
+          require(first >= y_rows[0] || y_rows[0] == 0, "y_rows with all that the rows need", y_rows[0]);
+          require(last < end || end == y_height, "y_rows with all that the rows need", end);
+        }
+        dtype_of(dtype, false, false);
+        const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, 0, strength, bias, 0, slope, gain,
+                                       clamp, next_factor, 0, rgb, rgb_weight, rgb_channels);
+        const cpu::ProductsEnd args = {end, pointer<const void>(y), y_height, y_width, y_rows[0], y_rows[1], kernel,
+                                       taps, pad, filter_y.data(), filter_x.data(), rows[0], rows[1]};
+        if (!cpu::kernels().finish_products(args, Cpu::threads(threads))) throw std::bad_alloc();
       },
-      py::arg("out"), py::arg("dtype"), py::arg("y"), py::arg("demodulation"), py::arg("noise"),
-      py::arg("noise_stride"), py::arg("bias"), py::arg("next_style"), py::arg("slope"), py::arg("gain"),
-      py::arg("clamp"), py::arg("size"), py::arg("y_size"), py::arg("pad"), py::arg("filter_y"), py::arg("filter_x"),
-      py::arg("winograd"), py::arg("threads"), Unlocked());
+      py::arg("y"), py::arg("y_size"), py::arg("y_rows"), py::arg("pad"), py::arg("filter_y"), py::arg("filter_x"),
+      py::arg("rows"), py::arg("out"), py::arg("dtype"), py::arg("size"), py::arg("factor"), py::arg("noise"),
+      py::arg("noise_stride"), py::arg("strength"), py::arg("bias"), py::arg("slope"), py::arg("gain"),
+      py::arg("clamp"), py::arg("next_factor"), py::arg("rgb"), py::arg("rgb_weight"), py::arg("rgb_channels"),
+      py::arg("threads"), Unlocked(),
+      R"(End a layer with up = 2: sum and filter the products of its stride-2 transposed convolution.
+
+Args:
+    y: address of [images, y_rows[1], y_width, kernel, kernel, channels] of dtype: every tap's product with every pixel.
+    y_size: (y_height, y_width, kernel) of the convolution's whole input.
+    y_rows: (first, count) of the input's rows that y has: at least all that the rows to write need.
+    pad: zeros before the first row and column of the transposed convolution's result; negative crops.
+    filter_y, filter_x: the separable filter as it is correlated, with its gain; 1 to 64 / kernel taps.
+    rows: (first, count) of the rows to write.
+    (the others: as of fir_bias_act, without float64).
+    )");
 
   m.def(
       "winograd_input",
       [](std::uintptr_t out, std::uintptr_t x, std::uintptr_t style, const std::array<std::int64_t, 4>& size,
-         std::int64_t threads) {
+         const std::array<std::int64_t, 2>& tile_rows, std::int64_t threads) {
+        check_tile_rows(tile_rows, size);
         cpu::kernels().winograd_input({pointer<float>(out), pointer<const float>(x), pointer<const float>(style),
-                                       size[0], size[1], size[2], size[3]},
+                                       size[0], size[1], size[2], size[3], tile_rows[0], tile_rows[1]},
                                       Cpu::threads(threads));
       },
-      py::arg("out"), py::arg("x"), py::arg("style"), py::arg("size"), py::arg("threads"), Unlocked());
+      py::arg("out"), py::arg("x"), py::arg("style"), py::arg("size"), py::arg("tile_rows"), py::arg("threads"),
+      Unlocked(),
+      R"(Write the left factors of the 16 matrix products of Winograd's F(2x2, 3x3), zero padding 1.
+
+Args:
+    out: address of float32 [16, images * tile_rows[1] * ceil(width / 2), channels]; overwritten.
+    x: address of float32 [images, height, width, channels].
+    style: address of float32 [images, channels], which scales x; 0: nothing does.
+    size: (images, height, width, channels).
+    tile_rows: (first, count) of the rows of 2x2 tiles to transform, in every image.
+    threads: most threads to use, at least 1.
+    )");
+
+  m.def(
+      "winograd_output",
+      [](std::uintptr_t products, const std::array<std::int64_t, 2>& tile_rows, std::uintptr_t out, int dtype,
+         const std::array<std::int64_t, 4>& size, std::uintptr_t factor, std::uintptr_t noise,
+         std::int64_t noise_stride, std::uintptr_t strength, std::uintptr_t bias, double slope, double gain,
+         double clamp, std::uintptr_t next_factor, std::uintptr_t rgb, std::uintptr_t rgb_weight,
+         std::int64_t rgb_channels, std::int64_t threads) {
+        require(dtype == static_cast<int>(Dtype::kFloat32), "float32", dtype);
+        const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, 0, strength, bias, 0, slope, gain,
+                                       clamp, next_factor, 0, rgb, rgb_weight, rgb_channels);
+        check_tile_rows(tile_rows, size);
+        const cpu::WinogradEnd args = {end, pointer<const float>(products), tile_rows[0], tile_rows[1]};
+        if (!cpu::kernels().winograd_output(args, Cpu::threads(threads))) throw std::bad_alloc();
+      },
+      py::arg("products"), py::arg("tile_rows"), py::arg("out"), py::arg("dtype"), py::arg("size"), py::arg("factor"),
+      py::arg("noise"), py::arg("noise_stride"), py::arg("strength"), py::arg("bias"), py::arg("slope"),
+      py::arg("gain"), py::arg("clamp"), py::arg("next_factor"), py::arg("rgb"), py::arg("rgb_weight"),
+      py::arg("rgb_channels"), py::arg("threads"), Unlocked(),
+      R"(End a layer: transform the 16 products of Winograd's F(2x2, 3x3) back.
+
+Args:
+    products: address of float32 [16, images * tile_rows[1] * ceil(width / 2), channels].
+    tile_rows: (first, count) of the rows of 2x2 tiles that they belong to, in every image; no others are written.
+    (the others: as of fir_bias_act, float32 alone).
+    )");
 
   m.def(
       "winograd_weight",
       [](std::uintptr_t out, std::uintptr_t weight, std::int64_t out_channels, std::int64_t in_channels,
          std::int64_t threads) {
+        require(out_channels >= 0 && in_channels >= 0, "channels >= 0", out_channels < 0 ? out_channels : in_channels);
         cpu::kernels().winograd_weight({pointer<float>(out), pointer<const float>(weight), out_channels, in_channels},
                                        Cpu::threads(threads));
       },
       py::arg("out"), py::arg("weight"), py::arg("out_channels"), py::arg("in_channels"), py::arg("threads"),
-      Unlocked());
+      Unlocked(),
+      R"(Write the right factors of the 16 matrix products of Winograd's F(2x2, 3x3).
+
+Args:
+    out: address of float32 [16, in_channels, out_channels]; overwritten.
+    weight: address of float32 [out_channels, in_channels, 3, 3].
+    out_channels, in_channels: sizes; may be 0.
+    threads: most threads to use, at least 1.
+    )");
 }
 
 // "80-real,90" -> ["80-real", "90"]; CMake joins its list with commas, which need no quoting on a command line.

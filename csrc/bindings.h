@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -33,6 +34,30 @@ inline Dtype dtype_of(int number, bool float64, bool uint8) {
   require(known && (float64 || dtype != Dtype::kFloat64) && (uint8 || dtype != Dtype::kUInt8),
           "a dtype of DTYPES that this operation takes", number);
   return dtype;
+}
+
+constexpr std::int64_t kMaxTaps = 8, kMaxRgbChannels = 4;
+
+inline LayerEnd layer_end(std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size, std::uintptr_t factor,
+                          std::uintptr_t noise, std::int64_t noise_stride, std::uintptr_t seed,
+                          std::uintptr_t strength, std::uintptr_t bias, std::int64_t bias_stride, double slope,
+                          double gain, double clamp, std::uintptr_t next_factor, std::uintptr_t add,
+                          std::uintptr_t rgb, std::uintptr_t rgb_weight, std::int64_t rgb_channels) {
+  for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
+  const auto [images, height, width, channels] = size;
+  require(noise_stride == 0 || noise_stride == height * width, "noise_stride 0 or height * width", noise_stride);
+  require(bias_stride == 0 || bias_stride == channels, "bias_stride 0 or channels", bias_stride);
+  require(clamp > 0.0, "clamp > 0", clamp);
+  if (rgb != 0) {
+    require(rgb_channels >= 1 && rgb_channels <= kMaxRgbChannels, "1 to 4 rgb_channels", rgb_channels);
+    require(rgb_weight != 0, "rgb_weight where rgb is wanted", 0);
+    require(dtype != static_cast<int>(Dtype::kFloat64), "another dtype than float64 where rgb is wanted", dtype);
+  }
+  return {pointer<void>(out), dtype_of(dtype, true, false), images, height, width, channels,
+          pointer<const void>(factor), pointer<const void>(noise), noise_stride, pointer<const std::int64_t>(seed),
+          pointer<const void>(strength), pointer<const void>(bias), bias_stride, slope, gain, clamp,
+          pointer<const void>(next_factor), pointer<const void>(add), pointer<float>(rgb),
+          pointer<const float>(rgb_weight), rgb_channels};
 }
 
 // Backend: `kContext` and `kContextDoc`, name and description of the last argument, and for each operation a static
@@ -109,6 +134,107 @@ Args:
     times: 1 to 8 times.
     mean_coef, std: a(1) and s(1).
     seed, offset: stream and index of the first element's noise, in [0, 2^64).
+    )")
+          .c_str());
+
+  m.attr("MAX_TAPS") = kMaxTaps;
+  m.attr("MAX_RGB_CHANNELS") = kMaxRgbChannels;
+  m.def(
+      "fir_bias_act",
+      [](std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size, std::uintptr_t x,
+         const std::array<std::int64_t, 2>& x_size, std::uintptr_t filter, const std::array<std::int64_t, 4>& fir,
+         bool flip, double fir_gain, std::uintptr_t factor, std::uintptr_t noise, std::int64_t noise_stride,
+         std::uintptr_t seed, std::uintptr_t strength, std::uintptr_t bias, std::int64_t bias_stride, double slope,
+         double gain, double clamp, std::uintptr_t next_factor, std::uintptr_t add, std::uintptr_t rgb,
+         std::uintptr_t rgb_weight, std::int64_t rgb_channels, std::int64_t place) {
+        const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, seed, strength, bias, bias_stride,
+                                       slope, gain, clamp, next_factor, add, rgb, rgb_weight, rgb_channels);
+        const auto [taps, up, down, pad] = fir;
+        require(x_size[0] >= 0, "x_size >= 0", x_size[0]);
+        require(x_size[1] >= 0, "x_size >= 0", x_size[1]);
+        if (filter == 0) {
+          require(x_size[0] == end.height && x_size[1] == end.width, "x of the result's size where no filter is", x_size[0]);
+        } else {
+          require(taps >= 1 && taps <= kMaxTaps, "1 to 8 taps", taps);
+          require(up == 1 || up == 2, "up 1 or 2", up);
+          require(down == 1 || down == 2, "down 1 or 2", down);
+          require(x != out, "a result beside x where a filter is", taps);
+        }
+        Backend::fir_bias_act({end, pointer<const void>(x), x_size[0], x_size[1], pointer<const float>(filter), taps,
+                               up, down, pad, flip, fir_gain},
+                              place);
+      },
+      py::arg("out"), py::arg("dtype"), py::arg("size"), py::arg("x"), py::arg("x_size"), py::arg("filter"),
+      py::arg("fir"), py::arg("flip"), py::arg("fir_gain"), py::arg("factor"), py::arg("noise"),
+      py::arg("noise_stride"), py::arg("seed"), py::arg("strength"), py::arg("bias"), py::arg("bias_stride"),
+      py::arg("slope"), py::arg("gain"), py::arg("clamp"), py::arg("next_factor"), py::arg("add"), py::arg("rgb"),
+      py::arg("rgb_weight"), py::arg("rgb_channels"), context, Unlocked(),
+      doc(R"(Write out = next_factor clamp(gain act(factor fir_gain FIR(x) + strength noise + bias)) + add.
+
+Images are channels-last and contiguous. "wide" is float32, or float64 where dtype is. An address of 0 leaves a part out.
+
+Args:
+    out: address of [images, height, width, channels] of dtype; overwritten; 0 where only rgb is wanted.
+    dtype: index in DTYPES; not uint8.
+    size: (images, height, width, channels) of out; may be 0.
+    x: address of [images, *x_size, channels] of dtype; without a filter it may be out.
+    x_size: (height, width) of x.
+    filter: address of float32 [taps, taps].
+    fir: (taps, up, down, pad), as of FirBiasAct in csrc/common/arguments.h.
+    flip: convolve with the filter instead of correlating.
+    fir_gain: factor of the filter.
+    factor: address of wide [images, channels].
+    noise: address of wide [height, width] for each image.
+    noise_stride: elements from one image's noise to the next one's: height * width, or 0.
+    seed: address of one int64: the noise is drawn, pixel p of image n from element n height width + p of its stream.
+    strength: address of one wide factor of the noise.
+    bias: address of wide [channels] for each image.
+    bias_stride: elements from one image's bias to the next one's: channels, or 0.
+    slope, gain, clamp: of act(v) = v or slope v for v < 0; inf does not clamp.
+    next_factor: address of wide [images, channels].
+    add: address of [images, height, width, channels] of dtype.
+    rgb: address of float32 [images, height, width, rgb_channels]: sums over channels of rgb_weight times what stands
+        before next_factor; overwritten. Not for float64.
+    rgb_weight: address of float32 [images, rgb_channels, channels].
+    rgb_channels: 1 to 4.
+    )")
+          .c_str());
+
+  m.def(
+      "bias_act_backward",
+      [](std::uintptr_t grad_x, std::uintptr_t sum_u, std::uintptr_t sum_ux, std::uintptr_t sum_c, int dtype,
+         std::uintptr_t grad, std::uintptr_t out, std::uintptr_t x, std::uintptr_t factor, double slope, double gain,
+         double clamp, const std::array<std::int64_t, 3>& size, std::int64_t parts, std::int64_t place) {
+        for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
+        require(parts >= 1, "parts >= 1", parts);
+        require(gain > 0.0, "gain > 0", gain);
+        require(sum_ux == 0 || x != 0, "x where sum_ux is wanted", 0);
+        Backend::bias_act_backward({pointer<void>(grad_x), pointer<void>(sum_u), pointer<void>(sum_ux),
+                                    pointer<void>(sum_c), dtype_of(dtype, true, false), pointer<const void>(grad),
+                                    pointer<const void>(out), pointer<const void>(x), pointer<const void>(factor),
+                                    slope, gain, clamp, size[0], size[1], size[2], parts},
+                                   place);
+      },
+      py::arg("grad_x"), py::arg("sum_u"), py::arg("sum_ux"), py::arg("sum_c"), py::arg("dtype"), py::arg("grad"),
+      py::arg("out"), py::arg("x"), py::arg("factor"), py::arg("slope"), py::arg("gain"), py::arg("clamp"),
+      py::arg("size"), py::arg("parts"), context, Unlocked(),
+      doc(R"(Derivatives of fir_bias_act without filter, next_factor, add and rgb.
+
+u = grad times the derivative of clamp(gain act()), which the result `out` tells. An address of 0 leaves a part out.
+
+Args:
+    grad_x: address of [images, pixels, channels] of dtype: factor u; overwritten; may be grad.
+    sum_u: address of wide [images, parts, channels]: sums of u over each part's pixels; overwritten.
+    sum_ux: the same of u x.
+    sum_c: address of wide [images, pixels]: sums of u over channels; overwritten.
+    dtype: index in DTYPES; not uint8. "wide" is float32, or float64 where dtype is.
+    grad: address of [images, pixels, channels] of dtype.
+    out: address of the result, like grad; 0: the derivative is gain everywhere.
+    x: address of x, like grad.
+    factor: address of wide [images, channels].
+    slope, gain, clamp: as of fir_bias_act; gain > 0.
+    size: (images, pixels, channels); may be 0.
+    parts: part k has the pixels from k ceil(pixels / parts) on.
     )")
           .c_str());
 

@@ -99,6 +99,23 @@ def philox_normals(seed, o_block):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
+@triton.jit
+def philox_normals_at(seed, o_element):
+    """Elements o_element (int64, any shape) of a seed's stream, float32: a Philox block for each.
+
+    For tiles with no more elements than threads: a thread then draws one block in either way, and here wherever the
+    tile begins, with half of the Box-Muller transforms and without bringing the numbers into order.
+    """
+    key = seed.to(tl.uint64)
+    o_block = o_element >> 2
+    word0, word1, word2, word3 = philox4x32_10(
+        o_block.to(tl.uint32), (o_block >> 32).to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    )
+    first_pair = (o_element & 2) == 0
+    even, odd = box_muller(tl.where(first_pair, word0, word2), tl.where(first_pair, word1, word3))
+    return tl.where((o_element & 1) == 0, even, odd)
+
+
 @triton.jit(do_not_specialize=["tiles", "first_block"])
 def philox_normal_kernel(
     out,  # [R, M]

@@ -30,7 +30,7 @@ OutputType = Literal["pt", "np", "pil"]
 
 @cache
 def _bundled_model() -> SPIGAN:
-    return SPIGAN.from_pretrained(BUNDLED_MODEL)
+    return SPIGAN.from_pretrained(BUNDLED_MODEL).requires_grad_(False)
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
@@ -73,7 +73,7 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
     if model is None:
         return load_model(_bundled_model(), device)
     exported = Path(model) / "model"
-    return SPIGAN.from_pretrained(exported if exported.is_dir() else model, device=device)
+    return SPIGAN.from_pretrained(exported if exported.is_dir() else model, device=device).requires_grad_(False)
 
 
 def default_batch_size(resolution: int) -> int:

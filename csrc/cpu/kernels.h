@@ -9,41 +9,36 @@
 
 namespace spigan::cpu {
 
-// out = x style, channel by channel.
-struct ScaleChannels {
-  void* out;           // [images, pixels, channels] of dtype
-  Dtype dtype;         // kFloat32 or kBFloat16
-  const void* x;       // like out
-  const float* style;  // [images, channels]
-  std::int64_t images, pixels, channels;  // >= 0
-};
-
-// What follows the convolution of a layer: out = clamp(gain act(FIR(y) demodulation + noise + bias)) next_style.
-struct LayerEnd {
-  void* out;                   // [images, height, width, channels] of dtype
-  Dtype dtype;                 // kFloat32 or kBFloat16
-  // Without a filter [images, height, width, channels]; with one the products of a transposed convolution of stride 2,
-  // [images, y_height, y_width, kernel, kernel, channels]; for winograd_output [16, tiles, channels].
-  const void* y;
-  const float* demodulation;   // [images, channels]
-  const float* noise;          // pixel p of image n: noise[n noise_stride + p]; or null
-  std::int64_t noise_stride;   // height * width, or 0: the same for every image
-  const float* bias;           // [channels]
-  const float* next_style;     // [images, channels], or null: 1
-  float slope, gain, clamp;    // slope of the negative side; infinity does not clamp
-  std::int64_t images, height, width, channels;
-  std::int64_t y_height, y_width, kernel;
-  std::int64_t taps, pad;  // of the filter; taps 0: none
+// The end of a layer with up = 2, from the products of its stride-2 transposed convolution: v = FIR(transposed conv).
+struct ProductsEnd {
+  LayerEnd end;    // any dtype but kFloat64
+  const void* y;   // [images, y_rows, y_width, kernel, kernel, channels] of dtype: rows from y_first_row on of y_height
+  std::int64_t y_height, y_width, y_first_row, y_rows, kernel;
+  std::int64_t taps, pad;  // of the filter; taps * kernel <= kMaxProductTerms
   // [taps] as correlated: row r is the sum of filter_y[j] times row r + j - pad of the transposed convolution.
   const float *filter_y, *filter_x;
+  std::int64_t first_row, row_count;  // rows to write; y has all that they need
 };
 
-// The 16 products' left factors of Winograd's F(2x2, 3x3) with zero padding 1, of x style.
+constexpr std::int64_t kMaxProductTerms = 64;
+
+// Tile number (ty, tx) of Winograd's F(2x2, 3x3) covers rows 2 ty, 2 ty + 1 and columns 2 tx, 2 tx + 1 of an image; a
+// window has the rows of tiles from first_tile_row on, of every image. tiles = images tile_rows ceil(width / 2).
+
+// The 16 products' left factors, of x style with zero padding 1.
 struct WinogradInput {
-  float* out;          // [16, tiles, channels], tiles = images ceil(height / 2) ceil(width / 2)
+  float* out;          // [16, tiles, channels]
   const float* x;      // [images, height, width, channels]
-  const float* style;  // [images, channels]
+  const float* style;  // [images, channels], or null: 1
   std::int64_t images, height, width, channels;
+  std::int64_t first_tile_row, tile_rows;
+};
+
+// The end of a layer from the 16 products.
+struct WinogradEnd {
+  LayerEnd end;           // kFloat32
+  const float* products;  // [16, tiles, channels]
+  std::int64_t first_tile_row, tile_rows;
 };
 
 // The 16 products' right factors, of a convolution's weights.
@@ -59,11 +54,12 @@ struct Kernels {
   void (*philox_normal)(const PhiloxNormal&, int threads);
   void (*path_interpolate)(const PathInterpolate&, int threads);
   bool (*rk4_mlp)(const Rk4Mlp&, int threads);  // false: no memory
-  void (*scale_channels)(const ScaleChannels&, int threads);
-  bool (*finish_layer)(const LayerEnd&, int threads);  // false: no memory
+  bool (*fir_bias_act)(const FirBiasAct&, int threads);               // false: no memory
+  bool (*bias_act_backward)(const BiasActBackward&, int threads);     // false: no memory
+  bool (*finish_products)(const ProductsEnd&, int threads);           // false: no memory
   void (*winograd_input)(const WinogradInput&, int threads);
   void (*winograd_weight)(const WinogradWeight&, int threads);
-  bool (*winograd_output)(const LayerEnd&, int threads);  // false: no memory
+  bool (*winograd_output)(const WinogradEnd&, int threads);  // false: no memory
 };
 
 #if defined(SPIGAN_ISA)
@@ -71,11 +67,12 @@ namespace SPIGAN_ISA {
 void philox_normal(const PhiloxNormal& args, int threads);
 void path_interpolate(const PathInterpolate& args, int threads);
 bool rk4_mlp(const Rk4Mlp& args, int threads);
-void scale_channels(const ScaleChannels& args, int threads);
-bool finish_layer(const LayerEnd& args, int threads);
+bool fir_bias_act(const FirBiasAct& args, int threads);
+bool bias_act_backward(const BiasActBackward& args, int threads);
+bool finish_products(const ProductsEnd& args, int threads);
 void winograd_input(const WinogradInput& args, int threads);
 void winograd_weight(const WinogradWeight& args, int threads);
-bool winograd_output(const LayerEnd& args, int threads);
+bool winograd_output(const WinogradEnd& args, int threads);
 }  // namespace SPIGAN_ISA
 #endif
 

@@ -1,154 +1,67 @@
-// What surrounds the convolution of a StyleGAN2 layer, one pass each; the convolution itself, or the matrix products of
-// Winograd's, are the library's. All images are channels-last, so that loops over channels vectorise.
-#include <cstdlib>
-
-#include "kernels.h"
+// What surrounds the matrix products that are a StyleGAN2 layer's convolution: those of all taps with all pixels where it
+// upsamples, and Winograd's. The products are the library's. Images are channels-last, so that loops over channels
+// vectorise.
+#include "layer_end.h"
 
 namespace spigan::cpu::SPIGAN_ISA {
 namespace {
 
-struct Buffer {
-  float* data;
-  explicit Buffer(std::int64_t floats)
-      : data(static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>((floats * 4 + 63) / 64 * 64)))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-inline int team_of(std::int64_t tasks, int threads) {
-  return tasks < 1 ? 1 : tasks < threads ? static_cast<int>(tasks) : threads;
-}
-
-// The end of a layer for one pixel: out = clamp(gain act(sum d + noise + bias)) next_style.
-template <class T>
-struct Finish {
-  const LayerEnd& a;
-  std::int64_t image;
-
-  void operator()(const float* sum, std::int64_t pixel, T* out) const {
-    const std::int64_t channels = a.channels;
-    const float noise = a.noise == nullptr ? 0.0f : a.noise[image * a.noise_stride + pixel];
-    const float* d = a.demodulation + image * channels;
-    const float* bias = a.bias;
-    const float gain = a.gain, slope = a.slope * a.gain, bound = a.clamp;
-    if (a.next_style == nullptr) {
-      for (std::int64_t c = 0; c < channels; ++c) {
-        float v = multiply_add(sum[c], d[c], noise + bias[c]);
-        v *= v < 0.0f ? slope : gain;
-        v = v > bound ? bound : v;
-        out[c] = from_float<T>(v < -bound ? -bound : v);
-      }
-    } else {
-      const float* style = a.next_style + image * channels;
-      for (std::int64_t c = 0; c < channels; ++c) {
-        float v = multiply_add(sum[c], d[c], noise + bias[c]);
-        v *= v < 0.0f ? slope : gain;
-        v = v > bound ? bound : v;
-        out[c] = from_float<T>((v < -bound ? -bound : v) * style[c]);
-      }
-    }
-  }
-};
-
-template <class T>
-inline void widen(const T* from, std::int64_t count, float* to) {
-  for (std::int64_t c = 0; c < count; ++c) to[c] = to_float(from[c]);
-}
-
-template <class T>
-void scale(const ScaleChannels& a, [[maybe_unused]] int threads) {
-#pragma omp parallel for schedule(static) num_threads(team_of(a.images * a.pixels / 64, threads))
-  for (std::int64_t p = 0; p < a.images * a.pixels; ++p) {
-    const float* style = a.style + p / a.pixels * a.channels;
-    const T* x = static_cast<const T*>(a.x) + p * a.channels;
-    T* out = static_cast<T*>(a.out) + p * a.channels;
-    for (std::int64_t c = 0; c < a.channels; ++c) out[c] = from_float<T>(to_float(x[c]) * style[c]);
-  }
-}
-
-template <class T>
-bool finish(const LayerEnd& a, [[maybe_unused]] int threads) {
-  bool enough_memory = true;
-#pragma omp parallel num_threads(team_of(a.images * a.height, threads)) reduction(&& : enough_memory)
-  {
-    const Buffer sum(a.channels);
-    enough_memory = sum.data != nullptr;
-#pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < a.images * a.height; ++row) {
-      if (!enough_memory) continue;
-      const Finish<T> end = {a, row / a.height};
-      for (std::int64_t x = 0; x < a.width; ++x) {
-        const std::int64_t pixel = row % a.height * a.width + x, at = (row * a.width + x) * a.channels;
-        widen(static_cast<const T*>(a.y) + at, a.channels, sum.data);
-        end(sum.data, pixel, static_cast<T*>(a.out) + at);
-      }
-    }
-  }
-  return enough_memory;
-}
-
-// Terms of one output row or column of FIR(transposed convolution) along one axis: input index, tap of the convolution's
-// kernel, and factor.
-struct Term {
-  std::int64_t index, tap;
-  float factor;
-};
-
-constexpr int kMaxTerms = 64;
-
-// The transposed convolution of stride 2 has what input i contributes through tap u at 2 i + u.
-inline int terms_of(std::int64_t out, const LayerEnd& a, std::int64_t size, const float* filter, Term (&terms)[kMaxTerms]) {
+// What one row or column of the result takes from the transposed convolution's products along an axis: input index, tap of
+// the convolution's kernel, and factor.
+struct Terms {
+  std::int64_t index[kMaxProductTerms], tap[kMaxProductTerms];
+  float factor[kMaxProductTerms];
   int count = 0;
-  for (std::int64_t j = 0; j < a.taps; ++j) {
-    const std::int64_t at = out + j - a.pad;
-    for (std::int64_t u = at & 1; u < a.kernel; u += 2) {
-      const std::int64_t index = (at - u) / 2;
-      if (at >= u && index < size && count < kMaxTerms) terms[count++] = {index, u, filter[j]};
+
+  // Inputs [begin, end) exist.
+  Terms(const ProductsEnd& a, std::int64_t out, std::int64_t begin, std::int64_t end, const float* filter) {
+    for (std::int64_t t = 0; t < a.taps; ++t) {
+      const std::int64_t at = out + t - a.pad;
+      for (std::int64_t u = at & 1; u < a.kernel; u += 2) {
+        const std::int64_t i = (at - u) / 2;
+        if (at < u || i < begin || i >= end || count == kMaxProductTerms) continue;
+        index[count] = i;
+        tap[count] = u;
+        factor[count++] = filter[t];
+      }
     }
   }
-  return count;
-}
+};
 
-// Sums the products of a stride-2 transposed convolution where they belong and filters them, before the end: rows first,
-// into a buffer of one filtered row, columns second.
+// Sums the products where they belong and filters them: rows first, into a buffer of one filtered row, columns second.
 template <class T>
-bool filter_and_finish(const LayerEnd& a, [[maybe_unused]] int threads) {
+bool filter_and_finish(const ProductsEnd& a, [[maybe_unused]] int threads) {
+  const LayerEnd& size = a.end;
+  const std::int64_t channels = size.channels, tap_numel = a.kernel * channels;  // one row of taps
+  const std::int64_t line_numel = a.y_width * tap_numel, pixel_numel = a.kernel * tap_numel;
+  const std::int64_t rows = size.images * a.row_count;
   bool enough_memory = true;
-  const std::int64_t channels = a.channels, tap_numel = a.kernel * channels;  // one row of taps
-  const std::int64_t row_numel = a.y_width * tap_numel, pixel_numel = a.kernel * tap_numel;
-#pragma omp parallel num_threads(team_of(a.images * a.height, threads)) reduction(&& : enough_memory)
+#pragma omp parallel num_threads(team_of(rows, rows * size.width * channels, threads)) reduction(&& : enough_memory)
   {
-    const Buffer buffer(row_numel + channels);
-    enough_memory = buffer.data != nullptr;
-    float* const filtered = buffer.data;  // [y_width, kernel, channels]
-    float* const sum = buffer.data + row_numel;
-    Term terms[kMaxTerms];
+    End<T> finish(a.end);
+    const Buffer<float> buffer(line_numel + channels);
+    enough_memory = finish.enough_memory() && buffer.data != nullptr;
+    float* const line = buffer.data;  // [y_width, kernel, channels]
+    float* const sum = line + line_numel;
 #pragma omp for schedule(static)
-    for (std::int64_t row = 0; row < a.images * a.height; ++row) {
+    for (std::int64_t task = 0; task < rows; ++task) {
       if (!enough_memory) continue;
-      const std::int64_t image = row / a.height;
-      const Finish<T> end = {a, image};
-      const T* y = static_cast<const T*>(a.y) + image * a.y_height * a.y_width * pixel_numel;
-      const int rows = terms_of(row % a.height, a, a.y_height, a.filter_y, terms);
-      for (std::int64_t x = 0; x < a.y_width; ++x) {
-        float* const to = filtered + x * tap_numel;
-        for (std::int64_t e = 0; e < tap_numel; ++e) to[e] = 0.0f;
-        for (int term = 0; term < rows; ++term) {
-          const T* from = y + (terms[term].index * a.y_width + x) * pixel_numel + terms[term].tap * tap_numel;
-          const float factor = terms[term].factor;
-          for (std::int64_t e = 0; e < tap_numel; ++e) to[e] = multiply_add(factor, to_float(from[e]), to[e]);
+      const std::int64_t image = task / a.row_count, row = a.first_row + task % a.row_count;
+      const T* const y = static_cast<const T*>(a.y) + image * a.y_rows * a.y_width * pixel_numel;
+      const Terms lines(a, row, a.y_first_row, a.y_first_row + a.y_rows, a.filter_y);
+      for (std::int64_t column = 0; column < a.y_width; ++column) {
+        const T* from[kMaxProductTerms];
+        for (int k = 0; k < lines.count; ++k) {
+          from[k] = y + ((lines.index[k] - a.y_first_row) * a.y_width + column) * pixel_numel + lines.tap[k] * tap_numel;
         }
+        weighted_sum(from, lines.factor, lines.count, tap_numel, line + column * tap_numel);
       }
-      for (std::int64_t x = 0; x < a.width; ++x) {
-        const int columns = terms_of(x, a, a.y_width, a.filter_x, terms);
-        for (std::int64_t c = 0; c < channels; ++c) sum[c] = 0.0f;
-        for (int term = 0; term < columns; ++term) {
-          const float* from = filtered + (terms[term].index * a.kernel + terms[term].tap) * channels;
-          const float factor = terms[term].factor;
-          for (std::int64_t c = 0; c < channels; ++c) sum[c] = multiply_add(factor, from[c], sum[c]);
-        }
-        end(sum, row % a.height * a.width + x, static_cast<T*>(a.out) + (row * a.width + x) * channels);
+      for (std::int64_t column = 0; column < size.width; ++column) {
+        const Terms columns(a, column, 0, a.y_width, a.filter_x);
+        const float* from[kMaxProductTerms];
+        for (int k = 0; k < columns.count; ++k) from[k] = line + columns.index[k] * tap_numel + columns.tap[k] * channels;
+        weighted_sum(from, columns.factor, columns.count, channels, sum);
+        finish(sum, image, row * size.width + column);
       }
     }
   }
@@ -157,36 +70,30 @@ bool filter_and_finish(const LayerEnd& a, [[maybe_unused]] int threads) {
 
 // ---- Winograd's convolution F(2x2, 3x3) (Lavin and Gray 2016, "Fast algorithms for convolutional neural networks") ----
 
-// Tile number `tile` covers outputs (2 ty, 2 tx) .. (2 ty + 1, 2 tx + 1) of an image and the 4x4 inputs around them.
-struct TileGrid {
-  std::int64_t rows, columns;
-  std::int64_t count() const { return rows * columns; }
-};
-
-inline TileGrid tiles_of(std::int64_t height, std::int64_t width) { return {(height + 1) / 2, (width + 1) / 2}; }
-
 constexpr std::int64_t kChannelBlock = 64;  // 16 input vectors of a block, and their transform, stay in the L1 cache
 
 }  // namespace
 
 void winograd_input(const WinogradInput& a, [[maybe_unused]] int threads) {
-  const TileGrid grid = tiles_of(a.height, a.width);
-  const std::int64_t tiles = a.images * grid.count(), channels = a.channels;
-#pragma omp parallel for schedule(static) num_threads(team_of(tiles / 4, threads))
+  const std::int64_t columns = (a.width + 1) / 2, image_tiles = a.tile_rows * columns;
+  const std::int64_t tiles = a.images * image_tiles, channels = a.channels;
+#pragma omp parallel for schedule(static) num_threads(team_of(tiles, 16 * tiles * channels, threads))
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t image = tile / grid.count();
-    const std::int64_t top = tile % grid.count() / grid.columns * 2 - 1, left = tile % grid.columns * 2 - 1;
+    const std::int64_t image = tile / image_tiles;
+    const std::int64_t top = (a.first_tile_row + tile % image_tiles / columns) * 2 - 1, left = tile % columns * 2 - 1;
     const float* x = a.x + image * a.height * a.width * channels;
-    const float* style = a.style + image * channels;
+    const float* style = a.style == nullptr ? nullptr : a.style + image * channels;
     for (std::int64_t from = 0; from < channels; from += kChannelBlock) {
       const std::int64_t count = channels - from < kChannelBlock ? channels - from : kChannelBlock;
       float d[16][kChannelBlock], r[16][kChannelBlock];
       for (int k = 0; k < 16; ++k) {
         const std::int64_t row = top + k / 4, column = left + k % 4;
+        const float* pixel = x + (row * a.width + column) * channels + from;
         if (row < 0 || row >= a.height || column < 0 || column >= a.width) {
           for (std::int64_t c = 0; c < count; ++c) d[k][c] = 0.0f;
+        } else if (style == nullptr) {
+          for (std::int64_t c = 0; c < count; ++c) d[k][c] = pixel[c];
         } else {
-          const float* pixel = x + (row * a.width + column) * channels + from;
           for (std::int64_t c = 0; c < count; ++c) d[k][c] = pixel[c] * style[from + c];
         }
       }
@@ -219,7 +126,7 @@ void winograd_weight(const WinogradWeight& a, [[maybe_unused]] int threads) {
   // Blocks of 16 x 16 channels are transposed in the L1 cache: memory is read and written in whole cache lines.
   constexpr std::int64_t kBlock = 16;
   const std::int64_t in = a.in_channels, out = a.out_channels;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(team_of(in, 16 * in * out, threads))
   for (std::int64_t first_i = 0; first_i < in; first_i += kBlock) {
     const std::int64_t end_i = first_i + kBlock < in ? first_i + kBlock : in;
     for (std::int64_t first_o = 0; first_o < out; first_o += kBlock) {
@@ -255,15 +162,17 @@ void winograd_weight(const WinogradWeight& a, [[maybe_unused]] int threads) {
   }
 }
 
-bool winograd_output(const LayerEnd& a, [[maybe_unused]] int threads) {
-  const TileGrid grid = tiles_of(a.height, a.width);
-  const std::int64_t tiles = a.images * grid.count(), channels = a.channels;
-  const float* products = static_cast<const float*>(a.y);
+bool winograd_output(const WinogradEnd& a, [[maybe_unused]] int threads) {
+  const LayerEnd& end = a.end;
+  const std::int64_t columns = (end.width + 1) / 2, image_tiles = a.tile_rows * columns;
+  const std::int64_t tiles = end.images * image_tiles, channels = end.channels;
+  const float* products = a.products;
   bool enough_memory = true;
-#pragma omp parallel num_threads(team_of(tiles / 4, threads)) reduction(&& : enough_memory)
+#pragma omp parallel num_threads(team_of(tiles, 16 * tiles * channels, threads)) reduction(&& : enough_memory)
   {
-    const Buffer buffer(4 * channels);
-    enough_memory = buffer.data != nullptr;
+    End<float> finish(end);
+    const Buffer<float> buffer(4 * channels);
+    enough_memory = finish.enough_memory() && buffer.data != nullptr;
 #pragma omp for schedule(static)
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       if (!enough_memory) continue;
@@ -290,30 +199,23 @@ bool winograd_output(const LayerEnd& a, [[maybe_unused]] int threads) {
           }
         }
       }
-      const std::int64_t image = tile / grid.count();
-      const std::int64_t top = tile % grid.count() / grid.columns * 2, left = tile % grid.columns * 2;
-      const Finish<float> end = {a, image};
+      const std::int64_t image = tile / image_tiles;
+      const std::int64_t top = (a.first_tile_row + tile % image_tiles / columns) * 2, left = tile % columns * 2;
       for (int k = 0; k < 4; ++k) {
         const std::int64_t row = top + k / 2, column = left + k % 2;
-        if (row >= a.height || column >= a.width) continue;
-        const std::int64_t pixel = row * a.width + column;
-        end(sums + k * channels, pixel, static_cast<float*>(a.out) + (image * a.height * a.width + pixel) * channels);
+        if (row < end.height && column < end.width) finish(sums + k * channels, image, row * end.width + column);
       }
     }
   }
   return enough_memory;
 }
 
-void scale_channels(const ScaleChannels& a, int threads) {
-  if (a.dtype == Dtype::kBFloat16) return scale<bfloat16>(a, threads);
-  scale<float>(a, threads);
-}
-
-bool finish_layer(const LayerEnd& a, int threads) {
-  if (a.dtype == Dtype::kBFloat16) {
-    return a.taps == 0 ? finish<bfloat16>(a, threads) : filter_and_finish<bfloat16>(a, threads);
+bool finish_products(const ProductsEnd& a, int threads) {
+  switch (a.end.dtype) {
+    case Dtype::kBFloat16: return filter_and_finish<bfloat16>(a, threads);
+    case Dtype::kFloat16: return filter_and_finish<float16>(a, threads);
+    default: return filter_and_finish<float>(a, threads);
   }
-  return a.taps == 0 ? finish<float>(a, threads) : filter_and_finish<float>(a, threads);
 }
 
 }  // namespace spigan::cpu::SPIGAN_ISA

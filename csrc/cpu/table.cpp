@@ -8,6 +8,7 @@ namespace spigan::cpu::SPIGAN_ISA {
 
 extern const Kernels table;
 const Kernels table = {SPIGAN_STRING(SPIGAN_ISA), philox_normal, path_interpolate, rk4_mlp,
-                       scale_channels, finish_layer, winograd_input, winograd_weight, winograd_output};
+                       fir_bias_act, bias_act_backward, finish_products,
+                       winograd_input, winograd_weight, winograd_output};
 
 }  // namespace spigan::cpu::SPIGAN_ISA

@@ -29,6 +29,12 @@ struct Cuda {
   static void path_interpolate(const PathInterpolate& args, std::int64_t context) {
     check(cuda::path_interpolate(args, stream(context)));
   }
+  static void fir_bias_act(const FirBiasAct& args, std::int64_t context) {
+    check(cuda::fir_bias_act(args, stream(context)));
+  }
+  static void bias_act_backward(const BiasActBackward& args, std::int64_t context) {
+    check(cuda::bias_act_backward(args, stream(context)));
+  }
   static void rk4_mlp(const Rk4Mlp& args, std::int64_t context) { check(cuda::rk4_mlp(args, stream(context))); }
 };
 

@@ -89,6 +89,33 @@ __device__ __forceinline__ Packed<T, N> pack_as(const float (&from)[N]) {
   return to;
 }
 
+// N neighbouring elements; for N > 1 the address is a multiple of 16 and N a multiple of what 16 bytes hold.
+template <class T, int N>
+__device__ __forceinline__ void load_elements(const T* p, float (&to)[N]) {
+  if constexpr (N == 1) {
+    to[0] = to_float(*p);
+  } else {
+    constexpr int kStep = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < N; i += kStep) {
+      float part[kStep];
+      unpack_as<T>(load_words<4>(p + i), part);
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) to[i + k] = part[k];
+    }
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_elements(T* p, const float (&from)[N]) {
+  if constexpr (N == 1) {
+    *p = from_float<T>(from[0]);
+  } else {
+    static_assert(N * sizeof(T) == 16);
+    store_words(p, pack_as<T>(from));
+  }
+}
+
 // ---- Memory of a block ----
 
 // The block's dynamic shared memory.
@@ -118,6 +145,14 @@ __device__ __forceinline__ void copies_wait() {
 #elif !defined(__CUDACC__)
   cuda_on_cpu::copies_wait();
 #endif
+}
+
+// ---- Within a warp ----
+
+// Sum over the `lanes` (a power of two) neighbouring lanes that this one is among, in each. The whole warp calls it.
+__device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
+  for (int mask = lanes / 2; mask >= 1; mask /= 2) value += __shfl_xor_sync(kFullMask, value, mask);
+  return value;
 }
 
 // ---- Thread-block clusters ----

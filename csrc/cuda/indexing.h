@@ -1,6 +1,9 @@
 // Indices of the elementwise kernels, whose threads draw one Philox block of four neighbouring elements at a time.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "device.h"
 
 namespace spigan::cuda {
@@ -41,6 +44,37 @@ __device__ __forceinline__ void store_four(T* to, std::int64_t first, std::int64
       const std::int64_t at = first + lane;
       if (at >= 0 && at < count) to[at] = from_float<T>(values[lane]);
     }
+  }
+}
+
+// ---- Images, channels last: a few neighbouring lanes take neighbouring channels of the same pixels ----
+
+// Elements that 16 bytes hold: what a thread moves at once.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// The smallest power of two that is at least n, but at most `most`, which is one.
+inline int power_of_two_from(std::int64_t n, int most) {
+  int power = 1;
+  while (power < n && power < most) power *= 2;
+  return power;
+}
+
+inline std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
+
+inline bool aligned_to_16(std::initializer_list<const void*> addresses) {
+  return std::all_of(addresses.begin(), addresses.end(),
+                     [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; });
+}
+
+// Elements first .. first + N - 1 of an optional array.
+template <int N>
+__device__ __forceinline__ void load_or(const void* array, std::int64_t first, float otherwise, float (&to)[N]) {
+  if (array != nullptr) {
+    load_elements(static_cast<const float*>(array) + first, to);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) to[k] = otherwise;
   }
 }
 

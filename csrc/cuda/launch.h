@@ -49,21 +49,32 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
-// Launches an elementwise kernel of `work` > 0 items whose threads stride over the grid. Blocks end and start one by
-// one, which balances the multiprocessors; with 64 for each of them the last ones to end do not count.
+// Threads of a block of an elementwise kernel; 0 where there is no device.
+inline unsigned elementwise_threads() {
+  return static_cast<unsigned>(std::min(256, device_attribute(cudaDevAttrMaxThreadsPerBlock)));
+}
+
+// Launches a kernel whose blocks stride over `tiles` > 0 pieces of work. Blocks end and start one by one, which
+// balances the multiprocessors; with 64 for each of them the last ones to end do not count.
 template <class... Params>
-cudaError_t launch_strided(void (*kernel)(Params...), std::uint64_t work, cudaStream_t stream,
-                           const std::decay_t<Params>&... args) {
-  const int threads = std::min(256, device_attribute(cudaDevAttrMaxThreadsPerBlock));
+cudaError_t launch_tiles(void (*kernel)(Params...), std::uint64_t tiles, unsigned threads, std::size_t shared_bytes,
+                         cudaStream_t stream, const std::decay_t<Params>&... args) {
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
-  if (threads <= 0 || processors <= 0) {
+  if (threads == 0 || processors <= 0) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorNoDevice;
   }
-  const std::uint64_t wanted = (work - 1) / static_cast<std::uint64_t>(threads) + 1;
   const std::uint64_t most = std::uint64_t{64} * static_cast<std::uint64_t>(processors);
-  return launch(kernel, {static_cast<unsigned>(std::min(wanted, most)), static_cast<unsigned>(threads)}, stream,
-                args...);
+  return launch(kernel, {static_cast<unsigned>(std::min(tiles, most)), threads, shared_bytes}, stream, args...);
+}
+
+// The same for `work` > 0 items, one for a thread.
+template <class... Params>
+cudaError_t launch_strided(void (*kernel)(Params...), std::uint64_t work, cudaStream_t stream,
+                           const std::decay_t<Params>&... args) {
+  const unsigned threads = elementwise_threads();
+  const std::uint64_t tiles = threads == 0 ? 0 : (work - 1) / threads + 1;
+  return launch_tiles(kernel, tiles, threads, 0, stream, args...);
 }
 
 }  // namespace spigan::cuda

@@ -45,7 +45,7 @@ void check(cudaError_t error, const char* what) {
 template <class T>
 std::vector<T> unwritten(std::size_t size) {
   std::vector<T> values(size);
-  std::memset(static_cast<void*>(values.data()), 0xFF, size * sizeof(T));
+  if (size != 0) std::memset(static_cast<void*>(values.data()), 0xFF, size * sizeof(T));
   return values;
 }
 
@@ -124,6 +124,132 @@ void test_path_interpolate(std::int64_t images, std::int64_t rows, std::int64_t 
                 given_noise ? ", noise given" : "");
   compare(what, x_T, expected_x_T, 2e-6);
   compare(what, points, expected, 2e-6);
+}
+
+std::vector<float> some_floats(std::size_t size, std::uint64_t first) {
+  std::vector<float> values;
+  for (std::size_t i = 0; i < size; ++i) values.push_back(static_cast<float>(some(first + i)));
+  return values;
+}
+
+// float32, `taps` of 0: no filter; with drawn noise and bias. Results of the same size as x.
+void test_fir_bias_act(std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
+                       std::int64_t taps, std::int64_t rgb_channels, int threads) {
+  cuda_on_cpu::set_device({9, 1, threads, 64 << 10, 1});
+  const std::size_t pixels = static_cast<std::size_t>(images * height * width), c = static_cast<std::size_t>(channels);
+  const std::size_t colors = static_cast<std::size_t>(rgb_channels);
+  const std::vector<float> x = some_floats(pixels * c, 0), bias = some_floats(c, 5000);
+  const std::vector<float> filter = some_floats(static_cast<std::size_t>(taps * taps), 6000);
+  const std::vector<float> rgb_weight = some_floats(static_cast<std::size_t>(images) * colors * c, 7000);
+  std::vector<float> out = unwritten<float>(pixels * c), rgb = unwritten<float>(pixels * colors);
+  const std::int64_t seed = 11, pad = taps / 2;
+  FirBiasAct args = {};
+  args.end.out = out.data();
+  args.end.dtype = Dtype::kFloat32;
+  args.end.images = images;
+  args.end.height = args.x_height = height;
+  args.end.width = args.x_width = width;
+  args.end.channels = channels;
+  args.end.seed = &seed;
+  args.end.bias = bias.data();
+  args.end.slope = 0.2;
+  args.end.gain = 1.5;
+  args.end.clamp = 2.0;
+  args.end.rgb = rgb_channels != 0 ? rgb.data() : nullptr;
+  args.end.rgb_weight = rgb_weight.data();
+  args.end.rgb_channels = rgb_channels;
+  args.x = x.data();
+  args.filter = taps != 0 ? filter.data() : nullptr;
+  args.taps = taps;
+  args.up = args.down = 1;
+  args.pad = pad;
+  args.fir_gain = 2.0;
+  check(cuda::fir_bias_act(args, nullptr), "fir_bias_act");
+
+  const auto filtered = [&](std::int64_t image, std::int64_t row, std::int64_t column, std::size_t channel) {
+    double sum = 0.0;
+    for (std::int64_t j = 0; j < taps; ++j) {
+      for (std::int64_t i = 0; i < taps; ++i) {
+        const std::int64_t y = row + j - pad, at = column + i - pad;
+        if (y < 0 || y >= height || at < 0 || at >= width) continue;
+        const double value = x[static_cast<std::size_t>((image * height + y) * width + at) * c + channel];
+        sum += 2.0 * static_cast<double>(filter[static_cast<std::size_t>(j * taps + i)]) * value;
+      }
+    }
+    return sum;
+  };
+  std::vector<double> expected, expected_rgb(pixels * colors);
+  for (std::size_t p = 0; p < pixels; ++p) {
+    const std::int64_t at = static_cast<std::int64_t>(p), image = at / (height * width);
+    for (std::size_t k = 0; k < c; ++k) {
+      double v = taps != 0 ? filtered(image, at / width % height, at % width, k) : static_cast<double>(x[p * c + k]);
+      v += normal(11, p) + static_cast<double>(bias[k]);
+      expected.push_back(std::max(-2.0, std::min(2.0, 1.5 * (v < 0.0 ? 0.2 * v : v))));
+      for (std::size_t r = 0; r < colors; ++r) {
+        const double weight = rgb_weight[(static_cast<std::size_t>(image) * colors + r) * c + k];
+        expected_rgb[p * colors + r] += weight * expected.back();
+      }
+    }
+  }
+  char what[100];
+  std::snprintf(what, sizeof(what), "fir_bias_act [%d, %d, %d, %d], %d taps, %d rgb, %d threads",
+                static_cast<int>(images), static_cast<int>(height), static_cast<int>(width),
+                static_cast<int>(channels), static_cast<int>(taps), static_cast<int>(rgb_channels), threads);
+  compare(what, out, expected, 5e-6);
+  if (rgb_channels != 0) compare(what, rgb, expected_rgb, 5e-6);
+}
+
+void test_bias_act_backward(std::int64_t images, std::int64_t pixels, std::int64_t channels, std::int64_t parts,
+                            bool sum_over_channels, int threads) {
+  cuda_on_cpu::set_device({9, 1, threads, 64 << 10, 1});
+  const std::size_t rows = static_cast<std::size_t>(images * pixels), c = static_cast<std::size_t>(channels);
+  const std::size_t sums = static_cast<std::size_t>(images * parts) * c;
+  const std::vector<float> grad = some_floats(rows * c, 0), out = some_floats(rows * c, 9000);
+  const std::vector<float> x = some_floats(rows * c, 20000);
+  const std::vector<float> factor = some_floats(static_cast<std::size_t>(images) * c, 30000);
+  std::vector<float> grad_x = unwritten<float>(rows * c), sum_u = unwritten<float>(sums);
+  std::vector<float> sum_ux = unwritten<float>(sums), sum_c = unwritten<float>(rows);
+  BiasActBackward args = {};
+  args.grad_x = grad_x.data();
+  args.sum_u = sum_u.data();
+  args.sum_ux = sum_ux.data();
+  args.sum_c = sum_over_channels ? sum_c.data() : nullptr;
+  args.dtype = Dtype::kFloat32;
+  args.grad = grad.data();
+  args.out = out.data();
+  args.x = x.data();
+  args.factor = factor.data();
+  args.slope = 0.2;
+  args.gain = 1.5;
+  args.clamp = 0.75;
+  args.images = images;
+  args.pixels = pixels;
+  args.channels = channels;
+  args.parts = parts;
+  check(cuda::bias_act_backward(args, nullptr), "bias_act_backward");
+
+  const std::size_t length = static_cast<std::size_t>((pixels + parts - 1) / parts);
+  std::vector<double> expected(rows * c), expected_u(sums), expected_ux(sums), expected_c(rows);
+  for (std::size_t row = 0; row < rows; ++row) {
+    const std::size_t image = row / static_cast<std::size_t>(pixels), pixel = row % static_cast<std::size_t>(pixels);
+    for (std::size_t k = 0; k < c; ++k) {
+      const std::size_t at = row * c + k, sum = (image * static_cast<std::size_t>(parts) + pixel / length) * c + k;
+      const double y = out[at], derivative = std::fabs(y) >= 0.75 ? 0.0 : y > 0.0 ? 1.5 : 0.3;
+      const double u = derivative * static_cast<double>(grad[at]);
+      expected[at] = static_cast<double>(factor[image * c + k]) * u;
+      expected_u[sum] += u;
+      expected_ux[sum] += u * static_cast<double>(x[at]);
+      expected_c[row] += u;
+    }
+  }
+  char what[100];
+  std::snprintf(what, sizeof(what), "bias_act_backward [%d, %d, %d], %d parts%s, %d threads", static_cast<int>(images),
+                static_cast<int>(pixels), static_cast<int>(channels), static_cast<int>(parts),
+                sum_over_channels ? ", sums over channels" : "", threads);
+  compare(what, grad_x, expected, 2e-6);
+  compare(what, sum_u, expected_u, 2e-6);
+  compare(what, sum_ux, expected_ux, 2e-6);
+  if (sum_over_channels) compare(what, sum_c, expected_c, 2e-6);
 }
 
 struct Mlp {
@@ -228,6 +354,17 @@ int main() {
   test_path_interpolate(2, 3, 8, 2, 0, true, false);
   test_path_interpolate(2, 2, 5, 3, 6, true, false);
   test_path_interpolate(1, 2, 12, 1, 0, false, true);
+
+  test_fir_bias_act(2, 3, 5, 8, 0, 0, 32);
+  test_fir_bias_act(2, 2, 3, 3, 0, 3, 64);
+  test_fir_bias_act(1, 3, 2, 160, 0, 3, 64);  // lanes go through the channels twice
+  test_fir_bias_act(1, 5, 6, 8, 4, 0, 64);
+  test_fir_bias_act(1, 4, 5, 3, 3, 0, 64);
+  test_fir_bias_act(1, 3, 5, 8, 4, 2, 64);
+  test_bias_act_backward(2, 9, 8, 2, true, 64);
+  test_bias_act_backward(1, 5, 40, 1, true, 64);
+  test_bias_act_backward(1, 5, 35, 1, true, 64);  // a block goes through the channels twice
+  test_bias_act_backward(1, 66, 4, 66, false, 64);  // a block has two parts
 
   const double f32 = 5e-6, bf16 = 2e-2;
   //                                                       major, multiprocessors, threads, shared memory, cluster

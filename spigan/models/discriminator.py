@@ -8,8 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, compute_dtype, lrelu
-from spigan.ops.upfirdn2d import downsample2d, fir_filter, upfirdn2d
+from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, compute_dtype
+from spigan.ops import fir_bias_act
+from spigan.ops.fir_bias_act import downsample2d
+from spigan.ops.upfirdn2d import fir_filter
 
 
 def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
@@ -47,7 +49,7 @@ class TimeEmbedding(nn.Module):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions, the second with FIR downsampling, beside a 1x1 shortcut; the time is added between them.
+    """Two 3x3 convolutions, the second with FIR downsampling, beside a 1x1 shortcut; the time is added after the first.
 
     Args:
         in_channels: I.
@@ -59,7 +61,7 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None) -> None:
         super().__init__()
-        self.conv0 = Conv2d(in_channels, in_channels, 3)
+        self.conv0 = Conv2d(in_channels, in_channels, 3, activation="lrelu")
         self.time = Linear(time_dim, in_channels) if time_dim is not None else None
         self.conv1 = Conv2d(in_channels, out_channels, 3, stride=2, padding=0, activation="lrelu")
         self.skip = Conv2d(in_channels, out_channels, 1, bias=False)
@@ -68,11 +70,9 @@ class DiscriminatorBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
         """x [N, I, H, W], time [N, P] -> [N, O, H/2, W/2]."""
         shortcut = self.skip(downsample2d(x, self.resample_filter))
-        x = self.conv0(x)
-        if self.time is not None and time is not None:
-            x = x + self.time(time).to(x.dtype)[:, :, None, None]
+        x = self.conv0(x, None if self.time is None or time is None else self.time(time))
         # Blur with two pixels of padding, then the stride-2 convolution without any: centred, size H/2.
-        x = self.conv1(upfirdn2d(lrelu(x), self.resample_filter, padding=(2, 2)))
+        x = self.conv1(fir_bias_act(x, filter=self.resample_filter, padding=(2, 2)))
         return (x + shortcut) * math.sqrt(0.5)
 
 

@@ -5,13 +5,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype
-from spigan.ops import modulated_conv2d
-from spigan.ops.upfirdn2d import fir_filter, upsample2d
+from spigan.ops import backends, fir_bias_act, modulated_conv2d
+from spigan.ops.fir_bias_act import upsample2d, wide
+from spigan.ops.library import why_transformed
+from spigan.ops.modulated_conv2d import (
+    LayerWeight,
+    convolve,
+    demodulation_of_sums,
+    normalized_style,
+    normalized_weight,
+    prepare_weight,
+    squared_sums,
+    weight_form,
+)
+from spigan.ops.upfirdn2d import fir_filter
 
 NOISE_MODES = ("random", "const", "none")
 
@@ -43,21 +58,17 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("resample_filter", fir_filter(), persistent=False)
 
-    def forward(self, x: Tensor, h: Tensor, noise: str) -> Tensor:
-        """x [N, I, H, W], h [N, D] -> [N, O, up H, up W]."""
-        size = self.noise_const.shape[0]
-        drawn: Tensor | None = None
-        if noise == "random":
-            drawn = torch.randn(x.shape[0], 1, size, size, device=x.device, dtype=x.dtype) * self.noise_strength
-        elif noise == "const":
-            drawn = (self.noise_const * self.noise_strength)[None, None]
+    def forward(self, x: Tensor, h: Tensor, noise: str, seed: Tensor | None) -> Tensor:
+        """x [N, I, H, W], h [N, D], seed int64 [] of random noise -> [N, O, up H, up W]."""
         return modulated_conv2d(
             x,
             self.weight,
             self.affine(h),
             up=self.up,
             resample_filter=self.resample_filter,
-            noise=drawn,
+            noise=self.noise_const[None, None] if noise == "const" else None,
+            noise_strength=None if noise == "none" else self.noise_strength,
+            noise_seed=seed,
             bias=self.bias,
             activation="lrelu",
             gain=LRELU_GAIN,
@@ -125,19 +136,47 @@ class SynthesisBlock(nn.Module):
         self.register_buffer("resample_filter", fir_filter(), persistent=False)
 
     def forward(
-        self, x: Tensor | None, img: Tensor | None, h: Iterator[Tensor], h_rgb: Tensor, noise: str, dtype: torch.dtype
+        self,
+        x: Tensor | None,
+        img: Tensor | None,
+        h: Iterator[Tensor],
+        h_rgb: Tensor,
+        noise: str,
+        seeds: Iterator[Tensor | None],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """x [N, I, H/2, W/2] and img [N, C, H/2, W/2], None in the first block -> (x [N, O, H, W], img [N, C, H, W]).
 
-        h yields the [N, D] latent of each layer, h_rgb [N, D] is ToRGB's.
+        h yields the [N, D] latent of each layer, seeds the int64 [] seed of its random noise; h_rgb [N, D] is ToRGB's.
         """
         if x is None:
             x = self.const.to(dtype).expand(h_rgb.shape[0], -1, -1, -1)
         else:
-            x = self.conv0(x, next(h), noise)
-        x = self.conv1(x, next(h), noise)
+            x = self.conv0(x, next(h), noise, next(seeds))
+        x = self.conv1(x, next(h), noise, next(seeds))
         rgb = self.torgb(x, h_rgb).to(h_rgb.dtype)
-        return x, rgb if img is None else upsample2d(img, self.resample_filter) + rgb
+        return x, rgb if img is None else upsample2d(img, self.resample_filter, add=rgb)
+
+
+@dataclass
+class _Prepared:
+    """What a generator's layers need without gradients, computed once for the values that its parameters have.
+
+    Attributes:
+        state: address and version of every parameter, which tell whether they have changed.
+        weights: of the convolutions, by (layer, form, dtype).
+        constants: by name.
+    """
+
+    state: tuple[tuple[int, int], ...] = ()
+    weights: dict[tuple[int, str, torch.dtype], LayerWeight] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> _Prepared:
+        return _Prepared()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Prepared, ()
 
 
 class Generator(nn.Module):
@@ -176,6 +215,7 @@ class Generator(nn.Module):
             )
             self.add_module(f"b{res}", block)
             in_channels = out_channels
+        self._prepared = _Prepared()
 
     def forward(self, h: Tensor, noise: str | None = None) -> Tensor:
         """Image of a latent vector.
@@ -198,15 +238,160 @@ class Generator(nn.Module):
                 f"h must have shape [N, {self.dim_h}] or [N, {self.num_ws}, {self.dim_h}], got {list(h.shape)}"
             )
         dtype = compute_dtype(h)
-        layers = [h] * self.num_ws if h.ndim == 2 else list(h.unbind(1))
-        x: Tensor | None = None
-        img: Tensor | None = None
-        index = 0
         with torch.autocast(h.device.type, enabled=False):
+            seeds = None
+            if noise == "random":  # from 2**32 on: no stream of `sample`'s small seeds, nor of the trainer's
+                seeds = torch.randint(2**33, 2**63 - 1, (self.num_ws - 1,), device=h.device)
+            if self._prepared.state and not torch.compiler.is_compiling() and self._current() is None:
+                self._prepared = _Prepared()
+            if (backend := self._kernels(h, dtype)) is not None:
+                return self._infer(h, noise, seeds, dtype, backend)
+            layers = [h] * self.num_ws if h.ndim == 2 else list(h.unbind(1))
+            x: Tensor | None = None
+            img: Tensor | None = None
+            index, seed = 0, iter([None] * self.num_ws if seeds is None else seeds)
             for res in self.block_resolutions:
                 count = 1 if res == 4 else 2
                 convs, rgb = layers[index : index + count], layers[index + count]
-                x, img = getattr(self, f"b{res}")(x, img, iter(convs), rgb, noise, dtype)
+                x, img = getattr(self, f"b{res}")(x, img, iter(convs), rgb, noise, seed, dtype)
                 index += count
         assert img is not None
         return img
+
+    # ---- Without gradients: every layer's last pass scales its result by the next layer's style ----
+
+    def _kernels(self, h: Tensor, dtype: torch.dtype) -> str | None:
+        """Backend that runs `_infer`; None: the layers run one by one as they are."""
+        if torch.compiler.is_compiling() or h.shape[0] == 0 or why_transformed(h) is not None:
+            return None
+        if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return None
+        if torch.float64 in (h.dtype, dtype):
+            return None
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules() if module is not self):
+            return None  # they want to see the layers
+        backend = backends.choose("modulated_conv2d", None, h.device)
+        return None if backend == "reference" else backend
+
+    def _current(self) -> _Prepared | None:
+        """`self._prepared`, emptied if a parameter has changed since; None: nothing may be kept until the next call.
+
+        Versions count changes in place, but not those of fused optimizers. So what was prepared is kept for frozen
+        parameters alone, and `forward` empties it when it is called with others.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        if self.training or any(t.requires_grad or t.is_inference() for t in tensors):
+            return None
+        state = tuple((t.data_ptr(), t._version) for t in tensors)
+        if state != self._prepared.state:
+            self._prepared = _Prepared(state)
+        return self._prepared
+
+    def _infer(self, h: Tensor, noise: str, seeds: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+        kept = self._current()
+        prepared = _Prepared() if kept is None else kept
+        blocks: list[SynthesisBlock] = [getattr(self, f"b{res}") for res in self.block_resolutions]
+        convs: list[SynthesisLayer] = [
+            layer for block in blocks for layer in ([] if block.is_first else [block.conv0]) + [block.conv1]
+        ]
+        styles, rgb_styles = self._styles(prepared, convs, blocks, h)
+        half = dtype == torch.float16
+        if half:
+            styles = [normalized_style(style) for style in styles]
+        factors = self._factors(prepared, convs, styles, half)
+
+        start = prepared.constants.get("start")
+        if start is None:
+            start = prepared.constants["start"] = blocks[0].const.float().permute(1, 2, 0).contiguous()
+        x: Tensor | None = (start * styles[0][:, None, None]).to(dtype)
+        img: Tensor | None = None
+        for index, layer in enumerate(convs):
+            block = blocks[(index + 1) // 2]
+            ends_block = layer is block.conv1
+            last = index == len(convs) - 1
+            rgb_weight = None
+            if ends_block:  # [N, C, O]
+                rgb_weight = block.torgb.weight[:, :, 0, 0].float() * rgb_styles[(index + 1) // 2][:, None]
+            assert x is not None
+            shape, size = layer.weight.shape, layer.noise_const.shape[0]
+            form = weight_form(
+                backend, shape, (size, size), dtype, x.shape[0], layer.up, 1, layer.resample_filter, kept is not None
+            )
+            key = (index, form, dtype)
+            if (weight := prepared.weights.get(key)) is None:
+                weight = prepare_weight(normalized_weight(layer.weight) if half else layer.weight, form, dtype, backend)
+                if kept is not None:
+                    kept.weights[key] = weight
+            x, rgb = convolve(
+                backend,
+                x,
+                weight,
+                style=None,
+                factor=factors[index],
+                up=layer.up,
+                padding=1,
+                filter=layer.resample_filter,
+                noise=wide(layer.noise_const[None, None], dtype) if noise == "const" else None,
+                strength=None if noise == "none" else wide(layer.noise_strength, dtype),
+                seed=None if seeds is None else seeds[index : index + 1],
+                bias=wide(layer.bias, dtype),
+                activation="lrelu",
+                gain=LRELU_GAIN,
+                clamp=layer.clamp,
+                next_style=None if last else styles[index + 1],
+                rgb_weight=rgb_weight,
+                keep=not last,
+            )
+            if rgb is not None:
+                below = None if img is None else upsample2d(img, block.resample_filter)
+                img = fir_bias_act(rgb.permute(0, 3, 1, 2), bias=block.torgb.bias, clamp=block.torgb.clamp, add=below)
+        assert img is not None
+        return img.to(h.dtype).contiguous()
+
+    def _styles(
+        self, prepared: _Prepared, convs: list[SynthesisLayer], blocks: list[SynthesisBlock], h: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Styles [N, I] of the convolutions and of the ToRGB layers, float32, from one matrix product."""
+        affines = [*(layer.affine for layer in convs), *(block.torgb.affine for block in blocks)]
+        widths = [affine.weight.shape[0] for affine in affines]
+        if "affine" not in prepared.constants:
+            gains = [1.0] * len(convs) + [block.torgb.weight_gain for block in blocks]
+            scaled = list(zip(affines, gains, strict=True))
+            prepared.constants["affine"] = (
+                torch.cat([a.weight.float() * (a.weight_gain * gain) for a, gain in scaled]),
+                torch.cat([a.bias.float() * (a.bias_gain * gain) for a, gain in scaled]),
+            )
+        weight, bias = prepared.constants["affine"]
+        if h.ndim == 2:
+            styles = list(F.linear(h.float(), weight, bias).split(widths, dim=1))
+        else:
+            # ToRGB of a block shares the latent of the layer that follows it, the last one has one of its own.
+            indices = [*range(len(convs)), *range(1, 2 * len(blocks), 2)]
+            parts = zip(indices, weight.split(widths), bias.split(widths), strict=True)
+            styles = [F.linear(h[:, index].float(), w, b) for index, w, b in parts]
+        styles = [style.contiguous() for style in styles]
+        return styles[: len(convs)], styles[len(convs) :]
+
+    def _factors(
+        self, prepared: _Prepared, convs: list[SynthesisLayer], styles: list[Tensor], half: bool
+    ) -> list[Tensor]:
+        """Demodulation factors [N, O] of all layers: a matrix product for each shape of weights."""
+        name = f"squared sums, {'normalized' if half else 'as they are'}"
+        if name not in prepared.constants:
+            groups: dict[torch.Size, list[int]] = {}
+            for index, layer in enumerate(convs):
+                groups.setdefault(layer.weight.shape, []).append(index)
+            prepared.constants[name] = [
+                (
+                    indices,
+                    torch.stack(
+                        [squared_sums(normalized_weight(convs[i].weight) if half else convs[i].weight) for i in indices]
+                    ),
+                )
+                for indices in groups.values()
+            ]
+        factors: dict[int, Tensor] = {}
+        for indices, sums in prepared.constants[name]:
+            group = demodulation_of_sums(sums, torch.stack([styles[i] for i in indices]))
+            factors.update(zip(indices, group.unbind(), strict=True))
+        return [factors[index] for index in range(len(convs))]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spigan.ops import fir_bias_act
+
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)  # keeps the variance of a unit normal input
 
@@ -113,8 +115,13 @@ class Conv2d(nn.Module):
         self.weight_gain = lr_multiplier / math.sqrt(in_channels * kernel_size**2)
         self.bias_gain = lr_multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, I, H, W] -> [N, O, H', W'] in the dtype of x."""
-        bias = None if self.bias is None else (self.bias * self.bias_gain).to(x.dtype)
-        x = F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype), bias, stride=self.stride, padding=self.padding)
-        return lrelu(x) if self.activation == "lrelu" else x
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """x [N, I, H, W], shift [N, O] added to the bias -> [N, O, H', W'] in the dtype of x."""
+        bias = None if self.bias is None else self.bias * self.bias_gain
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        x = F.conv2d(x, (self.weight * self.weight_gain).to(x.dtype), stride=self.stride, padding=self.padding)
+        if bias is None and self.activation == "linear":
+            return x
+        gain = LRELU_GAIN if self.activation == "lrelu" else 1.0
+        return fir_bias_act(x, bias=bias, activation=self.activation, gain=gain)

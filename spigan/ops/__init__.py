@@ -1,6 +1,7 @@
 """The operations: one name each, a plain PyTorch reference, and faster backends chosen visibly (`spigan info`)."""
 
 from spigan.ops.backends import BACKENDS, BackendUnavailable, use_backend
+from spigan.ops.fir_bias_act import fir_bias_act
 from spigan.ops.modulated_conv2d import modulated_conv2d
 from spigan.ops.path_interpolate import path_interpolate
 from spigan.ops.philox_normal import philox_normal
@@ -9,6 +10,7 @@ from spigan.ops.rk4_mlp import rk4_mlp
 __all__ = [
     "BACKENDS",
     "BackendUnavailable",
+    "fir_bias_act",
     "modulated_conv2d",
     "path_interpolate",
     "philox_normal",

@@ -1,25 +1,44 @@
 """StyleGAN2's layer: modulation, convolution, demodulation, FIR upsampling, noise, bias and activation
 (Karras et al. 2020b, "Analyzing and improving the image quality of StyleGAN", section 2.2).
 
-Twin: csrc/cpu/modulated_conv2d.cpp.
+The style scales the input, one convolution with shared weights serves the whole batch, and one pass of `fir_bias_act`
+ends the layer. Twins: kernels/modulated_conv2d.py, csrc/cpu/modulated_conv2d.cpp.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor
-from spigan.ops.library import address, define, dtype_number, launcher, library, why_transformed
-from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
+from spigan.ops.fir_bias_act import (
+    channels_last,
+    check_noise,
+    draw_noise,
+    fir_bias_act,
+    fir_bias_act_reference,
+    launch_fir_bias_act,
+    slope_of,
+    wide,
+)
+from spigan.ops.library import address, define, dtype_number, launcher, on, why_transformed
+from spigan.ops.upfirdn2d import fir_filter
 
 _EPS = 1e-8  # StyleGAN2's, inside the demodulation's square root
-_LRELU_SLOPE = 0.2
+
+
+def squared_sums(weight: Tensor) -> Tensor:
+    """weight [O, I, k, k] -> [O, I], sums over k x k of its squares, at least in float32: what `demodulation` needs."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum((2, 3))
 
 
 def demodulation(weight: Tensor, style: Tensor) -> Tensor:
@@ -32,29 +51,50 @@ def demodulation(weight: Tensor, style: Tensor) -> Tensor:
     Returns:
         [N, O].
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, style.dtype), torch.float32)
+    return demodulation_of_sums(squared_sums(weight), style)
+
+
+def demodulation_of_sums(sums: Tensor, style: Tensor) -> Tensor:
+    """`demodulation` of weights whose `squared_sums` are known: sums [..., O, I], style [..., N, I] -> [..., N, O]."""
+    dtype = torch.promote_types(sums.dtype, style.dtype)
     # A reduced-precision matrix product would put its rounding error on every pixel of a channel alike.
     with torch.autocast(style.device.type, enabled=False):
-        power = style.to(dtype).square() @ weight.to(dtype).square().sum((2, 3)).T
+        power = style.to(dtype).square() @ sums.to(dtype).mT
     return (power + _EPS).rsqrt()
 
 
-def _prenormalized(weight: Tensor, style: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors that demodulation takes out again, so that the convolution before it stays within float16.
+def normalized_weight(weight: Tensor) -> Tensor:
+    """weight [O, I, k, k] over its largest magnitude times sqrt(I k k), at least in float32.
 
-    (As in StyleGAN2-ADA. With 512 input channels and |x| up to the usual clamp of 256 it would overflow.)
+    With `normalized_style` and demodulation, which takes both factors out again, a float16 convolution stays within its
+    range. (As in StyleGAN2-ADA. With 512 input channels and |x| up to the usual clamp of 256 it would overflow.)
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    fan_in = weight[0].numel()
-    with torch.no_grad():  # the result does not depend on these factors
-        weight_scale = weight.to(dtype).abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-20) * fan_in**0.5
-        style_scale = style.to(dtype).abs().amax(1, keepdim=True).clamp(min=1e-20)
-    return weight / weight_scale, style / style_scale
+    wide_weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    with torch.no_grad():  # the result of the layer does not depend on the factor
+        scale = wide_weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-20) * weight[0].numel() ** 0.5
+    return weight / scale
+
+
+def normalized_style(style: Tensor) -> Tensor:
+    """style [N, I] over its largest magnitude in each row, at least in float32; see `normalized_weight`."""
+    wide_style = style.to(torch.promote_types(style.dtype, torch.float32))
+    with torch.no_grad():
+        scale = wide_style.abs().amax(1, keepdim=True).clamp(min=1e-20)
+    return style / scale
 
 
 def _fir_padding(kernel: int, taps: int, padding: int) -> tuple[int, int]:
     """Zeros before and after the transposed convolution's result, for the FIR filter of up = 2; negative crops."""
     return padding + (taps + 1) // 2 - (kernel - 1), padding + (taps - 2) // 2 - (kernel - 2)
+
+
+def _convolution(x: Tensor, weight: Tensor, up: int, padding: int) -> Tensor:
+    # StyleGAN2 upsamples with a true convolution (kernel flipped against conv2d's correlation), which is what
+    # conv_transpose2d computes: zeros inserted, stride 2. It leaves the kernel - 1 extra rows and columns that the
+    # FIR's padding takes into account, so that the result stays centred at twice the size.
+    if up == 2:
+        return F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    return F.conv2d(x, weight, padding=padding)
 
 
 def modulated_conv2d_reference(
@@ -67,6 +107,7 @@ def modulated_conv2d_reference(
     padding: int,
     resample_filter: Tensor,
     noise: Tensor | None,
+    noise_strength: Tensor | None,
     bias: Tensor | None,
     activation: str,
     gain: float,
@@ -78,28 +119,21 @@ def modulated_conv2d_reference(
     """
     dtype = x.dtype
     if demodulate and dtype == torch.float16:
-        weight, style = _prenormalized(weight, style)
-    x = x * style.to(dtype)[:, :, None, None]
-    if up == 1:
-        x = F.conv2d(x, weight.to(dtype), padding=padding)
-    else:
-        # StyleGAN2 upsamples with a true convolution (kernel flipped against conv2d's correlation), which is what
-        # conv_transpose2d computes: zeros inserted, stride 2. It leaves the kernel - 1 extra rows and columns that the
-        # FIR's padding takes into account, so that the result stays centred at twice the size.
-        x = F.conv_transpose2d(x, weight.to(dtype).transpose(0, 1), stride=2)
-        fir_padding = _fir_padding(weight.shape[-1], resample_filter.shape[-1], padding)
-        x = upfirdn2d(x, resample_filter, padding=fir_padding, gain=4.0)
-    if demodulate:
-        x = x * demodulation(weight, style).to(dtype)[:, :, None, None]
-    if noise is not None:
-        x = x + noise.to(dtype)
-    if bias is not None:
-        x = x + bias.to(dtype)[:, None, None]
-    if activation == "lrelu":
-        x = F.leaky_relu(x, _LRELU_SLOPE)
-    if gain != 1.0:
-        x = x * gain
-    return x if clamp is None else x.clamp(-clamp, clamp)
+        weight, style = normalized_weight(weight), normalized_style(style)
+    x = _convolution(x * style.to(dtype)[:, :, None, None], weight.to(dtype), up, padding)
+    return fir_bias_act_reference(
+        x,
+        filter=resample_filter if up == 2 else None,
+        padding=_fir_padding(weight.shape[-1], resample_filter.shape[-1], padding) if up == 2 else (0, 0),
+        fir_gain=4.0,
+        factor=demodulation(weight, style) if demodulate else None,
+        noise=noise,
+        noise_strength=noise_strength,
+        bias=bias,
+        activation=activation,
+        gain=gain,
+        clamp=clamp,
+    )
 
 
 def modulated_conv2d(
@@ -112,6 +146,8 @@ def modulated_conv2d(
     padding: int | None = None,
     resample_filter: Tensor | None = None,
     noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
+    noise_seed: int | Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "linear",
     gain: float = 1.0,
@@ -120,7 +156,7 @@ def modulated_conv2d(
 ) -> Tensor:
     """Modulated convolution and everything that follows it in a StyleGAN2 layer.
 
-        y = clamp(gain act(FIR(conv(x style, weight)) d + noise + bias)),   d: see `demodulation`
+        y = clamp(gain act(FIR(conv(x style, weight)) d + noise_strength noise + bias)),   d: see `demodulation`
 
     Computed in the dtype of `x`, to which the other tensors are cast; the demodulation factors in float32 at least.
 
@@ -133,12 +169,14 @@ def modulated_conv2d(
         padding: zero padding of the convolution; default k // 2, which keeps (up = 1) or doubles (up = 2) the size.
         resample_filter: [m] or [m, m] FIR filter of up = 2, normalised to sum 1; default [1, 3, 3, 1].
         noise: [N, 1, H', W'] or [1, 1, H', W'] added after demodulation.
+        noise_strength: scalar tensor, factor of the noise.
+        noise_seed: integer in [0, 2^63) or int64 scalar tensor instead of `noise`, which is then drawn: pixel p of
+            image n is element n H' W' + p of `philox_normal`'s stream of this seed.
         bias: [O].
         activation: "linear" or "lrelu" (slope 0.2).
         gain: factor after the activation.
         clamp: bound of the absolute value of the result; None for no bound.
-        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`. "cpp" takes float32 and bfloat16;
-            its derivatives are the reference's, computed from the beginning, so "auto" takes it without gradients only.
+        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`.
 
     Returns:
         [N, O, H', W'] in the dtype of `x`. Differentiable in all tensors, to any order.
@@ -166,249 +204,450 @@ def modulated_conv2d(
     if resample_filter is not None:
         layout = "[m]" if isinstance(resample_filter, Tensor) and resample_filter.ndim == 1 else "[m, m]"
         check_tensor("resample_filter", resample_filter, layout, device=x.device)
-    filter = fir_filter(device=x.device) if resample_filter is None else resample_filter
-    if up == 2:
-        filter = fir_filter(filter)
+    if resample_filter is None:
+        filter = _default_filter(x.device)
+    else:
+        filter = fir_filter(resample_filter) if up == 2 else resample_filter
     grow = 2 * padding - kernel + 1
     size = (up * height + grow, up * width + grow)
     if min(*size, height, width) < 1:
         raise ValueError(f"x of {height}x{width} is too small for kernel {kernel} and padding {padding}")
     if bias is not None:
         check_tensor("bias", bias, "[O]", shape=(channels_out,), device=x.device)
-    if noise is not None:
-        rows = n if isinstance(noise, Tensor) and noise.ndim and noise.shape[0] != 1 else 1
-        check_tensor("noise", noise, "[N or 1, 1, H', W']", shape=(rows, 1, *size), device=x.device)
+    noise, noise_strength, seed = check_noise(noise, noise_strength, noise_seed, n, size, x.device)
     if up == 1:
         filter = filter.detach()  # not used
-    tensors = (x, weight, style, noise, bias, filter)
+    tensors = (x, weight, style, noise, noise_strength, bias, filter)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
     transformed = why_transformed(*tensors)
 
     def limit(name: str) -> str | None:
-        if name != "reference" and transformed is not None:
+        if name == "reference":
+            return None
+        if transformed is not None:
             return transformed
-        if name == "cpp" and x.dtype not in (torch.float32, torch.bfloat16):
-            return f"it takes float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-        if name == "cpp" and needs_grad and backends.requested(backend)[0] == "auto":
-            return "gradients are wanted, which the reference computes"
+        if x.dtype == torch.float64 and name != "cpp":
+            return "it takes float32, bfloat16 and float16, not float64"
+        if up == 2 and filter.shape[-1] > 8:
+            return f"it takes filters of at most 8 taps, got {filter.shape[-1]}"
+        if needs_grad and filter.requires_grad:
+            return "it has no derivative with respect to the filter"
+        if needs_grad and not gain > 0:
+            return f"it has derivatives for a positive gain only, got {gain}"
         return None
 
     name = backends.choose("modulated_conv2d", backend, x.device, limit)
-    if name != "reference":
-        return torch.ops.spigan.modulated_conv2d(
-            x, weight, style, noise, bias, filter, demodulate, up, padding, activation, gain, clamp, name
+    end: dict[str, Any] = {"activation": activation, "gain": gain, "clamp": clamp}
+    if name == "reference":
+        return modulated_conv2d_reference(
+            x,
+            weight,
+            style,
+            demodulate=demodulate,
+            up=up,
+            padding=padding,
+            resample_filter=filter,
+            noise=noise if seed is None else draw_noise(seed, n, size),
+            noise_strength=noise_strength,
+            bias=bias,
+            **end,
         )
-    return modulated_conv2d_reference(
-        x,
-        weight,
-        style,
-        demodulate=demodulate,
+    if not needs_grad:
+        return torch.ops.spigan.modulated_conv2d(
+            x, weight, style, noise, noise_strength, seed, bias, filter, demodulate, up, padding, *end.values(), name
+        )
+    # With gradients: the passes around the convolution and the convolution itself are operators with derivatives of any
+    # order, the library's for the convolution.
+    dtype = x.dtype
+    if demodulate and dtype == torch.float16:
+        weight, style = normalized_weight(weight), normalized_style(style)
+    if _few_outputs(kernel, padding, up, channels_out):
+        modulated = (weight[:, :, 0, 0] * style[:, None]).to(dtype)  # [N, O, I]
+        y = torch.matmul(x.permute(0, 2, 3, 1).flatten(1, 2), modulated.mT)  # [N, H W, O]
+        y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    else:
+        scaled = fir_bias_act(x, factor=style, backend=name)
+        y = _convolution(scaled, weight.to(dtype), up, padding)
+    return fir_bias_act(
+        y,
+        filter=filter if up == 2 else None,
+        padding=_fir_padding(kernel, filter.shape[-1], padding) if up == 2 else (0, 0),
+        fir_gain=4.0,
+        factor=demodulation(weight, style) if demodulate else None,
+        noise=noise,
+        noise_strength=noise_strength,
+        noise_seed=None if seed is None else seed[0],
+        bias=bias,
+        backend=name,
+        **end,
+    )
+
+
+@cache
+def _kept_filter(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return fir_filter(device=device)
+
+
+def _default_filter(device: torch.device) -> Tensor:
+    # Kept: a copy from the host at each call could not be captured in a CUDA graph. What compilers trace is not real.
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return fir_filter(device=device)
+    return _kept_filter(device)
+
+
+def _few_outputs(kernel: int, padding: int, up: int, channels_out: int) -> bool:
+    """ToRGB: so few outputs that scaling the weights is cheaper than a pass over the input."""
+    return kernel == 1 and padding == 0 and up == 1 and channels_out <= 8
+
+
+# ---- Inference: one call of the library or of our own kernel, and one pass at the end ----
+
+# docs/kernels.md has the measurements behind these numbers (two cores of an AVX-512 server CPU).
+# Winograd's convolution transforms the weights anew unless they are kept, which for few tiles takes longer than it saves.
+_WINOGRAD_MIN_TILES, _WINOGRAD_MIN_TILES_KEPT = 512, 64
+# Up = 2: the library's transposed convolution is slow for few pixels, in bfloat16 for many channels.
+_PRODUCTS_MAX_PIXELS, _PRODUCTS_MIN_CHANNELS_BFLOAT16 = 2048, 256
+_WINOGRAD_MIN_CHANNELS = 64
+# Tiles a matrix product: its three factors stay in the last cache (512 channels: 8, 8 and 17 MB).
+_WINOGRAD_CHUNK = 256
+# Values a matrix product of an upsampling layer: its result stays in the last cache (9 MB float32).
+_PRODUCTS_CHUNK = 512 * 9 * 512
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """The weights of a layer, in the form in which one way of convolving takes them.
+
+    Attributes:
+        form: "direct" [O, I, k, k], channels-last: the library's convolution.
+            "products" [k k O, I]: one matrix product for all taps (up = 2 on the CPU), "taps" [k, k, O, I]: Triton's.
+            "winograd" [16, I, O] float32: Winograd's F(2x2, 3x3) on the CPU.
+            "modulated" [O, I] at least float32: scaled for each image instead of the image.
+        value: in the dtype of the images unless said otherwise.
+        kernel: k.
+        channels: O.
+    """
+
+    form: str
+    value: Tensor
+    kernel: int
+    channels: int
+
+
+def separable(filter: Tensor) -> bool:
+    """Whether a [m, m] filter of sum 1 is the outer product of its sums. Reads its values: for tensors on the CPU."""
+    return torch.allclose(torch.outer(filter.sum(1), filter.sum(0)), filter, rtol=0.0, atol=1e-7)
+
+
+def weight_form(
+    backend: str, shape: torch.Size, size: tuple[int, int], dtype: torch.dtype, n: int, up: int, padding: int,
+    filter: Tensor, kept: bool = False,
+) -> str:  # fmt: skip
+    """The fastest form of weights of `shape` for n images with results of `size`; see `LayerWeight`.
+
+    Args:
+        kept: the weights are in that form already, or are kept in it.
+    """
+    channels_out, channels_in, kernel, _ = shape
+    if _few_outputs(kernel, padding, up, channels_out):
+        return "modulated"
+    if backend == "triton":
+        return "taps"
+    if backend != "cpp" or dtype == torch.float64:
+        return "direct"
+    if up == 1:
+        tiles = n * -(-size[0] // 2) * -(-size[1] // 2)
+        winograd = (kernel, padding, dtype) == (3, 1, torch.float32)
+        winograd = winograd and min(channels_in, channels_out) >= _WINOGRAD_MIN_CHANNELS
+        enough = tiles >= (_WINOGRAD_MIN_TILES_KEPT if kept else _WINOGRAD_MIN_TILES)
+        return "winograd" if winograd and enough else "direct"
+    few_pixels = n * size[0] * size[1] <= 4 * _PRODUCTS_MAX_PIXELS
+    many_channels = dtype == torch.bfloat16 and channels_out >= _PRODUCTS_MIN_CHANNELS_BFLOAT16
+    products = (few_pixels or many_channels) and kernel * filter.shape[-1] <= 64 and separable(filter)
+    return "products" if products else "direct"
+
+
+def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) -> LayerWeight:
+    """weight [O, I, k, k] in a form of `LayerWeight` for images of `dtype`."""
+    channels_out, channels_in, kernel, _ = weight.shape
+    if form == "winograd":
+        module, threads = launcher(backend, weight.device)
+        value = weight.new_empty((16, channels_in, channels_out), dtype=torch.float32)
+        whole = weight.to(torch.float32).contiguous()  # bound to a name: an address alone would not keep it alive
+        module.winograd_weight(address(value), address(whole), channels_out, channels_in, threads)
+    elif form == "modulated":
+        value = weight[:, :, 0, 0].to(torch.promote_types(weight.dtype, torch.float32))
+    elif form == "direct":
+        value = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    else:
+        value = weight.to(dtype).permute(2, 3, 0, 1).contiguous()
+        if form == "products":
+            value = value.view(-1, channels_in)
+    return LayerWeight(form, value, kernel, channels_out)
+
+
+def convolve(
+    backend: str,
+    x: Tensor,
+    weight: LayerWeight,
+    *,
+    style: Tensor | None,
+    factor: Tensor | None,
+    up: int,
+    padding: int,
+    filter: Tensor,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "linear",
+    gain: float = 1.0,
+    clamp: float | None = None,
+    next_style: Tensor | None = None,
+    rgb_weight: Tensor | None = None,
+    keep: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A layer without gradients, on tensors that were checked.
+
+    Args:
+        backend: "cpp", "triton" or "cuda".
+        x: [N, H, W, I] contiguous: a channels-last image.
+        weight: its weights.
+        style: wide [N, I]; None: x has been scaled by it already.
+        factor: wide [N, O], the demodulation; None: 1.
+        filter: float32 [m, m], of up = 2.
+        noise, strength, seed, bias: as of `launch_fir_bias_act`.
+        next_style: wide [N, O], scales the result: the style of the layer that takes it.
+        rgb_weight: float32 [N, R, O], R <= 4, the modulated weights of a ToRGB layer of the unscaled result.
+        keep: False: only the ToRGB layer wants the result.
+
+    Returns:
+        [N, H', W', O] in the dtype of x or None, and float32 [N, H', W', R] or None.
+    """
+    n, height, width, _ = x.shape
+    kernel, channels_out = weight.kernel, weight.channels
+    grow = 2 * padding - kernel + 1
+    size = (up * height + grow, up * width + grow)
+    rgb = None if rgb_weight is None else x.new_empty((n, *size, rgb_weight.shape[1]), dtype=torch.float32)
+    if n == 0:
+        return x.new_empty((n, *size, channels_out)) if keep else None, rgb
+    end: dict[str, Any] = {"slope": slope_of(activation), "gain": gain, "clamp": math.inf if clamp is None else clamp}
+    fused = weight.form == "taps" and up == 1
+    # Beside a layer's input and its result there is never more than half a result: where the convolution's own result
+    # does not become the layer's in place, images come in two halves.
+    chunk = n if fused or (up == 1 and keep) else -(-n // 2)
+    if seed is not None and (chunk < n or weight.form in ("winograd", "products")):
+        noise, seed = draw_noise(seed, n, size, backend), None  # in a chunk the stream would begin anew
+    images: dict[str, Any] = {
+        "factor": factor,
+        "noise": noise,
+        "bias": bias,
+        "next_factor": next_style,
+        "rgb_weight": rgb_weight,
+    }
+    if weight.form in ("winograd", "products"):
+        out = x.new_empty((n, *size, channels_out)) if keep else None
+        _convolve_on_cpu(x, weight, style, out, rgb, padding, filter, images | {"strength": strength}, end)
+        return out, rgb
+    if style is not None and weight.form != "modulated":
+        x, unscaled = torch.empty_like(x), x
+        launch_fir_bias_act(backend, x, unscaled, factor=style)
+
+    if fused:
+        from spigan.kernels.modulated_conv2d import conv2d
+
+        out = x.new_empty((n, *size, channels_out)) if keep else None
+        noise = None if noise is None else noise.view(-1, *size)
+        with on(x.device):
+            conv2d(
+                out, rgb, x, weight.value, factor, noise, seed, strength, bias, next_style, rgb_weight,
+                padding=padding, **end,
+            )  # fmt: skip
+        return out, rgb
+
+    out = x.new_empty((n, *size, channels_out)) if keep and up == 2 else None
+    fir: dict[str, Any] = {}
+    if up == 2:
+        fir = {"filter": filter, "pad": _fir_padding(kernel, filter.shape[-1], padding)[0], "fir_gain": 4.0}
+    for first in range(0, n, chunk):
+        count = min(chunk, n - first)
+        y = _images_convolved(x[first : first + count], weight, _of_images(style, n, first, count), up, padding)
+        if keep and up == 1:
+            out = y
+        part: dict[str, Any] = {name: _of_images(tensor, n, first, count) for name, tensor in images.items()}
+        launch_fir_bias_act(
+            backend,
+            None if out is None else out if up == 1 else out[first : first + count],
+            y,
+            seed=seed,
+            strength=strength,
+            rgb=None if rgb is None else rgb[first : first + count],
+            **part,
+            **fir,
+            **end,
+        )
+        del y  # before the next one is made
+    return out, rgb
+
+
+def _of_images(tensor: Tensor | None, n: int, first: int, count: int) -> Tensor | None:
+    """What images first .. first + count - 1 of n have of a tensor with something for each image or one for all."""
+    return tensor if tensor is None or tensor.ndim == 1 or tensor.shape[0] != n else tensor[first : first + count]
+
+
+def _images_convolved(x: Tensor, weight: LayerWeight, style: Tensor | None, up: int, padding: int) -> Tensor:
+    """The convolution alone, [N, H, W, I] -> [N, H', W', O]; with up = 2 stride-2 transposed, H' = 2 H + k - 2."""
+    n, height, width, _ = x.shape
+    if weight.form == "modulated":
+        modulated = weight.value if style is None else weight.value * style[:, None]  # [N, O, I]
+        return torch.matmul(x.flatten(1, 2), modulated.to(x.dtype).mT).view(n, height, width, weight.channels)
+    if weight.form == "direct":
+        return channels_last(_convolution(x.permute(0, 3, 1, 2), weight.value, up, padding))
+    from spigan.kernels.modulated_conv2d import transposed_conv2d
+
+    y = x.new_empty((n, 2 * height + weight.kernel - 2, 2 * width + weight.kernel - 2, weight.channels))
+    with on(x.device):
+        transposed_conv2d(y, x, weight.value)
+    return y
+
+
+def _convolve_on_cpu(
+    x: Tensor,
+    weight: LayerWeight,
+    style: Tensor | None,
+    out: Tensor | None,
+    rgb: Tensor | None,
+    padding: int,
+    filter: Tensor,
+    images: dict[str, Any],
+    end: dict[str, Any],
+) -> None:
+    """The forms "products" and "winograd": matrix products of a chunk of pixels at a time, which stay in the cache.
+
+    A chunk is some images, or some rows of one.
+    """
+    module, threads = launcher("cpp", x.device)
+    n, height, width, channels_in = x.shape
+    result = out if out is not None else rgb
+    assert result is not None
+    size = result.shape[1:3]
+    strength = images.pop("strength")
+
+    def arguments(first: int, count: int) -> dict[str, Any]:
+        """What ends images first .. first + count - 1."""
+        part = {name: _of_images(tensor, n, first, count) for name, tensor in images.items()}
+        noise = part["noise"]
+        return {
+            "out": address(None if out is None else out[first : first + count]),
+            "dtype": dtype_number(module, x.dtype),
+            "size": [count, *size, weight.channels],
+            **{name: address(tensor) for name, tensor in part.items()},
+            "noise_stride": 0 if noise is None or noise.numel() == size.numel() else size.numel(),
+            "strength": address(strength),
+            "rgb": address(None if rgb is None else rgb[first : first + count]),
+            "rgb_channels": 0 if rgb is None else rgb.shape[3],
+            **end,
+            "threads": threads,
+        }
+
+    if weight.form == "winograd":
+        tile_rows, columns = -(-height // 2), -(-width // 2)
+        chunk = max(1, _WINOGRAD_CHUNK // (tile_rows * columns))
+        some_rows = tile_rows if chunk > 1 else max(1, min(tile_rows, _WINOGRAD_CHUNK // columns))
+        tiles = min(chunk, n) * some_rows * columns
+        v, products = (x.new_empty(16 * tiles * c) for c in (channels_in, weight.channels))
+        for first, row in itertools.product(range(0, n, chunk), range(0, tile_rows, some_rows)):
+            count, rows = min(chunk, n - first), min(some_rows, tile_rows - row)
+            tiles = count * rows * columns
+            left, result = (
+                buffer[: 16 * tiles * c].view(16, tiles, c)
+                for buffer, c in ((v, channels_in), (products, weight.channels))
+            )
+            part, styles = x[first : first + count], None if style is None else style[first : first + count]
+            module.winograd_input(address(left), address(part), address(styles), list(part.shape), [row, rows], threads)
+            torch.bmm(left, weight.value, out=result)
+            module.winograd_output(products=address(result), tile_rows=[row, rows], **arguments(first, count))
+        return
+
+    kernel, taps = weight.kernel, filter.shape[-1]
+    pad = _fir_padding(kernel, taps, padding)[0]
+    # Flipped: the filter is convolved. 4: the gain that makes up for the zeros inserted.
+    filters = (4.0 * filter.sum(1)).flip(0).tolist(), filter.sum(0).flip(0).tolist()
+    if style is not None:
+        x, unscaled = torch.empty_like(x), x
+        launch_fir_bias_act("cpp", x, unscaled, factor=style)
+    pixels = max(1, _PRODUCTS_CHUNK // weight.value.shape[0])
+    chunk = max(1, pixels // (height * width))
+    some_rows = size[0] if chunk > 1 else max(2, min(size[0], 2 * (pixels // width)))
+    for first, row in itertools.product(range(0, n, chunk), range(0, size[0], some_rows)):
+        count, rows = min(chunk, n - first), min(some_rows, size[0] - row)
+        # Row r of the result needs rows r - pad .. r - pad + taps - 1 of the transposed convolution, row a of which
+        # needs rows (a - kernel + 1) / 2 .. a / 2 of x.
+        begin = min(height, max(0, -((kernel - 1 - (row - pad)) // 2)))
+        stop = min(height, (row + rows - 1 - pad + taps - 1) // 2 + 1)
+        part = x[first : first + count, begin:stop]
+        y = F.linear(part.reshape(-1, channels_in), weight.value)
+        module.finish_products(
+            y=address(y),
+            y_size=[height, width, kernel],
+            y_rows=[begin, max(0, stop - begin)],
+            pad=pad,
+            filter_y=filters[0],
+            filter_x=filters[1],
+            rows=[row, rows],
+            **arguments(first, count),
+        )
+        del y  # before the next one is made
+
+
+def _kernel(  # type: ignore[no-untyped-def]
+    x, weight, style, noise, noise_strength, noise_seed, bias, resample_filter,
+    demodulate, up, padding, activation, gain, clamp, backend,
+):  # fmt: skip
+    dtype = x.dtype
+    if demodulate and dtype == torch.float16:
+        weight, style = normalized_weight(weight), normalized_style(style)
+    grow = 2 * padding - weight.shape[-1] + 1
+    size = (up * x.shape[2] + grow, up * x.shape[3] + grow)
+    form = weight_form(backend, weight.shape, size, dtype, x.shape[0], up, padding, resample_filter)
+    out, _ = convolve(
+        backend,
+        channels_last(x),
+        prepare_weight(weight, form, dtype, backend),
+        style=wide(style, dtype),
+        factor=wide(demodulation(weight, style), dtype) if demodulate else None,
         up=up,
         padding=padding,
-        resample_filter=filter,
-        noise=noise,
-        bias=bias,
+        filter=resample_filter.to(torch.float32).contiguous(),
+        noise=wide(noise, dtype),
+        strength=wide(noise_strength, dtype),
+        seed=noise_seed,
+        bias=wide(bias, dtype),
         activation=activation,
         gain=gain,
         clamp=clamp,
     )
+    assert out is not None
+    return out.permute(0, 3, 1, 2)
 
 
-# Winograd's convolution transforms the weights anew at each call, which for fewer tiles takes longer than it saves: a
-# single 32x32 image of 512 channels, 256 tiles, took 10 % longer (two cores of an AVX-512 server CPU).
-_WINOGRAD_MIN_TILES = 512
-_WINOGRAD_MIN_CHANNELS = 64
-# Tiles a matrix product: its three factors stay in the last cache (512 channels: 8, 8 and 17 MB).
-_WINOGRAD_CHUNK = 256
-# Pixels a matrix product of an upsampling layer, whose result stays in the last cache (512 channels: 9 MB float32).
-_PRODUCTS_CHUNK = 512
-
-
-def _vector(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
-
-
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    style: Tensor,
-    noise: Tensor | None,
-    bias: Tensor | None,
-    resample_filter: Tensor,
-    demodulate: bool,
-    up: int,
-    padding: int,
-    activation: str,
-    gain: float,
-    clamp: float | None,
-    backend: str,
-) -> Tensor:
-    """One pass before the convolution scales the input by the style, one after it does everything else."""
-    out = _fake(
-        x, weight, style, noise, bias, resample_filter, demodulate, up, padding, activation, gain, clamp, backend
-    )
-    n, channels_out, height, width = out.shape
-    if out.numel() == 0:
-        return out
-    module, threads = launcher(backend, x.device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    style = _vector(style)
-    factor = demodulation(weight, style) if demodulate else torch.ones_like(style[:, :1]).expand(n, channels_out)
-    factor = _vector(factor)
-    noise = None if noise is None else _vector(noise)
-    bias = x.new_zeros(channels_out, dtype=torch.float32) if bias is None else _vector(bias)
-    _, channels_in, in_height, in_width = x.shape
-    kernel = weight.shape[-1]
-
-    before, after = _fir_padding(kernel, resample_filter.shape[-1], padding)
-    separable = False
-    if up == 2:
-        rows, columns = resample_filter.sum(1), resample_filter.sum(0)
-        separable = kernel * resample_filter.shape[-1] <= 64 and torch.allclose(
-            torch.outer(rows, columns), resample_filter, rtol=0.0, atol=1e-7
-        )
-
-    def finish(y: Tensor, first: int = 0, count: int = n, winograd: bool = False) -> None:
-        filters: tuple[list[float], list[float]] = ([], [])
-        if separable:  # flipped: the filter is convolved; 4: the gain that makes up for the zeros inserted
-            filters = (4.0 * rows).flip(0).tolist(), columns.flip(0).tolist()
-        module.finish_layer(
-            address(out[first:]),
-            dtype_number(module, out.dtype),
-            address(y),
-            address(factor[first:]),
-            address(noise if noise is None or noise.shape[0] == 1 else noise[first:]),
-            0 if noise is None or noise.shape[0] == 1 else height * width,
-            address(bias),
-            0,
-            _LRELU_SLOPE if activation == "lrelu" else 1.0,
-            gain,
-            math.inf if clamp is None else clamp,
-            [count, height, width, channels_out],
-            [in_height, in_width, kernel],
-            before,
-            *filters,
-            winograd,
-            threads,
-        )
-
-    def scaled() -> Tensor:
-        result = torch.empty_like(x)
-        number = dtype_number(module, x.dtype)
-        module.scale_channels(
-            address(result), number, address(x), address(style), n, in_height * in_width, channels_in, threads
-        )
-        return result
-
-    tiles = -(-height // 2) * -(-width // 2)  # of an image
-    if (
-        (up, kernel, padding, x.dtype) == (1, 3, 1, torch.float32)
-        and min(channels_in, channels_out) >= _WINOGRAD_MIN_CHANNELS
-        and n * tiles >= _WINOGRAD_MIN_TILES
-    ):
-        u = x.new_empty(16, channels_in, channels_out)
-        whole_weight = _vector(weight)  # bound to a name: an address alone would not keep it alive
-        module.winograd_weight(address(u), address(whole_weight), channels_out, channels_in, threads)
-        chunk = min(n, max(1, _WINOGRAD_CHUNK // tiles))
-        v, products = x.new_empty(16, chunk * tiles, channels_in), x.new_empty(16, chunk * tiles, channels_out)
-        for first in range(0, n, chunk):
-            count = min(chunk, n - first)
-            if count < chunk:
-                v, products = (x.new_empty(16, count * tiles, c) for c in (channels_in, channels_out))
-            size = [count, in_height, in_width, channels_in]
-            module.winograd_input(address(v), address(x[first:]), address(style[first:]), size, threads)
-            torch.bmm(v, u, out=products)
-            finish(products, first, count, winograd=True)
-    elif separable:
-        # All products of a tap and a pixel as one matrix product, chunk by chunk; the last pass sums them.
-        taps = weight.permute(2, 3, 0, 1).reshape(-1, channels_in).to(x.dtype)  # [k k O, I]
-        pixels = scaled().permute(0, 2, 3, 1)
-        chunk = max(1, _PRODUCTS_CHUNK // (in_height * in_width))
-        for first in range(0, n, chunk):
-            part = pixels[first : first + chunk]
-            finish(F.linear(part.reshape(-1, channels_in), taps), first, len(part))
-    elif up == 2:
-        y = F.conv_transpose2d(scaled(), weight.to(x.dtype).transpose(0, 1), stride=2)
-        y = upfirdn2d(y, resample_filter, padding=(before, after), gain=4.0)
-        finish(y.contiguous(memory_format=torch.channels_last))
-    elif kernel == 1 and padding == 0 and channels_out <= 8:
-        # ToRGB: so few outputs that scaling the weights is cheaper than a pass over the input.
-        modulated = (weight[:, :, 0, 0].to(torch.float32) * style[:, None]).to(x.dtype)  # [N, O, I]
-        pixels = x.permute(0, 2, 3, 1).reshape(n, -1, channels_in)
-        y = torch.bmm(pixels, modulated.transpose(1, 2)).view(n, height, width, channels_out).permute(0, 3, 1, 2)
-        finish(y)
-    else:
-        y = F.conv2d(scaled(), weight.to(x.dtype), padding=padding)
-        finish(y.contiguous(memory_format=torch.channels_last))
-    return out
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    style: Tensor,
-    noise: Tensor | None,
-    bias: Tensor | None,
-    resample_filter: Tensor,
-    demodulate: bool,
-    up: int,
-    padding: int,
-    activation: str,
-    gain: float,
-    clamp: float | None,
-    backend: str,
-) -> Tensor:
+def _fake(  # type: ignore[no-untyped-def]
+    x, weight, style, noise, noise_strength, noise_seed, bias, resample_filter, demodulate, up, padding, *_
+):  # fmt: skip
     grow = 2 * padding - weight.shape[-1] + 1
-    size = (x.shape[0], weight.shape[0], up * x.shape[2] + grow, up * x.shape[3] + grow)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.demodulate, ctx.up, ctx.padding, ctx.activation, ctx.gain, ctx.clamp, _ = inputs
-    ctx.given = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
-
-
-def _backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-    # Through the reference, once more with a graph; differentiable again.
-    create_graph = torch.is_grad_enabled()
-    needs = ctx.needs_input_grad[: len(ctx.given)]
-    saved = iter(ctx.saved_tensors)
-    tensors: list[Any] = [next(saved) if given else None for given in ctx.given]
-    # Views where a graph is wanted: the inputs may be functions of each other, and only what this operation makes of
-    # each is to be differentiated.
-    tensors = [
-        t if not need else t.view_as(t) if create_graph else t.detach().requires_grad_()
-        for t, need in zip(tensors, needs, strict=True)
-    ]
-    x, weight, style, noise, bias, resample_filter = tensors
-    with torch.enable_grad():
-        out = modulated_conv2d_reference(
-            x,
-            weight,
-            style,
-            demodulate=ctx.demodulate,
-            up=ctx.up,
-            padding=ctx.padding,
-            resample_filter=resample_filter,
-            noise=noise,
-            bias=bias,
-            activation=ctx.activation,
-            gain=ctx.gain,
-            clamp=ctx.clamp,
-        )
-    wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
-    return *(next(grads) if need else None for need in needs), *(None,) * 7
+    size = (up * x.shape[2] + grow, up * x.shape[3] + grow)
+    return x.new_empty((x.shape[0], *size, weight.shape[0])).permute(0, 3, 1, 2)
 
 
 define(
-    "modulated_conv2d(Tensor x, Tensor weight, Tensor style, Tensor? noise, Tensor? bias, Tensor resample_filter, "
-    "bool demodulate, SymInt up, SymInt padding, str activation, float gain, float? clamp, str backend) -> Tensor",
+    "modulated_conv2d(Tensor x, Tensor weight, Tensor style, Tensor? noise, Tensor? noise_strength, "
+    "Tensor? noise_seed, Tensor? bias, Tensor resample_filter, bool demodulate, SymInt up, SymInt padding, "
+    "str activation, float gain, float? clamp, str backend) -> Tensor",
     _kernel,
     _fake,
 )
-torch.library.register_autograd("spigan::modulated_conv2d", _backward, setup_context=_setup_context, lib=library)
 backends.register("modulated_conv2d", "reference", backends.always_available)
 backends.register("modulated_conv2d", "cpp", backends.extension_on_cpu)
+backends.register("modulated_conv2d", "triton", backends.triton_on_gpu)
+backends.register("modulated_conv2d", "cuda", backends.cuda_on_gpu)

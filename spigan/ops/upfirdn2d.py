@@ -1,6 +1,6 @@
 """Upsample, filter, downsample: the FIR resampling of StyleGAN2 (Karras et al. 2020b), in plain PyTorch.
 
-A building block of `modulated_conv2d` and of the networks, not one of the four dispatched operations.
+The reference of `fir_bias_act`'s resampling, not an operation with backends of its own.
 """
 
 from __future__ import annotations
@@ -58,23 +58,13 @@ def upfirdn2d(
         x = x.view(n, c, h, 1, w, 1) if x.is_contiguous() else x.reshape(n, c, h, 1, w, 1)
         x = F.pad(x, (0, up - 1, 0, 0, 0, up - 1)).reshape(n, c, h * up, w * up)
     before, after = padding
-    if before != 0 or after != 0:
-        x = F.pad(x, (before, after, before, after))
+    # Zeros before crops: a crop may take more than the image has, of which F.pad would complain.
+    for first, last in ((max(before, 0), max(after, 0)), (min(before, 0), min(after, 0))):
+        if first != 0 or last != 0:
+            x = F.pad(x, (first, last, first, last))
     kernel = (filter * gain).flip((0, 1)).to(x.dtype)
     # Filter at full resolution and drop pixels afterwards: in bfloat16 on a CPU, forward and backward of a strided
     # depthwise convolution take longer than the fourfold work (x [32, 32, 32, 32]: 28 ms against 4.7 ms, one core of an
     # AVX-512 server CPU, PyTorch 2.13; float32: 12 ms against 15.5 ms).
     x = F.conv2d(x, kernel.expand(c, 1, *kernel.shape), groups=c)
     return x[:, :, ::down, ::down] if down > 1 else x
-
-
-def upsample2d(x: Tensor, filter: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W], centred, brightness kept."""
-    k = filter.shape[0]
-    return upfirdn2d(x, filter, up=2, padding=((k + 1) // 2, (k - 2) // 2), gain=4.0)
-
-
-def downsample2d(x: Tensor, filter: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, H/2, W/2], centred, brightness kept."""
-    k = filter.shape[0]
-    return upfirdn2d(x, filter, down=2, padding=((k - 1) // 2, (k - 2) // 2))

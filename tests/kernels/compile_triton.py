@@ -6,7 +6,9 @@ and every launch is made a compilation. Prints one JSON line for each kernel.
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -18,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from spigan.kernels import fir_bias_act as fir_kernels
+from spigan.kernels import modulated_conv2d as conv_kernels
 from spigan.kernels.path_interpolate import path_interpolate
 from spigan.kernels.philox_normal import philox_normal
 from spigan.kernels.rk4_mlp import rk4_mlp
@@ -41,6 +45,9 @@ class AbsentGPU:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
 
+
+# As of an H200; sm_80 is taken for as large.
+conv_kernels.properties = lambda device: (driver.active.get_current_target().arch // 10, 132)
 
 launched: list = []
 _run = JITFunction.run
@@ -108,6 +115,78 @@ def ode(dtype, rows=16, dim=512, layers=3, activation="silu", every_step=False, 
     return *(torch.empty(shape, dtype=dtype) for shape in shapes), intervals, every_step, activation
 
 
+def given_if(wanted, *shape, dtype=torch.float32) -> torch.Tensor | None:
+    """Memory that nothing touches, so that large shapes cost nothing."""
+    return torch.empty(shape, dtype=dtype) if wanted else None
+
+
+def fir_bias_act(dtype, n=4, size=32, channels=512, taps=0, up=1, down=1, pad=1, rgb=0, add=False, seed=1, gain=1.4):
+    x, size = torch.empty(n, size, size, channels, dtype=dtype), size * up // down
+    shape = (n, size, size)
+    drawn = None if seed is None else torch.full((1,), seed)
+    tensors = (
+        given_if(True, *shape, channels, dtype=dtype), given_if(rgb, *shape, rgb), x, given_if(taps, taps, taps),
+        given_if(True, n, channels), given_if(seed is None, *shape), drawn, given_if(True, 1), given_if(True, channels),
+        given_if(add, *shape, channels, dtype=dtype), given_if(True, n, channels), given_if(rgb, n, rgb, channels),
+    )  # fmt: skip
+    options = {"up": up, "down": down, "pad": pad, "flip": True, "fir_gain": gain + 1}
+    return tensors, {**options, "slope": 0.2, "gain": gain, "clamp": math.inf if gain > 2 else 256.0}
+
+
+def bias_act_backward(dtype, n=4, pixels=1024, channels=512, sum_c=True, gain=1.4):
+    image, parts = torch.empty(n, pixels, channels, dtype=dtype), -(-pixels // 256)
+    sums = given_if(True, n, parts, channels), given_if(True, n, parts, channels), given_if(sum_c, n, pixels)
+    tensors = (image, *sums, image, image, image, given_if(True, n, channels))
+    return tensors, {"slope": 0.2, "gain": gain, "clamp": 256.0}
+
+
+def conv2d(dtype, n=100, size=32, channels_in=512, channels=512, rgb=0, seed=1, gain=1.4, kernel=3):
+    shape = (n, size, size)
+    tensors = (
+        given_if(True, *shape, channels, dtype=dtype), given_if(rgb, *shape, rgb),
+        given_if(True, *shape, channels_in, dtype=dtype),
+        given_if(True, kernel, kernel, channels, channels_in, dtype=dtype),
+        given_if(True, n, channels), given_if(seed is None, n, size, size),
+        None if seed is None else torch.full((1,), seed), given_if(True, 1), given_if(True, channels),
+        given_if(True, n, channels), given_if(rgb, n, rgb, channels),
+    )  # fmt: skip
+    return tensors, {"padding": kernel // 2, "slope": 0.2, "gain": gain, "clamp": math.inf if gain > 2 else 256.0}
+
+
+def transposed_conv2d(dtype, n=100, size=16, channels_in=512, channels=512):
+    y, x = (n, 2 * size + 1, 2 * size + 1, channels), (n, size, size, channels_in)
+    return tuple(given_if(True, *shape, dtype=dtype) for shape in (y, x, (3, 3, channels, channels_in))), {}
+
+
+def layer(host, what: str, dtype: torch.dtype, arch: int, arguments: tuple) -> None:
+    tensors, options = arguments
+    report(host.__name__, what, dtype, arch, functools.partial(host, **options), *tensors)
+
+
+def layers(arch: int, dtype: torch.dtype) -> None:
+    """The kernels of a layer and its derivatives."""
+    fir, backward = fir_kernels.fir_bias_act, fir_kernels.bias_act_backward
+    conv, transposed = conv_kernels.conv2d, conv_kernels.transposed_conv2d
+    layer(fir, "pointwise", dtype, arch, fir_bias_act(dtype))
+    layer(fir, "pointwise, rgb", dtype, arch, fir_bias_act(dtype, rgb=3))
+    layer(fir, "up", dtype, arch, fir_bias_act(dtype, taps=4, up=2))
+    layer(fir, "up, rgb", dtype, arch, fir_bias_act(dtype, taps=4, up=2, rgb=3))
+    layer(fir, "down", dtype, arch, fir_bias_act(dtype, taps=4, down=2))
+    layer(fir, "up, C = 3, add", dtype, arch, fir_bias_act(dtype, channels=3, taps=4, up=2, add=True, seed=None))
+    layer(fir, "8 taps", dtype, arch, fir_bias_act(dtype, taps=8))
+    layer(backward, "sums", dtype, arch, bias_act_backward(dtype))
+    layer(backward, "sums, but of C", dtype, arch, bias_act_backward(dtype, sum_c=False))
+    layer(backward, "C = 3", dtype, arch, bias_act_backward(dtype, channels=3))
+    layer(conv, "32x32", dtype, arch, conv2d(dtype))
+    layer(conv, "32x32, rgb", dtype, arch, conv2d(dtype, rgb=3))
+    layer(conv, "4x4, rgb", dtype, arch, conv2d(dtype, size=4, rgb=3))
+    layer(conv, "1 image 4x4", dtype, arch, conv2d(dtype, n=1, size=4))
+    layer(conv, "C = 37", dtype, arch, conv2d(dtype, channels_in=37, channels=37))
+    layer(transposed, "16x16", dtype, arch, transposed_conv2d(dtype))
+    layer(transposed, "1 image 4x4", dtype, arch, transposed_conv2d(dtype, n=1, size=4))
+    layer(transposed, "C = 37", dtype, arch, transposed_conv2d(dtype, channels_in=37, channels=37))
+
+
 for arch in ARCHITECTURES:
     for dtype in FLOATS:
         report("philox_normal", "", dtype, arch, philox_normal, *normals(dtype))
@@ -116,6 +195,7 @@ for arch in ARCHITECTURES:
         # On no GPU choose_blocks counts one multiprocessor: more rows than 16 (64 in float32) are taken by 64.
         report("rk4_mlp", "16 rows", dtype, arch, rk4_mlp, *ode(dtype))
         report("rk4_mlp", "64 rows", dtype, arch, rk4_mlp, *ode(dtype, rows=80))
+        layers(arch, dtype)
     half, single = torch.bfloat16, torch.float32
     report("philox_normal", "offset 1", single, arch, philox_normal, *normals(single, offset=1))
     report("path_interpolate", "offset 1", single, arch, path_interpolate, *path(torch.uint8, single, offset=1))
@@ -126,6 +206,10 @@ for arch in ARCHITECTURES:
     report("rk4_mlp", "tanh, every step", half, arch, rk4_mlp, *ode(half, activation="tanh", every_step=True))
     report("rk4_mlp", "64 intervals", half, arch, rk4_mlp, *ode(half, intervals=((0.0, 0.25, 4),) * 64))
     report("rk4_mlp", "D = 48", half, arch, rk4_mlp, *ode(half, dim=48))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    layer(conv_kernels.conv2d, "32x32, rgb, TF32", single, arch, conv2d(single, rgb=3))
+    layer(conv_kernels.transposed_conv2d, "16x16, TF32", single, arch, transposed_conv2d(single))
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 # What changes from call to call must not compile anew: training and sampling would wait for it.
 calls = {
@@ -156,4 +240,22 @@ calls = {
 }
 for host, variants in calls.items():
     kernels = {id(compiled(90, host, *arguments)) for arguments in variants}
+    print(json.dumps({"kernel": host.__name__, "variants": len(variants), "compiled": len(kernels)}), flush=True)
+
+ends = ({}, {"n": 50}, {"seed": 2**40}, {"gain": 1.0}, {"gain": 3.0})
+for host, arguments, variants in (
+    (fir_kernels.fir_bias_act, fir_bias_act, (*ends, {"n": 1})),
+    (fir_kernels.fir_bias_act, functools.partial(fir_bias_act, taps=4, up=2, rgb=3), (*ends, {"pad": 2}, {"n": 1})),
+    (
+        fir_kernels.bias_act_backward,
+        bias_act_backward,
+        ({}, {"n": 1}, {"gain": 1.0}, {"pixels": 256}, {"pixels": 2**16}),
+    ),
+    (conv_kernels.conv2d, conv2d, (*ends, {"size": 64})),
+    (conv_kernels.transposed_conv2d, transposed_conv2d, ({}, {"n": 101}, {"size": 32})),
+):
+    kernels = set()
+    for changed in variants:
+        tensors, options = arguments(half, **changed)
+        kernels.add(id(compiled(90, functools.partial(host, **options), *tensors)))
     print(json.dumps({"kernel": host.__name__, "variants": len(variants), "compiled": len(kernels)}), flush=True)

@@ -13,6 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90")
+# Blocks have 256 threads: rk4_mlp has one on a multiprocessor; fir_bias_act at least two, as a thread keeps many loads
+# in flight; the others hide latencies with many.
+MOST_REGISTERS = {
+    "rk4_mlp": 255,
+    "fir_bias_act": 128,
+    "bias_act_backward": 80,
+    "path_interpolate": 48,
+    "philox_normal": 48,
+}
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,7 @@ def test_kernels_fit(usages: dict[str, list[Usage]], capsys: pytest.CaptureFixtu
         assert usage.spills == 0, usage
         assert usage.stack == 0, usage
         assert usage.shared == 0, usage  # all of it is dynamic, so that a block of rk4_mlp can have 227 KiB
-        # rk4_mlp has one block of 256 threads on a multiprocessor; the elementwise kernels hide latencies with many.
-        assert usage.registers <= (255 if usage.kernel.startswith("rk4_mlp") else 48), usage
+        assert usage.registers <= MOST_REGISTERS[usage.kernel.partition("_kernel")[0]], usage
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+CONVOLUTIONS = {"conv2d", "transposed_conv2d"}
+LAYERS = {"fir_bias_act", "bias_act_backward", *CONVOLUTIONS}
+
 SHARED_KIB = {80: 163, 90: 227}
 """Shared memory that a program can have."""
 
@@ -38,7 +41,7 @@ def kernels(lines):
 
 
 def test_resources(kernels, capsys):
-    row = "{:17} {:18} {:9} {:5} {:>9} {:>10} {:>6}  {}".format
+    row = "{:17} {:19} {:9} {:5} {:>9} {:>10} {:>6}  {}".format
     table = [row("kernel", "", "dtype", "arch", "registers", "shared KiB", "spills", "matrix unit")]
     for k in kernels:
         shared = f"{k['shared'] / 1024:.1f}"
@@ -47,7 +50,7 @@ def test_resources(kernels, capsys):
         )
     with capsys.disabled():
         print("", *table, sep="\n")
-    assert {k["kernel"] for k in kernels} == {"philox_normal", "path_interpolate", "rk4_mlp"}
+    assert {k["kernel"] for k in kernels} == {"philox_normal", "path_interpolate", "rk4_mlp", *LAYERS}
     for kernel in kernels:
         assert kernel["stack"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED_KIB[kernel["arch"]] * 1024, f"too much shared memory: {kernel}"
@@ -55,8 +58,11 @@ def test_resources(kernels, capsys):
 
 def test_matrix_units(kernels):
     for kernel in kernels:
-        if kernel["kernel"] != "rk4_mlp" or kernel["dtype"] == "float32":
+        exact = kernel["dtype"] == "float32" and "TF32" not in kernel["what"]
+        if kernel["kernel"] not in {"rk4_mlp", *CONVOLUTIONS} or exact:
             expected = "none"
+        elif kernel["kernel"] in CONVOLUTIONS:
+            expected = "wgmma" if kernel["arch"] == 90 else "mma"
         else:
             expected = "wgmma" if kernel["arch"] == 90 and "64 rows" in kernel["what"] else "mma"
         assert kernel["matrix"] == expected, kernel
@@ -65,14 +71,14 @@ def test_matrix_units(kernels):
 def test_stores_are_wide(kernels):
     # A thread's 4 neighbouring elements in one store; they need no shared memory to come together.
     for kernel in kernels:
-        if kernel["kernel"] != "rk4_mlp" and kernel["what"] != "offset 1":
+        if kernel["kernel"] in ("philox_normal", "path_interpolate") and kernel["what"] != "offset 1":
             assert kernel["narrowest_store"] == (128 if kernel["dtype"] == "float32" else 64), kernel
             assert kernel["shared"] == 0, kernel
 
 
 def test_changing_arguments_compile_nothing_new(lines):
     counts = [line for line in lines if "variants" in line]
-    assert len(counts) == 3
+    assert len(counts) == 8
     for line in counts:
         assert line["compiled"] == 1 < line["variants"], line
 

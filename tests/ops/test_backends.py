@@ -111,6 +111,8 @@ def _call(op: str, backend: str | None) -> None:
         ops.rk4_mlp(ones(1, 2), ones(1, 2, 2), ones(1, 2), ones(1, 2), [1.0], backend=backend)
     elif op == "path_interpolate":
         ops.path_interpolate(ones(1, 1, 2, 2), [1.0], seed=0, backend=backend)
+    elif op == "fir_bias_act":
+        ops.fir_bias_act(ones(1, 1, 2, 2), backend=backend)
     else:
         ops.modulated_conv2d(ones(1, 1, 2, 2), ones(1, 1, 1, 1), ones(1, 1), backend=backend)
 

@@ -14,14 +14,14 @@ from scipy.signal import convolve2d
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from spigan.ops import BACKENDS, BackendUnavailable, modulated_conv2d
+from spigan.ops import BACKENDS, BackendUnavailable, modulated_conv2d, philox_normal
 from spigan.ops.backends import why_unavailable
 from spigan.ops.modulated_conv2d import demodulation
 from spigan.ops.upfirdn2d import fir_filter
 
-RUNNING = ["reference"]  # in float64; the kernels, which have no float64, come at the end
 MODULE = importlib.import_module("spigan.ops.modulated_conv2d")  # the package's attribute of that name is the function
 KERNELS = [b for b in BACKENDS[1:] if why_unavailable("modulated_conv2d", b, torch.device("cpu")) is None]
+RUNNING = ["reference", *KERNELS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Sums are powers of two, so that normalising in float32 does not round.
 FILTERS = {
@@ -453,6 +453,9 @@ ERRORS = [
     ({"noise": torch.zeros(1, 1, 6, 7), "up": 2}, ValueError, r"noise must have shape .* = \[1, 1, 12, 14\]"),
     ({"noise": torch.zeros(3, 4, 6, 7)}, ValueError, "noise must have shape"),
     ({"noise": 0.0}, TypeError, "noise must be a torch.Tensor"),
+    ({"noise_strength": 0.5}, TypeError, r"noise_strength must be a torch.Tensor \[\], got float"),
+    ({"noise_seed": 0.5}, TypeError, "noise_seed must be an integer, got float"),
+    ({"noise_seed": 1, "noise": torch.zeros(1, 1, 6, 7)}, ValueError, "noise and noise_seed exclude each other"),
     ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \[O\] = \[4\], got \[5\]"),
     ({"bias": torch.zeros(4, 1)}, ValueError, r"bias must have shape \[O\] = \[4\], got \[4, 1\]"),
     ({"activation": "relu"}, ValueError, 'activation must be "linear" or "lrelu", got \'relu\''),
@@ -651,25 +654,51 @@ def test_kernel_with_gradients(up, backend, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * scale)
 
 
-def test_automatic_choice_leaves_gradients_and_other_dtypes_to_the_reference(noted_kernels):
+@pytest.mark.parametrize("backend", RUNNING)
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("channels", [6, 64])
+def test_noise_is_drawn_from_the_stream_of_its_seed(channels, up, backend, monkeypatch):
+    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
+    arguments = single_layer(3, channels, channels, 9, 3, up, torch.float32, noise_rows=0)
+    options = {"up": up, "activation": "lrelu", "backend": backend, "noise_strength": torch.tensor(0.7)}
+    for seed in (3, torch.tensor(2**40)):
+        drawn = modulated_conv2d(**arguments | {"noise_seed": seed}, **options)
+        noise = philox_normal((3, 1, 9 * up, 9 * up), seed=int(seed))
+        torch.testing.assert_close(
+            drawn, modulated_conv2d(**arguments | {"noise": noise}, **options), atol=3e-5, rtol=0
+        )
+
+
+def test_automatic_choice(noted_kernels):
     arguments = single_layer(2, 8, 8, 8, 3, 1, torch.float32)
     with noted_kernels:
         modulated_conv2d(**arguments)
-        assert [name for name, _ in noted_kernels.calls] == ["modulated_conv2d"]
+        assert noted_kernels.calls == [("modulated_conv2d", "cpp")]
+        noted_kernels.calls.clear()
         modulated_conv2d(**arguments | {"style": arguments["style"].requires_grad_()})
-        modulated_conv2d(**double(arguments | {"style": arguments["style"].detach()}))
-        assert len(noted_kernels.calls) == 1
-    with pytest.raises(BackendUnavailable, match="it takes float32 and bfloat16, not float64"):
-        modulated_conv2d(**double(arguments), backend="cpp")
+        assert noted_kernels.calls == 2 * [("fir_bias_act", "cpp")]  # before and after the library's convolution
+    for options, cause in (
+        ({"up": 2, "resample_filter": torch.ones(9)}, "filters of at most 8 taps, got 9"),
+        ({"up": 2, "resample_filter": torch.ones(4, requires_grad=True)}, "no derivative with respect to the filter"),
+        ({"gain": -1.0}, "derivatives for a positive gain only, got -1.0"),
+    ):
+        given_ones = {**arguments, "noise": None, **options}
+        torch.testing.assert_close(
+            modulated_conv2d(**given_ones), modulated_conv2d(**given_ones, backend="reference"), rtol=0, atol=1e-5
+        )
+        with pytest.raises(BackendUnavailable, match=cause):
+            modulated_conv2d(**given_ones, backend="cpp")
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("up", [1, 2])
 def test_kernel_operator_is_well_behaved(up, backend):
     a = single_layer(2, 6, 4, 5, 3, up, torch.float32)
-    tensors = [a[name].requires_grad_() for name in ("x", "weight", "style", "noise", "bias")]
-    arguments = (*tensors, fir_filter(), True, up, 1, "lrelu", 1.4, 0.5, backend)
-    torch.library.opcheck(torch.ops.spigan.modulated_conv2d.default, arguments)
+    noise = (a["noise"], torch.tensor(0.7), None)
+    for noise_arguments in (noise, (None, torch.tensor(0.7), torch.tensor([5]))):
+        tensors = (a["x"], a["weight"], a["style"], *noise_arguments, a["bias"])
+        arguments = (*tensors, fir_filter(), True, up, 1, "lrelu", 1.4, 0.5, backend)
+        torch.library.opcheck(torch.ops.spigan.modulated_conv2d.default, arguments)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

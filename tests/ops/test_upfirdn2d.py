@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.signal import convolve2d
 from torch.autograd import gradcheck, gradgradcheck
 
-from spigan.ops.upfirdn2d import downsample2d, fir_filter, upfirdn2d, upsample2d
+from spigan.ops.fir_bias_act import downsample2d, upsample2d
+from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 # Sums are powers of two, so that normalising does not round.
 ASYMMETRIC_1D = [1.0, 4.0, 2.0, 1.0]

@@ -1,0 +1,109 @@
+"""Every layer of the synthesis networks of cifar10 and celebahq256: this project's layer, and the convolution for each
+image with weights of its own (a grouped convolution, as StyleGAN2 is often written).
+
+pytest benchmarks/bench_modulated_conv2d.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import spigan
+from spigan.models.layers import channels_at
+from spigan.ops import BACKENDS, modulated_conv2d
+from spigan.ops.backends import why_unavailable
+
+from .conftest import DEVICE, grouped_modulated_conv2d
+
+IMPLEMENTATIONS = [
+    *(b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None),
+    "torch.compile",
+    "grouped",
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def layers() -> dict[str, tuple[int, int, int, int, int]]:
+    """(kernel, up, in channels, out channels, size of the input) of the layers of both networks, each once."""
+    found = {}
+    for name in ("cifar10", "celebahq256"):
+        config = (spigan.preset(name, data={"source": "digits"})).model
+        width_in = None
+        for log2 in range(2, config.resolution.bit_length()):
+            size = 2**log2
+            width = channels_at(size, config.channel_base, config.channel_max)
+            if width_in is not None:
+                found[f"{size}x{size}, {width_in} to {width}, up 2"] = (3, 2, width_in, width, size // 2)
+            found[f"{size}x{size}, {width}"] = (3, 1, width, width, size)
+            found[f"{size}x{size}, {width}, ToRGB"] = (1, 1, width, 3, size)
+            width_in = width
+    return found
+
+
+LAYERS = layers()
+# A compiled function for each size takes long to build on a CPU; there the largest of each kind must do.
+COMPILED_ON_CPU = (
+    "32x32, 512",
+    "32x32, 512 to 512, up 2",
+    "32x32, 512, ToRGB",
+    "256x256, 64",
+    "256x256, 128 to 64, up 2",
+)
+
+
+def batch_of(channels: int, size: int) -> int:
+    """So many images that the layer has 2^25 output values on a GPU, 2^21 on a CPU; 1 to 100."""
+    values = 2**25 if DEVICE.type == "cuda" else 2**21
+    return max(1, min(100, values // (channels * size * size)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementation: str) -> None:
+    if implementation == "torch.compile" and DEVICE.type == "cpu" and name not in COMPILED_ON_CPU:
+        pytest.skip("compiled for the largest layers only: building takes longer than all the rest")
+    kernel, up, channels_in, channels_out, size = LAYERS[name]
+    n = batch_of(max(channels_in, channels_out), up * size)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    x = draw(n, channels_in, size, size).to(dtype, memory_format=torch.channels_last)
+    weight, style = draw(channels_out, channels_in, kernel, kernel), 1.0 + 0.5 * draw(n, channels_in)
+    options: dict[str, Any] = {"up": up, "bias": draw(channels_out), "clamp": 256.0}
+    if kernel == 1:
+        options |= {"demodulate": False}
+        style = style / channels_in**0.5
+    else:
+        options |= {"noise": draw(1, 1, up * size, up * size), "activation": "lrelu", "gain": 2**0.5}
+
+    def layer(x: Tensor, backend: str) -> Tensor:
+        return modulated_conv2d(x, weight, style, **options, backend=backend)
+
+    def run() -> Tensor:
+        if implementation == "torch.compile":
+            return compiled(x, "reference")
+        if implementation == "grouped":
+            return grouped_modulated_conv2d(x, weight, style, **options)
+        return layer(x, implementation)
+
+    compiled = torch.compile(layer)
+    torch.compiler.reset()
+    expected = layer(x.float(), "reference")
+    row(
+        f"{name}, {n} images, {str(dtype)[6:]}",
+        implementation,
+        run,
+        expected=expected,
+        tolerance=(2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
+        # As the convolution is defined: the products of a stride-2 transposed convolution are those of its input.
+        flop=2.0 * n * size * size * channels_in * channels_out * kernel**2,
+        dtype=dtype,
+    )

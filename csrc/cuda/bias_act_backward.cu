@@ -1,0 +1,144 @@
+// Derivatives of the end of a layer in one pass: grad, out and x are read once, and the sums that become derivatives of
+// bias, factor and noise are taken on the way.
+//
+// A thread has as many neighbouring channels as 16 bytes hold and strides over the pixels of a part with its sums in
+// registers; `lanes` threads take neighbouring channels of the same pixel, `units` pixels go at a time. Then the units'
+// sums are added up in shared memory, always in the same order. For sums over channels a block goes through all.
+//
+// Estimate for an H200, NOT MEASURED (6.9 instructions of a thread for a byte of the memory, see fir_bias_act.cu): in
+// bfloat16 8 channels of a pixel are 64 bytes and about 150 instructions of 440, 175 with sums over channels: memory is
+// the limit where there are several blocks for each of the 132 multiprocessors. There are images x parts of them with
+// sums over channels, and without those channels / 256 times as many.
+#include "../common/layer_end.h"
+#include "indexing.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace spigan::cuda {
+namespace {
+
+// How blocks divide the work. Tiles are numbered channels first, then parts and images.
+struct Tiling {
+  int lanes, units;  // of a block: threads of a pixel, pixels
+  std::int64_t parts, part_pixels;
+  std::int64_t channel_tiles, channel_loops;  // in the tile's number, and that a block goes through; one of them is 1
+  std::int64_t tiles;
+};
+
+template <class T, int V>
+struct Sums {
+  float u[V] = {}, ux[V] = {};
+
+  // One pixel; returns the sum of u over the thread's channels.
+  __device__ __forceinline__ float add(const BiasActBackward& a, const float (&factor)[V], std::int64_t at) {
+    const float slope = static_cast<float>(a.slope), gain = static_cast<float>(a.gain);
+    const float clamp = static_cast<float>(a.clamp);
+    float grad[V], out[V] = {}, x[V] = {}, total = 0.0f;
+    load_elements(static_cast<const T*>(a.grad) + at, grad);
+    if (a.out != nullptr) load_elements(static_cast<const T*>(a.out) + at, out);
+    if (a.sum_ux != nullptr) load_elements(static_cast<const T*>(a.x) + at, x);
+#pragma unroll
+    for (int c = 0; c < V; ++c) {
+      grad[c] *= a.out != nullptr ? derivative_of_result(out[c], slope, gain, clamp) : gain;
+      u[c] += grad[c];
+      ux[c] = multiply_add(grad[c], x[c], ux[c]);
+      total += grad[c];
+      grad[c] *= factor[c];
+    }
+    if (a.grad_x != nullptr) store_elements(static_cast<T*>(a.grad_x) + at, grad);
+    return total;
+  }
+};
+
+// Sums over the block's units, to sums[channel - first] for channels below `count`.
+template <int V>
+__device__ __forceinline__ void store_sums(const Tiling& t, const float* of_units, float* sums, std::int64_t count) {
+  const int width = t.lanes * V;
+  for (int c = static_cast<int>(threadIdx.x); c < width && c < count; c += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int unit = 0; unit < t.units; ++unit) sum += of_units[unit * width + c];
+    sums[c] = sum;
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kElementwiseThreads, 3)
+    bias_act_backward_kernel(const __grid_constant__ BiasActBackward a, const __grid_constant__ Tiling t) {
+  float* const shared_u = reinterpret_cast<float*>(shared_memory());  // [units, lanes V]
+  float* const shared_ux = shared_u + blockDim.x * V;                 // the same
+  const int lane = static_cast<int>(threadIdx.x) % t.lanes, unit = static_cast<int>(threadIdx.x) / t.lanes;
+  for (std::int64_t tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
+    const std::int64_t image_part = divide(tile, t.channel_tiles), image = divide(image_part, t.parts);
+    const std::int64_t begin = (image_part - image * t.parts) * t.part_pixels;
+    const std::int64_t end = begin + t.part_pixels < a.pixels ? begin + t.part_pixels : a.pixels;
+    for (std::int64_t loop = 0; loop < t.channel_loops; ++loop) {
+      const std::int64_t first = (tile - image_part * t.channel_tiles + loop) * t.lanes * V;  // channel of the block
+      const std::int64_t channel = first + lane * V;
+      const bool exists = channel < a.channels;
+      float factor[V] = {};
+      if (exists) load_or(a.factor, image * a.channels + channel, 1.0f, factor);
+      Sums<T, V> sums;
+#pragma unroll 1
+      for (std::int64_t pixel = begin + unit; pixel - unit < end; pixel += t.units) {  // all lanes stay together
+        float total = 0.0f;
+        if (exists && pixel < end) {
+          total = sums.add(a, factor, (image * a.pixels + pixel) * a.channels + channel);
+        }
+        if (a.sum_c == nullptr) continue;
+        total = sum_of_lanes(total, t.lanes);
+        float* const sum_c = static_cast<float*>(a.sum_c) + image * a.pixels + pixel;
+        if (lane == 0 && pixel < end) *sum_c = loop == 0 ? total : *sum_c + total;  // the same thread in every loop
+      }
+      if (a.sum_u == nullptr && a.sum_ux == nullptr) continue;
+      __syncthreads();  // the last sums have been read
+#pragma unroll
+      for (int c = 0; c < V; ++c) {
+        shared_u[threadIdx.x * V + c] = sums.u[c];
+        shared_ux[threadIdx.x * V + c] = sums.ux[c];
+      }
+      __syncthreads();
+      const std::int64_t at = image_part * a.channels + first;
+      if (a.sum_u != nullptr) store_sums<V>(t, shared_u, static_cast<float*>(a.sum_u) + at, a.channels - first);
+      if (a.sum_ux != nullptr) store_sums<V>(t, shared_ux, static_cast<float*>(a.sum_ux) + at, a.channels - first);
+    }
+  }
+}
+
+template <class T, int V>
+cudaError_t launch_as(const BiasActBackward& a, cudaStream_t stream) {
+  const unsigned threads = elementwise_threads();
+  const std::int64_t groups = divide_up(a.channels, V), kPixelsOfThread = 16;
+  Tiling t = {};
+  t.lanes = power_of_two_from(groups, kWarp);
+  t.units = static_cast<int>(threads) / t.lanes;
+  if (t.units == 0) return cudaErrorNoDevice;
+  const bool sums = a.sum_u != nullptr || a.sum_ux != nullptr;
+  t.parts = sums ? a.parts : std::max<std::int64_t>(1, divide_up(a.pixels, t.units * kPixelsOfThread));
+  t.part_pixels = divide_up(a.pixels, t.parts);
+  t.channel_tiles = t.channel_loops = 1;
+  (a.sum_c != nullptr ? t.channel_loops : t.channel_tiles) = std::max<std::int64_t>(1, divide_up(groups, t.lanes));
+  t.tiles = a.images * t.parts * t.channel_tiles;
+  return launch_tiles(bias_act_backward_kernel<T, V>, static_cast<std::uint64_t>(t.tiles), threads,
+                      sums ? 2 * threads * V * sizeof(float) : 0, stream, a, t);
+}
+
+template <class T>
+cudaError_t launch_of(const BiasActBackward& a, cudaStream_t stream) {
+  constexpr int V = kVector<T>;
+  if (a.channels % V == 0 && aligned_to_16({a.grad_x, a.grad, a.out, a.x, a.factor})) return launch_as<T, V>(a, stream);
+  return launch_as<T, 1>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t bias_act_backward(const BiasActBackward& a, cudaStream_t stream) {
+  if (a.images == 0) return cudaSuccess;
+  switch (a.dtype) {
+    case Dtype::kFloat32: return launch_of<float>(a, stream);
+    case Dtype::kBFloat16: return launch_of<bfloat16>(a, stream);
+    case Dtype::kFloat16: return launch_of<float16>(a, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace spigan::cuda
