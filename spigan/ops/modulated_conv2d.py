@@ -304,7 +304,7 @@ def _few_outputs(kernel: int, padding: int, up: int, channels_out: int) -> bool:
 # ---- Inference: one call of the library or of our own kernel, and one pass at the end ----
 
 # docs/kernels.md has the measurements behind these numbers (two cores of an AVX-512 server CPU).
-# Winograd's convolution transforms the weights anew unless they are kept, which for few tiles takes longer than it saves.
+# Weights that are not kept are transformed in each call, which for few tiles takes longer than Winograd's saves.
 _WINOGRAD_MIN_TILES, _WINOGRAD_MIN_TILES_KEPT = 512, 64
 # Up = 2: the library's transposed convolution is slow for few pixels, in bfloat16 for many channels.
 _PRODUCTS_MAX_PIXELS, _PRODUCTS_MIN_CHANNELS_BFLOAT16 = 2048, 256
@@ -313,6 +313,8 @@ _WINOGRAD_MIN_CHANNELS = 64
 _WINOGRAD_CHUNK = 256
 # Values a matrix product of an upsampling layer: its result stays in the last cache (9 MB float32).
 _PRODUCTS_CHUNK = 512 * 9 * 512
+# Bytes of a result that are worth a convolution of their own where a batch is convolved in parts to save memory.
+_MIN_PART_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -434,9 +436,12 @@ def convolve(
         return x.new_empty((n, *size, channels_out)) if keep else None, rgb
     end: dict[str, Any] = {"slope": slope_of(activation), "gain": gain, "clamp": math.inf if clamp is None else clamp}
     fused = weight.form == "taps" and up == 1
-    # Beside a layer's input and its result there is never more than half a result: where the convolution's own result
-    # does not become the layer's in place, images come in two halves.
-    chunk = n if fused or (up == 1 and keep) else -(-n // 2)
+    # Where the convolution's own result does not become the layer's in place, a quarter of the images is convolved at a
+    # time: beside the input and the result there is never more than a quarter of a result.
+    chunk = n
+    if not fused and (up == 2 or not keep):
+        image_bytes = size[0] * size[1] * channels_out * x.dtype.itemsize
+        chunk = min(n, max(-(-n // 4), -(-_MIN_PART_BYTES // image_bytes)))
     if seed is not None and (chunk < n or weight.form in ("winograd", "products")):
         noise, seed = draw_noise(seed, n, size, backend), None  # in a chunk the stream would begin anew
     images: dict[str, Any] = {
