@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +47,26 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.select_cpu_isa(request.param)
     yield request.param
     _C.select_cpu_isa(None)
+
+
+@pytest.fixture(params=["library's", "own"])
+def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test with the library's convolutions, a few images at a time, and with our matrix products on the CPU.
+
+    Otherwise `modulated_conv2d` chooses by size, and images as small as the tests' would never meet some of them.
+    """
+    own = request.param == "own"
+    changes = {
+        "_WINOGRAD_MIN_TILES": 1 if own else sys.maxsize,
+        "_WINOGRAD_MIN_TILES_KEPT": 1 if own else sys.maxsize,
+        "_PRODUCTS_MAX_PIXELS": sys.maxsize if own else 0,
+        "_PRODUCTS_MIN_CHANNELS_BFLOAT16": sys.maxsize,
+        "_MIN_PART_BYTES": 1,
+    }
+    # The package's attribute of that name is the function.
+    module = importlib.import_module("spigan.ops.modulated_conv2d")
+    for name, value in changes.items():
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def test_whole_network(
     backend: str,
     assert_accurate: Callable[..., None],
     poisoned_memory: None,
+    convolutions: None,
 ) -> None:
     generator = make(resolution, img_channels, **options)
     for shape in ((3, DIM), (2, generator.num_ws, DIM)):
@@ -161,7 +162,7 @@ def test_hooks_see_their_layers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_images_do_not_depend_on_their_neighbours(backend: str) -> None:
+def test_images_do_not_depend_on_their_neighbours(backend: str, convolutions: None) -> None:
     generator, h = make(32, channel_base=4096, channel_max=64), torch.randn(5, DIM)
     together = images(generator, h, backend)
     for index in range(5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import numpy as np
@@ -19,7 +18,6 @@ from spigan.ops.backends import why_unavailable
 from spigan.ops.modulated_conv2d import demodulation
 from spigan.ops.upfirdn2d import fir_filter
 
-MODULE = importlib.import_module("spigan.ops.modulated_conv2d")  # the package's attribute of that name is the function
 KERNELS = [b for b in BACKENDS[1:] if why_unavailable("modulated_conv2d", b, torch.device("cpu")) is None]
 RUNNING = ["reference", *KERNELS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -570,9 +568,8 @@ def test_kernel_values(
     backend,
     assert_accurate,
     poisoned_memory,
-    monkeypatch,
+    convolutions,
 ):
-    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 128)  # else it would take large images
     arguments = single_layer(n, channels_in, channels_out, size, kernel, up, dtype, noise_rows=n)
     options = {"demodulate": demodulate, "up": up, "activation": "lrelu", "gain": 1.3}
     exact = modulated_conv2d(**double(arguments), **options, backend="reference")
@@ -596,9 +593,8 @@ def memory_formats(arguments):
     "end",
     [{}, {"activation": "lrelu"}, {"clamp": 0.7}, {"activation": "lrelu", "gain": 1.4, "clamp": 0.9}, {"bias": None}],
 )
-def test_kernel_does_what_follows_the_convolution(end, noise_rows, up, backend, monkeypatch):
-    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
-    for channels, size in ((6, 5), (64, 12)):  # direct, Winograd
+def test_kernel_does_what_follows_the_convolution(end, noise_rows, up, backend, convolutions):
+    for channels, size in ((6, 5), (64, 12)):  # the smaller has too few channels for Winograd
         arguments = single_layer(2, channels, channels, size, 3, up, torch.float32, noise_rows) | end
         exact = modulated_conv2d(**double(arguments), up=up, backend="reference")
         actual = modulated_conv2d(**arguments, up=up, backend=backend)
@@ -609,7 +605,7 @@ def test_kernel_does_what_follows_the_convolution(end, noise_rows, up, backend, 
 @pytest.mark.parametrize("filter", FILTERS.values(), ids=FILTERS.keys())
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("padding", [None, 0, 2])
-def test_kernel_takes_any_filter_and_padding(padding, kernel, filter, backend):
+def test_kernel_takes_any_filter_and_padding(padding, kernel, filter, backend, convolutions):
     arguments = single_layer(2, 6, 4, 6, kernel, 2, torch.float32, noise_rows=0)
     options = {"up": 2, "padding": padding, "resample_filter": None if filter is None else torch.tensor(filter)}
     exact = modulated_conv2d(**double(arguments), **double(options), backend="reference")
@@ -619,8 +615,7 @@ def test_kernel_takes_any_filter_and_padding(padding, kernel, filter, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("up", [1, 2])
-def test_kernel_takes_any_layout_and_empty_batches(up, backend, monkeypatch):
-    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
+def test_kernel_takes_any_layout_and_empty_batches(up, backend, convolutions):
     arguments = single_layer(3, 64, 66, 9, 3, up, torch.float32, noise_rows=3)
     expected = modulated_conv2d(**arguments, up=up, backend=backend)
     views = {
@@ -637,8 +632,7 @@ def test_kernel_takes_any_layout_and_empty_batches(up, backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("up", [1, 2])
-def test_kernel_with_gradients(up, backend, monkeypatch):
-    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
+def test_kernel_with_gradients(up, backend):
     arguments = single_layer(2, 64, 8, 8, 3, up, torch.float32)
     names = ["x", "weight", "style", "noise", "bias"]
 
@@ -657,8 +651,7 @@ def test_kernel_with_gradients(up, backend, monkeypatch):
 @pytest.mark.parametrize("backend", RUNNING)
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("channels", [6, 64])
-def test_noise_is_drawn_from_the_stream_of_its_seed(channels, up, backend, monkeypatch):
-    monkeypatch.setattr(MODULE, "_WINOGRAD_MIN_TILES", 1)
+def test_noise_is_drawn_from_the_stream_of_its_seed(channels, up, backend, convolutions):
     arguments = single_layer(3, channels, channels, 9, 3, up, torch.float32, noise_rows=0)
     options = {"up": up, "activation": "lrelu", "backend": backend, "noise_strength": torch.tensor(0.7)}
     for seed in (3, torch.tensor(2**40)):
