@@ -1,5 +1,5 @@
-"""Every layer of the synthesis networks of cifar10 and celebahq256: this project's layer, and the convolution for each
-image with weights of its own (a grouped convolution, as StyleGAN2 is often written).
+"""Every layer of the synthesis networks of cifar10 and celebahq256: this project's layer, the ways of convolving that
+it chooses from on a CPU, and weights of its own for each image (a grouped convolution, as StyleGAN2 is often written).
 
 pytest benchmarks/bench_modulated_conv2d.py --benchmark-only
 """
@@ -16,6 +16,8 @@ import spigan
 from spigan.models.layers import channels_at
 from spigan.ops import BACKENDS, modulated_conv2d
 from spigan.ops.backends import why_unavailable
+from spigan.ops.modulated_conv2d import convolve, demodulation, prepare_weight
+from spigan.ops.upfirdn2d import fir_filter
 
 from .conftest import DEVICE, grouped_modulated_conv2d
 
@@ -25,6 +27,8 @@ IMPLEMENTATIONS = [
     "grouped",
 ]
 DTYPES = [torch.float32, torch.bfloat16]
+# Ways of convolving, with weights prepared beforehand as the generator keeps them; `weight_form` chooses one of them.
+FORMS = ["direct", "winograd", "products"] if DEVICE.type == "cpu" else []
 
 
 def layers() -> dict[str, tuple[int, int, int, int, int]]:
@@ -61,7 +65,7 @@ def batch_of(channels: int, size: int) -> int:
     return max(1, min(100, values // (channels * size * size)))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *(f"form {form}" for form in FORMS)])
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @torch.no_grad()
@@ -69,6 +73,14 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
     if implementation == "torch.compile" and DEVICE.type == "cpu" and name not in COMPILED_ON_CPU:
         pytest.skip("compiled for the largest layers only: building takes longer than all the rest")
     kernel, up, channels_in, channels_out, size = LAYERS[name]
+    form = implementation.removeprefix("form ")
+    possible = {
+        "winograd": kernel == 3 and up == 1 and dtype == torch.float32,
+        "products": up == 2,
+        "direct": kernel == 3,
+    }
+    if not possible.get(form, True):
+        pytest.skip("no such form of this layer")
     n = batch_of(max(channels_in, channels_out), up * size)
     generator = torch.Generator().manual_seed(0)
 
@@ -88,12 +100,20 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
         return modulated_conv2d(x, weight, style, **options, backend=backend)
 
     def run() -> Tensor:
+        if form in FORMS:
+            return convolve("cpp", x.permute(0, 2, 3, 1), prepared, up=up, padding=1, **inference)[0].permute(
+                0, 3, 1, 2
+            )
         if implementation == "torch.compile":
             return compiled(x, "reference")
         if implementation == "grouped":
             return grouped_modulated_conv2d(x, weight, style, **options)
         return layer(x, implementation)
 
+    if form in FORMS:
+        prepared = prepare_weight(weight, form, dtype, "cpp")
+        inference = options | {"style": style, "factor": demodulation(weight, style), "filter": fir_filter()}
+        del inference["up"]
     compiled = torch.compile(layer)
     torch.compiler.reset()
     expected = layer(x.float(), "reference")

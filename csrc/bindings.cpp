@@ -143,7 +143,8 @@ Args:
 
   m.def(
       "winograd_output",
-      [](std::uintptr_t products, const std::array<std::int64_t, 2>& tile_rows, std::uintptr_t out, int dtype,
+      [](const std::array<std::uintptr_t, 16>& products, const std::array<std::int64_t, 2>& tile_rows,
+         std::uintptr_t out, int dtype,
          const std::array<std::int64_t, 4>& size, std::uintptr_t factor, std::uintptr_t noise,
          std::int64_t noise_stride, std::uintptr_t strength, std::uintptr_t bias, double slope, double gain,
          double clamp, std::uintptr_t next_factor, std::uintptr_t rgb, std::uintptr_t rgb_weight,
@@ -152,7 +153,8 @@ Args:
         const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, 0, strength, bias, 0, slope, gain,
                                        clamp, next_factor, 0, rgb, rgb_weight, rgb_channels);
         check_tile_rows(tile_rows, size);
-        const cpu::WinogradEnd args = {end, pointer<const float>(products), tile_rows[0], tile_rows[1]};
+        cpu::WinogradEnd args = {end, {}, tile_rows[0], tile_rows[1]};
+        for (std::size_t k = 0; k < products.size(); ++k) args.products[k] = pointer<const float>(products[k]);
         if (!cpu::kernels().winograd_output(args, Cpu::threads(threads))) throw std::bad_alloc();
       },
       py::arg("products"), py::arg("tile_rows"), py::arg("out"), py::arg("dtype"), py::arg("size"), py::arg("factor"),
@@ -162,7 +164,7 @@ Args:
       R"(End a layer: transform the 16 products of Winograd's F(2x2, 3x3) back.
 
 Args:
-    products: address of float32 [16, images * tile_rows[1] * ceil(width / 2), channels].
+    products: 16 addresses of float32 [images * tile_rows[1] * ceil(width / 2), channels].
     tile_rows: (first, count) of the rows of 2x2 tiles that they belong to, in every image; no others are written.
     (the others: as of fir_bias_act, float32 alone).
     )");
@@ -180,7 +182,7 @@ Args:
       R"(Write the right factors of the 16 matrix products of Winograd's F(2x2, 3x3).
 
 Args:
-    out: address of float32 [16, in_channels, out_channels]; overwritten.
+    out: address of float32 [16, out_channels, in_channels]; overwritten.
     weight: address of float32 [out_channels, in_channels, 3, 3].
     out_channels, in_channels: sizes; may be 0.
     threads: most threads to use, at least 1.

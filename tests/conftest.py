@@ -60,7 +60,7 @@ def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         "_WINOGRAD_MIN_TILES": 1 if own else sys.maxsize,
         "_WINOGRAD_MIN_TILES_KEPT": 1 if own else sys.maxsize,
         "_PRODUCTS_MAX_PIXELS": sys.maxsize if own else 0,
-        "_PRODUCTS_MIN_CHANNELS_BFLOAT16": sys.maxsize,
+        "_PRODUCTS_MIN_CHANNELS": sys.maxsize,
         "_MIN_PART_BYTES": 1,
     }
     # The package's attribute of that name is the function.

@@ -36,14 +36,14 @@ struct WinogradInput {
 
 // The end of a layer from the 16 products.
 struct WinogradEnd {
-  LayerEnd end;           // kFloat32
-  const float* products;  // [16, tiles, channels]
+  LayerEnd end;               // kFloat32
+  const float* products[16];  // [tiles, channels] each
   std::int64_t first_tile_row, tile_rows;
 };
 
 // The 16 products' right factors, of a convolution's weights.
 struct WinogradWeight {
-  float* out;           // [16, in_channels, out_channels]
+  float* out;           // [16, out_channels, in_channels]
   const float* weight;  // [out_channels, in_channels, 3, 3]
   std::int64_t out_channels, in_channels;
 };

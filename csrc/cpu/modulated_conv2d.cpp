@@ -123,39 +123,34 @@ void winograd_input(const WinogradInput& a, [[maybe_unused]] int threads) {
 }
 
 void winograd_weight(const WinogradWeight& a, [[maybe_unused]] int threads) {
-  // Blocks of 16 x 16 channels are transposed in the L1 cache: memory is read and written in whole cache lines.
-  constexpr std::int64_t kBlock = 16;
   const std::int64_t in = a.in_channels, out = a.out_channels;
-#pragma omp parallel for schedule(static) num_threads(team_of(in, 16 * in * out, threads))
-  for (std::int64_t first_i = 0; first_i < in; first_i += kBlock) {
-    const std::int64_t end_i = first_i + kBlock < in ? first_i + kBlock : in;
-    for (std::int64_t first_o = 0; first_o < out; first_o += kBlock) {
-      const std::int64_t end_o = first_o + kBlock < out ? first_o + kBlock : out;
-      float block[16][kBlock][kBlock];  // [product][in][out]
-      for (std::int64_t o = first_o; o < end_o; ++o) {
-        for (std::int64_t i = first_i; i < end_i; ++i) {
-          const float* g = a.weight + (o * in + i) * 9;
-          float r[12];  // G g, then G g G^T; rows of G: (1, 0, 0), (1, 1, 1) / 2, (1, -1, 1) / 2, (0, 0, 1)
-          for (int c = 0; c < 3; ++c) {
-            const float outer = g[c] + g[6 + c];
-            r[c] = g[c];
-            r[3 + c] = 0.5f * (outer + g[3 + c]);
-            r[6 + c] = 0.5f * (outer - g[3 + c]);
-            r[9 + c] = g[6 + c];
-          }
-          for (int row = 0; row < 4; ++row) {
-            const float outer = r[3 * row] + r[3 * row + 2];
-            block[4 * row][i - first_i][o - first_o] = r[3 * row];
-            block[4 * row + 1][i - first_i][o - first_o] = 0.5f * (outer + r[3 * row + 1]);
-            block[4 * row + 2][i - first_i][o - first_o] = 0.5f * (outer - r[3 * row + 1]);
-            block[4 * row + 3][i - first_i][o - first_o] = r[3 * row + 2];
-          }
+#pragma omp parallel for schedule(static) num_threads(team_of(out, 16 * in * out, threads))
+  for (std::int64_t o = 0; o < out; ++o) {
+    for (std::int64_t from = 0; from < in; from += kChannelBlock) {
+      const std::int64_t count = in - from < kChannelBlock ? in - from : kChannelBlock;
+      float g[9][kChannelBlock], r[12][kChannelBlock];
+      for (std::int64_t c = 0; c < count; ++c) {
+        for (int k = 0; k < 9; ++k) g[k][c] = a.weight[(o * in + from + c) * 9 + k];
+      }
+      // G g, then G g G^T; rows of G: (1, 0, 0), (1, 1, 1) / 2, (1, -1, 1) / 2, (0, 0, 1).
+      for (int j = 0; j < 3; ++j) {
+        for (std::int64_t c = 0; c < count; ++c) {
+          const float outer = g[j][c] + g[6 + j][c];
+          r[j][c] = g[j][c];
+          r[3 + j][c] = 0.5f * (outer + g[3 + j][c]);
+          r[6 + j][c] = 0.5f * (outer - g[3 + j][c]);
+          r[9 + j][c] = g[6 + j][c];
         }
       }
-      for (std::int64_t k = 0; k < 16; ++k) {
-        for (std::int64_t i = first_i; i < end_i; ++i) {
-          float* to = a.out + (k * in + i) * out;
-          for (std::int64_t o = first_o; o < end_o; ++o) to[o] = block[k][i - first_i][o - first_o];
+      for (int row = 0; row < 4; ++row) {
+        float* to = a.out + (4 * row * out + o) * in + from;
+        const std::int64_t next = out * in;
+        for (std::int64_t c = 0; c < count; ++c) {
+          const float r0 = r[3 * row][c], r1 = r[3 * row + 1][c], r2 = r[3 * row + 2][c];
+          to[c] = r0;
+          to[next + c] = 0.5f * (r0 + r2 + r1);
+          to[2 * next + c] = 0.5f * (r0 + r2 - r1);
+          to[3 * next + c] = r2;
         }
       }
     }
@@ -166,7 +161,6 @@ bool winograd_output(const WinogradEnd& a, [[maybe_unused]] int threads) {
   const LayerEnd& end = a.end;
   const std::int64_t columns = (end.width + 1) / 2, image_tiles = a.tile_rows * columns;
   const std::int64_t tiles = end.images * image_tiles, channels = end.channels;
-  const float* products = a.products;
   bool enough_memory = true;
 #pragma omp parallel num_threads(team_of(tiles, 16 * tiles * channels, threads)) reduction(&& : enough_memory)
   {
@@ -182,10 +176,10 @@ bool winograd_output(const WinogradEnd& a, [[maybe_unused]] int threads) {
         float r[8][kChannelBlock];
         // A^T m A with rows of A^T (1, 1, 1, 0), (0, 1, -1, -1).
         for (int j = 0; j < 4; ++j) {
-          const std::int64_t next = 4 * tiles * channels;
-          const float* m = products + (j * tiles + tile) * channels + from;
+          const float* m[4];
+          for (int i = 0; i < 4; ++i) m[i] = a.products[4 * i + j] + tile * channels + from;
           for (std::int64_t c = 0; c < count; ++c) {
-            const float m0 = m[c], m1 = m[next + c], m2 = m[2 * next + c], m3 = m[3 * next + c];
+            const float m0 = m[0][c], m1 = m[1][c], m2 = m[2][c], m3 = m[3][c];
             r[j][c] = m0 + m1 + m2;
             r[4 + j][c] = m1 - m2 - m3;
           }

@@ -306,15 +306,32 @@ def _few_outputs(kernel: int, padding: int, up: int, channels_out: int) -> bool:
 # docs/kernels.md has the measurements behind these numbers (two cores of an AVX-512 server CPU).
 # Weights that are not kept are transformed in each call, which for few tiles takes longer than Winograd's saves.
 _WINOGRAD_MIN_TILES, _WINOGRAD_MIN_TILES_KEPT = 512, 64
-# Up = 2: the library's transposed convolution is slow for few pixels, in bfloat16 for many channels.
-_PRODUCTS_MAX_PIXELS, _PRODUCTS_MIN_CHANNELS_BFLOAT16 = 2048, 256
-_WINOGRAD_MIN_CHANNELS = 64
-# Tiles a matrix product: its three factors stay in the last cache (512 channels: 8, 8 and 17 MB).
-_WINOGRAD_CHUNK = 256
+# Up = 2: the library's transposed convolution is slow for few pixels and for many channels.
+_PRODUCTS_MAX_PIXELS, _PRODUCTS_MIN_CHANNELS = 2048, 256
+_WINOGRAD_MIN_CHANNELS = 128
+# Values of the left factor of a matrix product: all of the 16 products stay in the last cache (512 channels: 256 tiles,
+# 8 MB left, 8 MB result, 17 MB weights).
+_WINOGRAD_CHUNK = 256 * 512
 # Values a matrix product of an upsampling layer: its result stays in the last cache (9 MB float32).
 _PRODUCTS_CHUNK = 512 * 9 * 512
+# Multiply-adds of a matrix product from which oneDNN's is faster than MKL's, which torch.bmm calls in float32: on AMD's
+# processors MKL's runs at half the rate (2 cores with AVX-512, 512 channels, 256 tiles: 376 against 196 GFLOP/s,
+# 2026-11-25).
+_ONEDNN_MIN_PRODUCTS = 1 << 22
 # Bytes of a result that are worth a convolution of their own where a batch is convolved in parts to save memory.
 _MIN_PART_BYTES = 1 << 21
+
+
+# oneDNN's matrix product of float32 [T, I] and [O, I], as torch.compile calls it; None where PyTorch was built without.
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, I] and weight [O, I] -> [T, O], by the faster of the CPU's libraries."""
+    large = x.numel() * weight.shape[0] >= _ONEDNN_MIN_PRODUCTS
+    if x.dtype == torch.float32 and large and _onednn_linear is not None:
+        return _onednn_linear(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
 
 
 @dataclass(frozen=True)
@@ -324,7 +341,7 @@ class LayerWeight:
     Attributes:
         form: "direct" [O, I, k, k], channels-last: the library's convolution.
             "products" [k k O, I]: one matrix product for all taps (up = 2 on the CPU), "taps" [k, k, O, I]: Triton's.
-            "winograd" [16, I, O] float32: Winograd's F(2x2, 3x3) on the CPU.
+            "winograd" [16, O, I] float32: Winograd's F(2x2, 3x3) on the CPU.
             "modulated" [O, I] at least float32: scaled for each image instead of the image.
         value: in the dtype of the images unless said otherwise.
         kernel: k.
@@ -365,8 +382,9 @@ def weight_form(
         enough = tiles >= (_WINOGRAD_MIN_TILES_KEPT if kept else _WINOGRAD_MIN_TILES)
         return "winograd" if winograd and enough else "direct"
     few_pixels = n * size[0] * size[1] <= 4 * _PRODUCTS_MAX_PIXELS
-    many_channels = dtype == torch.bfloat16 and channels_out >= _PRODUCTS_MIN_CHANNELS_BFLOAT16
-    products = (few_pixels or many_channels) and kernel * filter.shape[-1] <= 64 and separable(filter)
+    products = (
+        (few_pixels or channels_out >= _PRODUCTS_MIN_CHANNELS) and kernel * filter.shape[-1] <= 64 and separable(filter)
+    )
     return "products" if products else "direct"
 
 
@@ -375,7 +393,7 @@ def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) 
     channels_out, channels_in, kernel, _ = weight.shape
     if form == "winograd":
         module, threads = launcher(backend, weight.device)
-        value = weight.new_empty((16, channels_in, channels_out), dtype=torch.float32)
+        value = weight.new_empty((16, channels_out, channels_in), dtype=torch.float32)
         whole = weight.to(torch.float32).contiguous()  # bound to a name: an address alone would not keep it alive
         module.winograd_weight(address(value), address(whole), channels_out, channels_in, threads)
     elif form == "modulated":
@@ -558,21 +576,22 @@ def _convolve_on_cpu(
 
     if weight.form == "winograd":
         tile_rows, columns = -(-height // 2), -(-width // 2)
-        chunk = max(1, _WINOGRAD_CHUNK // (tile_rows * columns))
-        some_rows = tile_rows if chunk > 1 else max(1, min(tile_rows, _WINOGRAD_CHUNK // columns))
+        most = _WINOGRAD_CHUNK // max(channels_in, weight.channels)
+        chunk = max(1, most // (tile_rows * columns))
+        some_rows = tile_rows if chunk > 1 else max(1, min(tile_rows, most // columns))
         tiles = min(chunk, n) * some_rows * columns
-        v, products = (x.new_empty(16 * tiles * c) for c in (channels_in, weight.channels))
+        v = x.new_empty(16 * tiles * channels_in)
         for first, row in itertools.product(range(0, n, chunk), range(0, tile_rows, some_rows)):
             count, rows = min(chunk, n - first), min(some_rows, tile_rows - row)
             tiles = count * rows * columns
-            left, result = (
-                buffer[: 16 * tiles * c].view(16, tiles, c)
-                for buffer, c in ((v, channels_in), (products, weight.channels))
-            )
+            left = v[: 16 * tiles * channels_in].view(16, tiles, channels_in)
             part, styles = x[first : first + count], None if style is None else style[first : first + count]
             module.winograd_input(address(left), address(part), address(styles), list(part.shape), [row, rows], threads)
-            torch.bmm(left, weight.value, out=result)
-            module.winograd_output(products=address(result), tile_rows=[row, rows], **arguments(first, count))
+            if tiles * channels_in * weight.channels < _ONEDNN_MIN_PRODUCTS:
+                products = [*torch.bmm(left, weight.value.mT)]  # small: one call for all of them
+            else:
+                products = [_linear(left[k], weight.value[k]) for k in range(16)]
+            module.winograd_output(products=[*map(address, products)], tile_rows=[row, rows], **arguments(first, count))
         return
 
     kernel, taps = weight.kernel, filter.shape[-1]
@@ -592,7 +611,7 @@ def _convolve_on_cpu(
         begin = min(height, max(0, -((kernel - 1 - (row - pad)) // 2)))
         stop = min(height, (row + rows - 1 - pad + taps - 1) // 2 + 1)
         part = x[first : first + count, begin:stop]
-        y = F.linear(part.reshape(-1, channels_in), weight.value)
+        y = _linear(part.reshape(-1, channels_in), weight.value)
         module.finish_products(
             y=address(y),
             y_size=[height, width, kernel],

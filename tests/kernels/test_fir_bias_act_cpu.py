@@ -387,6 +387,12 @@ def test_threads_change_no_bit_of_a_derivative(isa: str, dtype: torch.dtype) -> 
 # ---- Passes around matrix products, whole and by windows ----
 
 
+def address_of(value: Any) -> Any:
+    if isinstance(value, Array):
+        return value.address
+    return [*map(address_of, value)] if isinstance(value, list) else value
+
+
 def run_window(
     function: Callable[..., None],
     shape: Sequence[int],
@@ -404,7 +410,7 @@ def run_window(
     for name in ("seed", "add", "bias_stride"):
         del arguments[name]
     for call in calls:
-        call = {name: value.address if isinstance(value, Array) else value for name, value in call.items()}
+        call = {name: address_of(value) for name, value in call.items()}
         function(out=out.address if keep else 0, dtype=number(dtype), **arguments, **call)
     for array in arrays.values():
         array.checked()
@@ -507,7 +513,7 @@ def test_winograd(isa: str, size: tuple[int, int], channels: tuple[int, int], sc
     style = torch.randn(n, channels_in) if scaled else None
     given, taps = Array.of(x), Array.of(weight)
     styles = None if style is None else Array.of(style)
-    right = Array((16, channels_in, channels_out), torch.float32)
+    right = Array((16, channels_out, channels_in), torch.float32)
     _C.winograd_weight(right.address, taps.address, channels_out, channels_in, 2)
     image = (x if style is None else x * style[:, None, None]).double().permute(0, 3, 1, 2)
     exact = F.conv2d(image, weight.double(), padding=1).permute(0, 2, 3, 1)
@@ -521,8 +527,8 @@ def test_winograd(isa: str, size: tuple[int, int], channels: tuple[int, int], sc
             address = 0 if styles is None else styles.address
             _C.winograd_input(left.address, given.address, address, list(x.shape), [row, rows], threads)
             # In float64, which rounds to the same float32 however many tiles there are.
-            products = torch.bmm(left.checked().double(), right.checked().double()).float()
-            result.append({"products": Array.of(products), "tile_rows": [row, rows], "threads": threads})
+            products = torch.bmm(left.checked().double(), right.checked().double().mT).float()
+            result.append({"products": [*map(Array.of, products)], "tile_rows": [row, rows], "threads": threads})
         return result
 
     check_windows(_C.winograd_output, exact, calls, tile_rows, torch.float32)
@@ -542,7 +548,7 @@ def test_layers_by_windows(kernel: int, padding: int, monkeypatch: pytest.Monkey
         exact = modulated_conv2d(*(t.double() for t in (x, weight, style)), up=up, padding=padding, backend="reference")
         for products, tiles in ((1, 1), (4 * kernel**2 * 5 * 3, 7)):
             monkeypatch.setattr(module, "_PRODUCTS_CHUNK", products)
-            monkeypatch.setattr(module, "_WINOGRAD_CHUNK", tiles)
+            monkeypatch.setattr(module, "_WINOGRAD_CHUNK", tiles * 6)
             actual = modulated_conv2d(x, weight, style, up=up, padding=padding, backend="cpp")
             torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-5)
 
@@ -569,7 +575,7 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "winograd_input": {"out": 0, "x": 0, "style": 0, "size": [0, 5, 4, 3], "tile_rows": [0, 3], "threads": 1},
     "winograd_weight": {"out": 0, "weight": 0, "out_channels": 0, "in_channels": 3, "threads": 1},
-    "winograd_output": {**END_ZEROS, "products": 0, "size": [0, 5, 4, 3], "tile_rows": [1, 2]},
+    "winograd_output": {**END_ZEROS, "products": [0] * 16, "size": [0, 5, 4, 3], "tile_rows": [1, 2]},
 }  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("fir_bias_act", {"size": [0, 2, 3, -4]}, "sizes >= 0, got -4"),
