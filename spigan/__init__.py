@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spigan.data import DataConfig
     from spigan.models import SPIGAN, Discriminator, Generator
     from spigan.presets import preset
-    from spigan.sampling import sample
+    from spigan.sampling import Sampler, sample
     from spigan.sde import VPSDE
     from spigan.training.trainer import Trainer
 
@@ -26,6 +26,7 @@ _HOMES = {
     "Generator": "spigan.models",
     "ModelConfig": "spigan.config",
     "SPIGAN": "spigan.models",
+    "Sampler": "spigan.sampling",
     "TrainConfig": "spigan.config",
     "Trainer": "spigan.training.trainer",
     "VPSDE": "spigan.sde",
@@ -41,6 +42,7 @@ __all__ = [
     "Discriminator",
     "Generator",
     "ModelConfig",
+    "Sampler",
     "TrainConfig",
     "Trainer",
     "__version__",

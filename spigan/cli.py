@@ -6,7 +6,6 @@ import json
 import statistics
 import sys
 import time
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,7 +13,6 @@ import typer
 
 if TYPE_CHECKING:
     from spigan.config import TrainConfig
-    from spigan.models import SPIGAN
 
 app = typer.Typer(
     help="SPI-GAN: images from noise in one evaluation of the generator.",
@@ -22,14 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-
-
-class Format(str, Enum):
-    """How `spigan sample` writes images."""
-
-    png = "png"
-    grid = "grid"
-    npz = "npz"
 
 
 def _fail(error: Exception | str) -> NoReturn:
@@ -192,10 +182,12 @@ def sample(
         list[int] | None,
         typer.Option(help="Image i uses seed + i [default: 0]; or give one --seed for each image.", min=0),
     ] = None,
-    out: Annotated[Path, typer.Option(help="A folder (png), or a .png or .npz file.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="A folder (png), or a .png, .npz or .parquet file.")] = Path("samples.png"),
     fmt: Annotated[
-        Format | None,
-        typer.Option("--format", help="png: a file each; grid; npz: uint8 [N, H, W, C] [default: by --out]."),
+        str | None,
+        typer.Option(
+            "--format", help="png: a file each; grid; npz: uint8 [N, H, W, C]; parquet: PNGs [default: by --out]."
+        ),
     ] = None,
     t: Annotated[
         list[float] | None,
@@ -206,91 +198,47 @@ def sample(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
 ) -> None:
-    """Draw images: a folder of PNGs, one grid, or an npz file.
+    """Draw images: a folder of PNGs, one grid, an npz or a parquet file.
 
     With several times: a row for each image in a grid, a file for each time in a folder, a leading axis in an npz.
+    Images are written while the next ones are computed, in memory that does not grow with their number (but a grid's).
     """
     import torch
-    from tqdm.auto import tqdm
 
-    from spigan import sampling
-    from spigan.images import to_uint8
     from spigan.ops import BackendUnavailable
+    from spigan.sampling import Sampler, count_evaluations, resolve_seeds
+    from spigan.writers import Format, format_of, image_writer
 
     try:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+        if fmt is not None and fmt not in list(Format):
+            raise ValueError(f"--format must be one of {', '.join(Format)}, got {fmt}")
         times = t or [1.0]
-        seeds = sampling.resolve_seeds(n, seed[0] if seed and len(seed) == 1 else seed or 0)
-        writer = _Writer(fmt or _format_of(out), out, seeds, times)
-        network = sampling.load_model(model, None if device == "auto" else device)
-        bar = tqdm(total=len(seeds), unit="img", dynamic_ncols=True)
-        with sampling.count_evaluations(network) as evaluations, bar:
-            began = time.perf_counter()
-            for images in sampling.generate(
-                network, seeds, t=times, batch_size=batch, dtype=getattr(torch, dtype), backend=backend
-            ):
-                writer.add(to_uint8(images).cpu())
-                bar.update(images.shape[1])
-            elapsed = time.perf_counter() - began
-        writer.close()
+        seeds = resolve_seeds(n, seed[0] if seed and len(seed) == 1 else seed or 0)
+        sampler = Sampler(
+            model,
+            batch_size=batch,
+            dtype=getattr(torch, dtype),
+            backend=backend,
+            device=None if device == "auto" else device,
+            t=times,
+            output="uint8",
+        )
+        config = sampler.model.config
+        shape = (config.img_channels, config.resolution, config.resolution)
+        writer = image_writer(Format(fmt) if fmt else format_of(out), out, seeds, times, shape)
+        with count_evaluations(sampler.model) as evaluations:
+            sampler(seeds[:1])
+        began = time.perf_counter()
+        with writer as add:
+            for images in sampler.stream(seeds, to="cpu"):
+                add(images)
+        elapsed = time.perf_counter() - began
     except (ValueError, OSError, ImportError, BackendUnavailable) as error:
         _fail(error)
     count = len(seeds) * len(times)
-    typer.echo(f"{count} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / count:g}: {out}")
-
-
-def _format_of(out: Path) -> Format:
-    """The format that a path asks for."""
-    formats = {".png": Format.grid, ".npz": Format.npz, "": Format.png}
-    if out.suffix.lower() not in formats and not out.is_dir():
-        raise ValueError(f"--out {out}: expected a .png or .npz file, or a folder (say --format png)")
-    return formats.get(out.suffix.lower(), Format.png)
-
-
-class _Writer:
-    """Takes uint8 [K, B, C, H, W] batches of K times and writes them as the format says."""
-
-    def __init__(self, fmt: Format, out: Path, seeds: list[int], times: list[float]) -> None:
-        if fmt is Format.png and out.is_file():
-            raise ValueError(f"{out} is a file; --format png needs a folder")
-        if fmt is not Format.png and out.is_dir():
-            raise ValueError(f"{out} is a folder; --format {fmt.value} needs a file name")
-        self.fmt, self.out, self.seeds, self.times, self.count = fmt, out, seeds, times, 0
-        self.batches: list[Any] = []
-
-    def add(self, images: Any) -> None:
-        """Write or keep the next batch."""
-        from spigan.images import save_png
-
-        if self.fmt is not Format.png:
-            self.batches.append(images)
-            return
-        for moment, row in zip(self.times, images, strict=True):
-            suffix = f"-t{moment:.2f}" if len(self.times) > 1 else ""
-            for seed, image in zip(self.seeds[self.count :], row, strict=False):
-                save_png(image, self.out / f"seed{seed:06d}{suffix}.png")
-        self.count += images.shape[1]
-
-    def close(self) -> None:
-        """Write what was kept."""
-        import numpy as np
-        import torch
-
-        from spigan.images import atomic_path, display_scale, make_grid, save_png
-
-        if self.fmt is Format.png:
-            return
-        images = torch.cat(self.batches, dim=1)
-        if self.fmt is Format.grid:
-            columns = len(self.times) if len(self.times) > 1 else None
-            cells = images.transpose(0, 1).flatten(0, 1)  # image by image, its times side by side
-            save_png(make_grid(cells, columns=columns, scale=display_scale(images.shape[-1])), self.out)
-            return
-        arrays = images.movedim(-3, -1).numpy()
-        arrays = arrays if len(self.times) > 1 else arrays[0]
-        with atomic_path(self.out) as scratch, scratch.open("wb") as file:
-            np.savez_compressed(file, images=arrays, seeds=np.array(self.seeds), t=np.array(self.times))
+    typer.echo(f"{count} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / len(times):g}: {out}")
 
 
 @app.command()
@@ -300,10 +248,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of training.", min=0)] = 0,
 ) -> None:
     """Train on small digits for a few minutes (2 CPU cores), draw samples, show noise turn into images, time it."""
-    from spigan.images import display_scale, make_grid, save_png, to_uint8
+    from spigan.images import display_scale, make_grid, save_png
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset
-    from spigan.sampling import count_evaluations, generate
+    from spigan.sampling import Sampler, count_evaluations
     from spigan.training.run_folder import next_run_dir
     from spigan.training.trainer import Trainer
 
@@ -323,38 +271,28 @@ def demo(
     if trainer.interrupted:
         raise typer.Exit(130)
     scale = display_scale(config.model.resolution)
-    grid = save_png(make_grid(_draw(model, 64), columns=8, scale=scale), run_dir / "samples.png")
+    grid = save_png(
+        make_grid(Sampler(model, output="uint8")(range(64), to="cpu"), columns=8, scale=scale), run_dir / "samples.png"
+    )
     times = [i / 8 for i in range(9)]
-    import torch
-
-    rows = torch.stack([_draw(model, 4, t) for t in times], dim=1).flatten(0, 1)  # image by image, its times in order
-    strip = save_png(make_grid(rows, columns=len(times), scale=scale), run_dir / "strip.png")
+    rows = Sampler(model, t=times, output="uint8")(range(4), to="cpu").transpose(0, 1)
+    strip = save_png(make_grid(rows.flatten(0, 1), columns=len(times), scale=scale), run_dir / "strip.png")
     typer.echo(f"Samples:              {grid}")
     typer.echo(f"h(0) to h(1), Fig. 9: {strip}")
 
-    seconds = []
+    sampler = Sampler(model, batch_size=100, output="uint8")
     with count_evaluations(model) as evaluations:
-        for _ in range(6):
-            began = time.perf_counter()
-            for images in generate(model, list(range(100)), batch_size=100):
-                to_uint8(images).cpu()
-            seconds.append(time.perf_counter() - began)
-    nfe = evaluations[0] / 600
+        sampler(range(100))
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        sampler(range(100), to="cpu")
+        seconds.append(time.perf_counter() - began)
     typer.echo(
-        f"100 images: NFE = {nfe:g}, {statistics.median(seconds[1:]) * 1000:.1f} ms on {trainer.device} "
-        "(median of 5, first call left out)"
+        f"100 images: NFE = {evaluations[0] / 100:g}, {statistics.median(seconds[1:]) * 1000:.1f} ms on "
+        f"{trainer.device} (median of 5, first call left out)"
     )
     typer.echo(f"More images: spigan sample --model {run_dir} -n 100 --out digits.png")
-
-
-def _draw(model: SPIGAN, n: int, t: float = 1.0) -> Any:
-    """uint8 [n, C, H, W] images of seeds 0 to n - 1."""
-    import torch
-
-    from spigan.images import to_uint8
-    from spigan.sampling import generate
-
-    return torch.cat([to_uint8(images).cpu() for images in generate(model, list(range(n)), t=t)])
 
 
 def main() -> None:

@@ -63,10 +63,14 @@ def display_scale(resolution: int) -> int:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Path to write instead of `path`: moved there when the block ends well, removed otherwise.
 
     So a reader, or a program killed at any moment, never sees half a file.
+
+    Args:
+        path: where the file shall be; its folder is made.
+        durable: wait until the disk has it, so that it survives a loss of power too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
@@ -74,8 +78,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
         # mkstemp's files are private; a written file should get the permissions that any new file gets.
         umask = os.umask(0)
         os.umask(umask)
@@ -86,9 +91,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def save_png(image: Tensor, path: str | Path) -> Path:
-    """Write a uint8 [C, H, W] image as PNG, whole or not at all."""
+def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:
+    """Write a uint8 [C, H, W] image as PNG, whole or not at all; see `atomic_path`."""
     path = Path(path)
-    with atomic_path(path) as scratch:
+    with atomic_path(path, durable) as scratch:
         to_pil(image[None])[0].save(scratch, format="PNG")
     return path

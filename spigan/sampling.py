@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spigan.images import to_pil, to_uint8, to_unit_interval
-from spigan.models import SPIGAN
-from spigan.ops import philox_normal, use_backend
+from spigan.models import SPIGAN, Generator
+from spigan.models.mapping import check_times
+from spigan.ops import backends, philox_normal, use_backend
+from spigan.ops.library import stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,46 +84,222 @@ def default_batch_size(resolution: int) -> int:
     return max(1, min(128, 2**22 // resolution**2))
 
 
-def generate(
-    model: SPIGAN,
-    source: Sequence[int] | Tensor,
-    *,
-    t: float | Sequence[float] = 1.0,
-    batch_size: int | None = None,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> Iterator[Tensor]:
-    """Images in batches, for streams longer than memory.
+class Sampler:
+    """Draws images of one model, in batches, with all that can be prepared prepared once.
+
+    Image i depends on its own seed and the weights alone, up to rounding: not on its neighbours, the size of the batch
+    or the device. Packed weights and demodulation sums are kept as long as the model's parameters are frozen
+    (`model.requires_grad_(False)`, as models are that this module loads) and unchanged; on a GPU the whole of a batch,
+    from seeds to pixels, is then one CUDA graph. With parameters that may be trained each batch prepares them anew.
+    To be used by one thread at a time.
 
     Args:
-        model: the model, used where it is.
-        source: seeds, or z [N, *config.z_shape].
-        t, batch_size, dtype, backend: see `sample`.
+        model: a SPIGAN, a folder (a saved model or a training run), a hub id; None for the bundled model of digits.
+        batch_size: images evaluated at once; default by resolution. Memory depends on it, not on the number of images.
+        dtype: float32 (default), bfloat16 or float16, in which the convolutions run.
+        backend: for all operations; default: what `spigan.ops.use_backend` says now.
+        device: default: where a SPIGAN is, else cuda where there is one, else the CPU.
+        t: time in [0, 1] on the straight path, 1 is the clean image; or a list of K times.
+        output: "float", float32 in [0, 1], or "uint8".
+        cuda_graph: False: no CUDA graphs, so that a profiler sees the stages.
 
-    Yields:
-        [B, C, H, W], or [K, B, C, H, W] where t is a list, floats in about [-1, 1] on the model's device.
+    Raises:
+        ValueError, TypeError: an argument out of range.
+        FileNotFoundError: no such model.
     """
-    device = next(model.parameters()).device
-    batch_size = default_batch_size(model.config.resolution) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    autocast = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-    for start in range(0, len(source), batch_size):
-        part = source[start : start + batch_size]
-        # Entered anew for each batch: the caller's code between batches must not run under these settings.
-        with torch.inference_mode(), autocast, use_backend(backend) if backend else contextlib.nullcontext():
-            if isinstance(part, Tensor):
-                z = part.to(device)
-            else:
-                seeds = torch.tensor(part, dtype=torch.int64, device=device)
-                z = philox_normal((len(part), *model.config.z_shape), seed=seeds)
-            images = model(z, t, noise="const")
-        yield images
+
+    def __init__(
+        self,
+        model: Model = None,
+        *,
+        batch_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        t: float | Sequence[float] = 1.0,
+        output: Literal["float", "uint8"] = "float",
+        cuda_graph: bool = True,
+    ) -> None:
+        if output not in ("float", "uint8"):
+            raise ValueError(f'output must be "float" or "uint8", got {output!r}')
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        self.model = load_model(model, device)
+        self.device = next(self.model.parameters()).device
+        self.batch_size = default_batch_size(self.model.config.resolution) if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self.dtype = dtype or torch.float32
+        self.backend = backends.requested(backend)[0]
+        self.t = t if isinstance(t, (int, float)) else [float(time) for time in t]
+        check_times([self.t] if isinstance(self.t, (int, float)) else self.t)
+        self.output = output
+        self._graph: _Graph | None = None
+        self._use_graph = cuda_graph and self.device.type == "cuda"
+
+    def __call__(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Tensor:
+        """Images of `seeds`.
+
+        Args:
+            seeds: integers in [0, 2^63), one for each image.
+            to: device of the result; default: the sampler's. "cpu" from a GPU: pinned memory.
+
+        Returns:
+            [N, C, H, W], or [K, N, C, H, W] where t is a list.
+        """
+        return self._collect(resolve_seeds(None, seeds), to)
+
+    def of_noise(self, z: Tensor, *, to: torch.device | str | None = None) -> Tensor:
+        """Images of z [N, *config.z_shape]; see `__call__`."""
+        return self._collect(z, to)
+
+    def stream(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Iterator[Tensor]:
+        """The images batch by batch, for more of them than memory holds.
+
+        Yields:
+            [B, C, H, W], or [K, B, C, H, W] where t is a list.
+        """
+        for images in self._batches(resolve_seeds(None, seeds)):
+            yield self._copy(images, self._empty(images.shape[-4], to))
+
+    def _collect(self, source: Sequence[int] | Tensor, to: torch.device | str | None) -> Tensor:
+        result, start = self._empty(len(source), to), 0
+        for images in self._batches(source):
+            stop = start + images.shape[-4]
+            self._copy(images, result[..., start:stop, :, :, :])
+            start = stop
+        return result
+
+    def _empty(self, n: int, to: torch.device | str | None) -> Tensor:
+        config = self.model.config
+        times = () if isinstance(self.t, (int, float)) else (len(self.t),)
+        device = self.device if to is None else torch.device(to)
+        return torch.empty(
+            (*times, n, config.img_channels, config.resolution, config.resolution),
+            dtype=torch.uint8 if self.output == "uint8" else torch.float32,
+            device=device,
+            pin_memory=self.device.type == "cuda" and device.type == "cpu",
+        )
+
+    def _copy(self, images: Tensor, result: Tensor) -> Tensor:
+        """`images` in `result`, which outlives the graph's next replay and, unlike `images`, may be trained on."""
+        result.copy_(images, non_blocking=True)
+        if result.device != images.device:
+            torch.cuda.current_stream(self.device).synchronize()
+        return result
+
+    def _batches(self, source: Sequence[int] | Tensor) -> Iterator[Tensor]:
+        """Images of seeds or of z, which the next batch may overwrite. With a progress bar after two seconds."""
+        from tqdm.auto import tqdm
+
+        alone = len(source) <= self.batch_size
+        with tqdm(total=len(source), unit="img", delay=2.0, leave=False, dynamic_ncols=True, disable=alone) as bar:
+            for start in range(0, len(source), self.batch_size):
+                part = source[start : start + self.batch_size]
+                if not isinstance(part, Tensor):
+                    part = torch.tensor(part, dtype=torch.int64)
+                # Entered anew for each batch: the caller's code between batches must not run under these settings.
+                with torch.inference_mode(), self._autocast(), use_backend(self.backend):
+                    graph = self._current_graph(part)
+                    images = self._evaluate(part.to(self.device)) if graph is None else graph.replay(part)
+                yield images
+                bar.update(len(part))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _evaluate(self, source: Tensor) -> Tensor:
+        """Images of seeds, int64 [B], or of z."""
+        z = source
+        if source.dtype == torch.int64:
+            with stage("noise"):
+                z = philox_normal((len(source), *self.model.config.z_shape), seed=source)
+        images = self.model(z, self.t, noise="const")
+        with stage("convert"):
+            return to_uint8(images) if self.output == "uint8" else to_unit_interval(images)
+
+    def _current_graph(self, source: Tensor) -> _Graph | None:
+        """The graph of a full batch of seeds with the weights as they are now; None where there can be none."""
+        if not self._use_graph or source.dtype != torch.int64 or len(source) < self.batch_size:
+            return None
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
+        if watched or any(t.requires_grad or t.is_inference() for t in tensors):
+            return None  # hooks want to be called; what an optimizer writes leaves no trace
+        state = tuple((t.data_ptr(), t._version) for t in tensors)
+        if self._graph is None or self._graph.state != state:
+            self._graph = None  # its memory is free before the next one is captured
+            self._graph = _Graph(self._evaluate, self.batch_size, self.device, state, self.model.generator)
+        return self._graph
 
 
-def resolve_seeds(n: int | None, seed: int | Sequence[int]) -> list[int]:
+class _Graph:
+    """A batch, from seeds to pixels, as one CUDA graph.
+
+    Args:
+        evaluate: int64 [B] on the device -> images.
+        batch_size: B.
+        device: a CUDA device.
+        state: address and version of each of the model's tensors.
+        generator: the generator, whose packed weights the graph reads.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        batch_size: int,
+        device: torch.device,
+        state: tuple[tuple[int, int], ...],
+        generator: Generator,
+    ) -> None:
+        self.state = state
+        with torch.cuda.device(device):
+            self._seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # packs the weights, compiles Triton's kernels, allocates the libraries' workspaces
+                    evaluate(self._seeds)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._images = evaluate(self._seeds)
+        # The generator drops these when it is called with other weights; the graph still reads them.
+        self._prepared = generator._prepared
+
+    def replay(self, seeds: Tensor) -> Tensor:
+        """Images of int64 [B] seeds, overwritten by the next replay."""
+        self._seeds.copy_(seeds, non_blocking=True)
+        self._graph.replay()
+        return self._images
+
+
+class _Samplers(OrderedDict[tuple[Any, ...], Sampler]):
+    """The samplers that `sample` keeps with a model, by their options; a copy of the model begins without."""
+
+    def __deepcopy__(self, memo: Any) -> _Samplers:
+        return _Samplers()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return _Samplers, ()
+
+
+_MAX_SAMPLERS = 8  # each may hold a CUDA graph and its memory
+
+
+def _kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
+    """A sampler of `model` with `options`, which is kept with the model: the two are collected together."""
+    samplers: _Samplers = model.__dict__.setdefault("_samplers", _Samplers())
+    key = (*options.values(), backends.requested(options["backend"])[0], next(model.parameters()).device)
+    if (sampler := samplers.get(key)) is None:
+        sampler = samplers[key] = Sampler(model, **options)
+        if len(samplers) > _MAX_SAMPLERS:
+            samplers.popitem(last=False)
+    samplers.move_to_end(key)
+    return sampler
+
+
+def resolve_seeds(n: int | None, seed: int | Sequence[int] | Tensor) -> list[int]:
     """n seeds: s, s + 1, ... of an int s; a list is taken as it is.
 
     Raises:
@@ -189,29 +368,22 @@ def sample(
     if z is not None and not isinstance(seed, int):
         raise ValueError("z was given, so the seeds would not be used: leave out one of them")
     source: Sequence[int] | Tensor = z if z is not None else resolve_seeds(n, seed)
-    shape = (network.config.img_channels, network.config.resolution, network.config.resolution)
-    if len(source):
-        batches = list(_with_progress(network, source, t=t, batch_size=batch_size, dtype=dtype, backend=backend))
-        images = torch.cat(batches, dim=-4)
-    else:
-        leading = () if isinstance(t, (int, float)) else (len(t),)
-        images = torch.empty(*leading, 0, *shape, device=next(network.parameters()).device)
+    if batch_size is None:  # no larger than needed: a batch that is not full has no CUDA graph
+        batch_size = min(max(1, len(source)), default_batch_size(network.config.resolution))
+    sampler = _kept_sampler(
+        network,
+        batch_size=batch_size,
+        dtype=dtype,
+        backend=backend,
+        t=t if isinstance(t, (int, float)) else tuple(t),
+        output="uint8" if output_type == "pil" else "float",
+    )
+    images = sampler._collect(source, None)
     if output_type == "pt":
-        return to_unit_interval(images)
+        return images
     if output_type == "np":
-        return to_unit_interval(images).movedim(-3, -1).cpu().numpy()
-    pixels = to_uint8(images)
-    return to_pil(pixels) if pixels.ndim == 4 else [to_pil(row) for row in pixels]
-
-
-def _with_progress(model: SPIGAN, source: Sequence[int] | Tensor, **options) -> Iterator[Tensor]:  # type: ignore[no-untyped-def]
-    """`generate` with a progress bar, which appears only where sampling takes longer than two seconds."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(source), unit="img", delay=2.0, leave=False, dynamic_ncols=True) as bar:
-        for images in generate(model, source, **options):
-            bar.update(images.shape[-4])
-            yield images
+        return images.movedim(-3, -1).cpu().numpy()
+    return to_pil(images) if images.ndim == 4 else [to_pil(row) for row in images]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,8 @@ from torch import Tensor
 
 import spigan
 from spigan import SPIGAN, ModelConfig, sampling
-from spigan.ops import BackendUnavailable, backends, philox_normal
-from spigan.sampling import count_evaluations, default_batch_size, generate, load_model, resolve_device, resolve_seeds
+from spigan.ops import BackendUnavailable, backends, philox_normal, use_backend
+from spigan.sampling import Sampler, count_evaluations, default_batch_size, load_model, resolve_device, resolve_seeds
 
 # Another batch size may take another path through the CPU's convolutions and so round differently.
 ROUNDING = {"rtol": 0.0, "atol": 2e-6}
@@ -164,17 +167,16 @@ def test_kernels_run_without_being_asked_for(model: SPIGAN, images: Tensor, note
 
 
 def test_settings_do_not_leak_to_the_caller_between_batches(model: SPIGAN) -> None:
-    batches = generate(model, [0, 1], batch_size=1, dtype=torch.bfloat16, backend="reference")
-    for _ in batches:
+    for _ in Sampler(model, batch_size=1, dtype=torch.bfloat16, backend="reference").stream([0, 1]):
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_autocast_enabled("cpu")
         assert backends.requested()[0] == "auto"
 
 
-def test_generate_yields_batches(model: SPIGAN, images: Tensor) -> None:
-    batches = list(generate(model, range(9), batch_size=4))
+def test_stream_yields_batches(model: SPIGAN, images: Tensor) -> None:
+    batches = list(Sampler(model, batch_size=4).stream(range(9)))
     assert [batch.shape[0] for batch in batches] == [4, 4, 1]
-    torch.testing.assert_close((torch.cat(batches).clamp(-1, 1) + 1) / 2, images, **ROUNDING)  # still in [-1, 1]
+    torch.testing.assert_close(torch.cat(batches), images, **ROUNDING)
 
 
 @pytest.mark.parametrize(("resolution", "size"), [(8, 128), (128, 128), (256, 64), (512, 16), (1024, 4)])
@@ -368,3 +370,149 @@ def test_bundled_model() -> None:
 
 def test_bundled_model_is_loaded_once() -> None:
     assert load_model(None, "cpu") is load_model(None, "cpu")
+
+
+# ---- Sampler ----
+
+
+def test_sampler(model: SPIGAN, images: Tensor) -> None:
+    sampler = Sampler(model, batch_size=4)
+    for seeds in (range(9), list(range(9)), torch.arange(9), np.arange(9)):
+        torch.testing.assert_close(sampler(seeds), images, **ROUNDING)  # type: ignore[arg-type]
+    torch.testing.assert_close(sampler([7, 2]), images[[7, 2]], **ROUNDING)
+    assert sampler([]).shape == (0, 3, 8, 8) and list(sampler.stream([])) == []
+    z = torch.stack([philox_normal((3, 8, 8), seed=seed) for seed in range(9)])
+    torch.testing.assert_close(sampler.of_noise(z), images, **ROUNDING)
+
+
+def test_sampler_gives_bytes(model: SPIGAN, images: Tensor) -> None:
+    pixels = Sampler(model, output="uint8")(range(9), to="cpu")
+    assert pixels.dtype == torch.uint8
+    assert (pixels - 255 * images).abs().max() < 0.501
+
+
+def test_sampler_of_several_times(model: SPIGAN) -> None:
+    t = [1.0, 0.25]
+    path = Sampler(model, batch_size=2, t=t)(range(5))
+    torch.testing.assert_close(path, pt(5, model=model, t=t), **ROUNDING)
+    assert [part.shape[:2] for part in Sampler(model, batch_size=2, t=t).stream(range(5))] == [(2, 2), (2, 2), (2, 1)]
+
+
+def test_results_outlive_the_next_call(model: SPIGAN, images: Tensor) -> None:
+    sampler = Sampler(model, batch_size=9)
+    first = sampler(range(9))
+    sampler(range(100, 109))
+    torch.testing.assert_close(first, images, **ROUNDING)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_changed_weights_show_in_the_next_call(frozen: bool) -> None:
+    model = make().requires_grad_(not frozen)
+    sampler = Sampler(model)
+    before = sampler(range(3))
+    assert torch.equal(pt(3, model=model), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    after = sampler(range(3))
+    assert not torch.equal(after, before)
+    assert torch.equal(pt(3, model=model), after)
+    expected = (model(torch.stack([philox_normal((3, 8, 8), seed=s) for s in range(3)]), noise="const") + 1) / 2
+    torch.testing.assert_close(after, expected.detach().clamp(0, 1), **ROUNDING)
+
+
+def test_samplers_are_kept_with_the_model() -> None:
+    model = make()
+    pt(3, model=model)
+    (kept,) = model.__dict__["_samplers"].values()
+    pt(3, model=model, seed=5)
+    assert list(model.__dict__["_samplers"].values()) == [kept]
+    pt(3, model=model, dtype=torch.bfloat16)
+    with use_backend("reference"):
+        pt(3, model=model)
+    assert len(model.__dict__["_samplers"]) == 3
+    for n in range(1, 12):
+        pt(n, model=model)
+    assert len(model.__dict__["_samplers"]) == 8
+    copied = copy.deepcopy(model)
+    assert not copied.__dict__["_samplers"]
+    pt(2, model=copied)
+    gone = weakref.ref(model)
+    del model, kept
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "png"}, 'output must be "float" or "uint8", got \'png\''),
+        ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"t": 2.0}, "t must be a time in [0, 1]"),
+        ({"backend": "tpu"}, "backend= names the backend 'tpu'"),
+    ],
+)
+def test_sampler_refuses(model: SPIGAN, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sampler(model, **options)
+
+
+class _NoGraph:
+    """Stands in for a CUDA graph: it evaluates at once, and counts."""
+
+    captured = 0
+
+    def __init__(self, evaluate: Any, batch_size: int, device: Any, state: Any, generator: Any) -> None:
+        type(self).captured += 1
+        self.state, self.evaluate, self.batch_size, self.replays = state, evaluate, batch_size, 0
+
+    def replay(self, seeds: Tensor) -> Tensor:
+        assert seeds.shape == (self.batch_size,)
+        self.replays += 1
+        return self.evaluate(seeds)
+
+
+def test_when_a_graph_is_captured(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_Graph", _NoGraph)
+    _NoGraph.captured = 0
+    model = make()
+    sampler = Sampler(model, batch_size=4)
+    sampler._use_graph = True  # as on a GPU
+    sampler(range(4))
+    assert _NoGraph.captured == 0  # the parameters may be trained
+    model.requires_grad_(False)
+    torch.testing.assert_close(sampler(range(9)), images, **ROUNDING)
+    assert _NoGraph.captured == 1 and sampler._graph.replays == 2  # the ninth image alone is no full batch
+    sampler(range(4, 8))
+    assert _NoGraph.captured == 1 and sampler._graph.replays == 3  # other seeds, the same graph
+    with count_evaluations(model) as count:
+        sampler(range(4))
+    assert count == [4] and sampler._graph.replays == 3
+    model.generator.b8.torgb.bias.add_(0.1)
+    brighter = sampler(range(4))
+    assert _NoGraph.captured == 2
+    assert (brighter - images[:4]).mean() > 0.03
+    sampler.of_noise(torch.randn(4, 3, 8, 8))
+    assert sampler._graph.replays == 1
+    without = Sampler(model, batch_size=4, cuda_graph=False)
+    without(range(4))
+    assert not without._use_graph and _NoGraph.captured == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampler_on_a_gpu(dtype: torch.dtype, images: Tensor) -> None:
+    model = make().requires_grad_(False).cuda()
+    sampler = Sampler(model, batch_size=4, dtype=dtype)
+    atol = 1e-2 if dtype == torch.bfloat16 else 2e-3  # cuDNN rounds float32 to TF32 by default
+    for _ in range(2):
+        result = sampler(range(9), to="cpu")
+        assert result.is_pinned() and sampler._graph is not None
+        torch.testing.assert_close(result, images, rtol=0, atol=atol)
+    assert sampler(range(9)).is_cuda
+    eager = Sampler(model, batch_size=4, dtype=dtype, cuda_graph=False)(range(9), to="cpu")
+    torch.testing.assert_close(eager, result, rtol=0, atol=1e-5)
+    model.generator.b8.torgb.bias.add_(0.1)
+    assert (sampler(range(4), to="cpu") - images[:4]).mean() > 0.03

@@ -17,6 +17,12 @@ from spigan.ops.rk4_mlp import integrate, mlp_vector_field
 Times = float | Sequence[float]
 
 
+def check_times(times: list[float]) -> None:
+    """Raise ValueError unless `times` are some in [0, 1]."""
+    if not times or not all(0.0 <= time <= 1.0 for time in times):
+        raise ValueError(f"t must be a time in [0, 1] or a non-empty list of such times, got {times}")
+
+
 def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore[no-untyped-def]
     """One step of the explicit Euler method."""
     return h + dt * field(h, t)
@@ -113,8 +119,7 @@ class ODEMapping(nn.Module):
             return self._solve(h0, [float(time) for time in t])
 
     def _solve(self, h0: Tensor, times: list[float]) -> Tensor:
-        if not times or not all(0.0 <= time <= 1.0 for time in times):
-            raise ValueError(f"t must be a time in [0, 1] or a non-empty list of such times, got {times}")
+        check_times(times)
         grid = sorted({time for time in times if time > 0.0})
         states = {0.0: h0}
         if grid:

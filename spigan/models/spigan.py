@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spigan.config import ModelConfig, describe_problems
 from spigan.models.generator import Generator
 from spigan.models.mapping import MLPMapping, ODEMapping, Times
+from spigan.ops.library import stage
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -101,10 +102,12 @@ class SPIGAN(
         """
         if z.ndim != len(self.config.z_shape) + 1 or tuple(z.shape[1:]) != self.config.z_shape:
             raise ValueError(f"z must have shape [N, {', '.join(map(str, self.config.z_shape))}], got {list(z.shape)}")
-        h = self.mapping(z, t)
-        if h.ndim == 2:
-            return self.generator(h, noise)
-        return self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
+        with stage("mapping"):
+            h = self.mapping(z, t)
+        with stage("synthesis"):
+            if h.ndim == 2:
+                return self.generator(h, noise)
+            return self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write config.json, model.safetensors and a model card; each file is replaced whole or not at all.

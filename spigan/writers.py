@@ -1,0 +1,199 @@
+"""Images to disk while the next batch is computed: a folder of PNGs, one grid, an npz or a parquet file."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spigan.images import atomic_path, display_scale, make_grid, save_png, to_pil
+
+Add = Callable[[Tensor], None]
+
+
+class Format(str, Enum):
+    """How images are written."""
+
+    png = "png"
+    grid = "grid"
+    npz = "npz"
+    parquet = "parquet"
+
+
+def format_of(out: Path) -> Format:
+    """The format that a path asks for.
+
+    Raises:
+        ValueError: none does.
+    """
+    formats = {".png": Format.grid, ".npz": Format.npz, ".parquet": Format.parquet, "": Format.png}
+    if out.suffix.lower() not in formats and not out.is_dir():
+        raise ValueError(f"{out}: expected a .png, .npz or .parquet file, or a folder for --format png")
+    return formats.get(out.suffix.lower(), Format.png)
+
+
+def image_writer(
+    fmt: Format, out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]
+) -> AbstractContextManager[Add]:
+    """A context whose value takes batches of images in the order of their seeds: uint8 [K, B, C, H, W] on the CPU.
+
+    Files are whole when the block ends well; one that is not is never left behind, whatever ends the block. Memory does
+    not grow with the number of images, but for a grid.
+
+    Args:
+        fmt: png: a file each, named by seed (and time, where there are several); grid: one PNG, a row for each image
+            where there are several times; npz: `images` uint8 [N, H, W, C], or [K, N, H, W, C] with several times,
+            `seeds` [N] and `t` [K]; parquet: a row for each image, `image` {bytes: PNG, path}, `seed` and `t`, as
+            `datasets.load_dataset("parquet", ...)` reads images.
+        out: folder (png) or file.
+        seeds: N seeds.
+        times: K times.
+        shape: (C, H, W).
+
+    Raises:
+        ValueError: `out` is a folder where a file is needed, or the other way round.
+    """
+    if fmt is Format.png and out.is_file():
+        raise ValueError(f"{out} is a file; --format png needs a folder")
+    if fmt is not Format.png and out.is_dir():
+        raise ValueError(f"{out} is a folder; --format {fmt.value} needs a file name")
+    writers = {Format.png: _png_folder, Format.grid: _grid, Format.npz: _npz, Format.parquet: _parquet}
+    return writers[fmt](out, seeds, times, shape)
+
+
+@contextmanager
+def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
+    def save(images: Tensor, part: Sequence[int]) -> None:
+        for moment, row in zip(times, images, strict=True):
+            suffix = f"-t{moment:.2f}" if len(times) > 1 else ""
+            for seed, image in zip(part, row, strict=True):
+                save_png(image, out / f"seed{seed:06d}{suffix}.png", durable=False)
+
+    out.mkdir(parents=True, exist_ok=True)
+    with _encoders() as submit:
+        start = 0
+
+        def add(images: Tensor) -> None:
+            nonlocal start
+            for some in images.split(16, dim=1):
+                submit(save, some, seeds[start : start + some.shape[1]])
+                start += some.shape[1]
+
+        yield add
+
+
+@contextmanager
+def _encoders() -> Iterator[Callable[..., Future[Any]]]:
+    """`submit` of a pool of threads (Pillow encodes without the interpreter's lock) that lets no long queue arise."""
+    threads = os.cpu_count() or 1
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def submit(function: Callable[..., Any], *args: Any) -> Future[Any]:
+            while len(waiting) >= 16 * threads:
+                waiting.popleft().result()
+            waiting.append(pool.submit(function, *args))
+            return waiting[-1]
+
+        try:
+            yield submit
+            for future in waiting:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _grid(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
+    batches: list[Tensor] = []
+    yield batches.append
+    images = torch.cat(batches, dim=1)
+    columns = len(times) if len(times) > 1 else None
+    cells = images.transpose(0, 1).flatten(0, 1)  # image by image, its times side by side
+    save_png(make_grid(cells, columns=columns, scale=display_scale(shape[-1])), out)
+
+
+@contextmanager
+def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
+    channels, height, width = shape
+    size = (len(times), len(seeds), height, width, channels)
+    with atomic_path(out) as scratch, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        # An .npy file first, which can be written in any order: the times are its first axis.
+        array: Any = np.lib.format.open_memmap(
+            f"{folder}/images.npy", mode="w+", dtype=np.uint8, shape=size if len(times) > 1 else size[1:]
+        )
+        view, start = array.reshape(size), 0
+
+        def add(images: Tensor) -> None:
+            nonlocal start
+            view[:, start : start + images.shape[1]] = images.movedim(-3, -1).numpy()
+            start += images.shape[1]
+
+        yield add
+        array.flush()
+        with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(f"{folder}/images.npy", "images.npy")
+            for name, values in (("seeds", np.array(seeds, dtype=np.int64)), ("t", np.array(times, dtype=np.float64))):
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, values)
+
+
+@contextmanager
+def _parquet(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    features = {"image": datasets.Image(), "seed": datasets.Value("int64"), "t": datasets.Value("float64")}
+    schema = datasets.Features(features).arrow_schema
+    start = 0
+    with (
+        _encoders() as submit,
+        atomic_path(out) as scratch,
+        parquet.ParquetWriter(scratch, schema, compression="none") as file,  # PNGs are compressed
+    ):
+        written: deque[tuple[Future[list[bytes]], Sequence[int]]] = deque()
+
+        def write_one() -> None:
+            encoded, part = written.popleft()
+            columns = {
+                "image": [{"bytes": data, "path": None} for data in encoded.result()],
+                "seed": [seed for seed in part for _ in times],
+                "t": [moment for _ in part for moment in times],
+            }
+            file.write_table(pyarrow.table(columns, schema=schema))
+
+        def add(images: Tensor) -> None:
+            nonlocal start
+            part = seeds[start : start + images.shape[1]]
+            start += images.shape[1]
+            # Image by image, its times one after the other.
+            written.append((submit(_encode, images.transpose(0, 1).flatten(0, 1)), part))
+            if len(written) > (os.cpu_count() or 1):
+                write_one()
+
+        yield add
+        while written:
+            write_one()
+
+
+def _encode(images: Tensor) -> list[bytes]:
+    """uint8 [N, C, H, W] -> N PNG files."""
+    files = []
+    for picture in to_pil(images):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        files.append(buffer.getvalue())
+    return files
