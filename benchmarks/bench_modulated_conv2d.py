@@ -125,5 +125,6 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
         tolerance=(2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
         # As the convolution is defined: the products of a stride-2 transposed convolution are those of its input.
         flop=2.0 * n * size * size * channels_in * channels_out * kernel**2,
+        moved=(x.numel() + n * channels_out * (up * size) ** 2 + weight.numel()) * dtype.itemsize,
         dtype=dtype,
     )

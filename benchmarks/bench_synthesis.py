@@ -74,6 +74,7 @@ def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: tor
             expected=expected,
             tolerance=(4e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
             flop=convolution_flop(generator) * batch,
+            images=batch,
             dtype=dtype,
             layer_bytes=largest_layer(generator, dtype) * batch,
         )
@@ -88,6 +89,8 @@ def grouped_modulated_conv2d_of_layer(*args: Any, noise_seed: Tensor | None = No
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @torch.no_grad()
 def test_cifar10(row: Any, monkeypatch: Any, dtype: torch.dtype, batch: int, implementation: str) -> None:
+    if implementation == "torch.compile" and DEVICE.type == "cpu" and batch == 16:
+        pytest.skip("compiled for 1 and 100 images only: building takes longer than all the rest")
     time_network(row, monkeypatch, "cifar10", batch, dtype, implementation)
 
 

@@ -1,10 +1,12 @@
-"""Forward and backward of a training step: generator and discriminator, and their regularisation.
+"""Training: whole iterations of Algorithm 1, and forward and backward of generator, discriminator and penalties.
 
 pytest benchmarks/bench_training.py --benchmark-only
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +15,57 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import spigan
+from spigan.images import save_png
 from spigan.models.discriminator import Discriminator
 from spigan.models.generator import Generator
 from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
+from spigan.training.trainer import Trainer
 
 from .conftest import DEVICE
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("fir_bias_act", b, DEVICE) is None]
 PRESET, BATCH = ("cifar10", 64) if DEVICE.type == "cuda" else ("cifar10-small", 16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of noise: what they show does not change the time."""
+    path = tmp_path_factory.mktemp("images")
+    for number, image in enumerate(torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)):
+        save_png(image, path / f"{number}.png", durable=False)
+    return path
+
+
+@pytest.mark.parametrize("implementation", BACKENDS_HERE)
+@pytest.mark.parametrize("intervals", [1, 2, 4])
+def test_iterations(row: Any, folder: Path, tmp_path: Path, intervals: int, implementation: str) -> None:
+    """An iteration of D and one of G; lazy R1, in one of sixteen, is a row of its own below."""
+    config = spigan.preset(PRESET, data={"source": str(folder)}, batch=BATCH, intervals=intervals)
+
+    def start(backend: str) -> Callable[[], Tensor]:
+        trainer = Trainer(config, tmp_path / backend, progress=False)
+        images = torch.stack(list(trainer.dataset))
+
+        def iterate() -> Tensor:
+            trainer._statistics.clear()
+            with use_backend(backend):
+                trainer.train_iteration(images)
+                trainer.train_iteration(images)
+            return torch.stack([torch.stack(trainer._statistics[name]).mean() for name in ("loss_d", "loss_g")])
+
+        return iterate
+
+    expected = start("reference")()
+    (tmp_path / "reference").rename(tmp_path / "expected")
+    row(
+        f"D and G iteration, {PRESET}, batch {BATCH}, K = {intervals}, {config.precision}",
+        implementation,
+        start(implementation),
+        expected=expected,
+        tolerance=5e-2,
+        images=BATCH,
+    )
 
 
 @pytest.mark.parametrize("implementation", [*BACKENDS_HERE, "torch.compile"])

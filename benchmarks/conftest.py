@@ -1,6 +1,6 @@
 """What all benchmarks share: the device, its limits measured in the same run, checked and timed rows, one table.
 
-pytest benchmarks/ --benchmark-only
+pytest benchmarks/ --benchmark-only --benchmark-json run.json && spigan bench report run.json
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from cpuinfo import get_cpu_info
 from torch import Tensor
 from torch.nn import functional as F
 
+import spigan
 from spigan.ops import fir_bias_act
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
@@ -67,11 +69,19 @@ def copy_rate() -> float:
 
 
 def device_name() -> str:
-    """Device, threads and versions that a number belongs to."""
+    """The device that a number belongs to."""
     if DEVICE.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+        return torch.cuda.get_device_name()
+    cpu = get_cpu_info()
+    bfloat16 = " BF16" if "avx512_bf16" in cpu.get("flags", ()) else ""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"CPU {platform.machine()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu.get('brand_raw', platform.machine())}, {capability}{bfloat16}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of what a number depends on."""
+    found = {"spigan": spigan.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return found | ({"cuda": str(torch.version.cuda)} if DEVICE.type == "cuda" else {})
 
 
 def peak_memory(function: Callable[[], object]) -> int:
@@ -130,7 +140,7 @@ def grouped_modulated_conv2d(
 
 
 @pytest.fixture
-def row(benchmark: Any) -> Callable[..., None]:
+def row(benchmark: Any, request: Any) -> Callable[..., None]:
     """row(group, name, function, expected=..., ...): check the result of `function`, then time it.
 
     Args:
@@ -140,10 +150,15 @@ def row(benchmark: Any) -> Callable[..., None]:
         expected: what it must return, or None where `check` tells.
         tolerance: greatest absolute difference.
         check: called with the result instead; raises when it is wrong.
-        flop: floating-point operations of one call, for the rate and the percentage of `matrix_rate(dtype)`.
-        moved: bytes that one call must read and write, for the rate and the percentage of `copy_rate()`.
+        flop, moved: floating-point operations and bytes read and written that one call cannot do without; its limit is
+            the time of the larger part at `matrix_rate(dtype)` and `copy_rate()`.
         dtype: dtype of the matrix products.
         layer_bytes: input and output of the largest layer, with which the call's peak memory is compared.
+        memory: measure the call's peak memory.
+        images: that one call makes or trains on.
+        nfe: network evaluations for an image.
+        share: part of the whole that `function` does; the time is divided by it and marked.
+        paper_seconds: what the paper says of the whole.
     """
 
     def measure(
@@ -154,10 +169,15 @@ def row(benchmark: Any) -> Callable[..., None]:
         expected: Tensor | None = None,
         tolerance: float = 0.0,
         check: Callable[[Any], None] | None = None,
-        flop: float | None = None,
-        moved: float | None = None,
+        flop: float = 0.0,
+        moved: float = 0.0,
         dtype: torch.dtype = torch.float32,
         layer_bytes: int | None = None,
+        memory: bool = False,
+        images: int | None = None,
+        nfe: int | None = None,
+        share: float = 1.0,
+        paper_seconds: float | None = None,
     ) -> None:
         start = time.perf_counter()
         result = function()
@@ -168,47 +188,90 @@ def row(benchmark: Any) -> Callable[..., None]:
         else:
             assert expected is not None, "a time is worth nothing where the result is not checked"
             torch.testing.assert_close(result.double(), expected.double(), atol=tolerance, rtol=0)
+        del result
 
         def synchronized() -> None:
             function()
             synchronize()
 
+        # About half a second a row, so that the whole suite stays within ten minutes; what takes long needs no repeats.
+        slow = first_seconds > 4.0 and "compile" not in name
+        rounds = 1
+        if not slow:
+            start = time.perf_counter()
+            synchronized()
+            rounds = max(3, min(200, int(0.5 / (time.perf_counter() - start))))
         benchmark.group = group
-        if first_seconds < 1.0 or DEVICE.type == "cuda":
-            benchmark(synchronized)
-        else:
-            benchmark.pedantic(synchronized, rounds=1 if first_seconds > 5.0 else 2)
-        seconds = benchmark.stats.stats.median
-        numbers: dict[str, Any] = {"group": group, "name": name, "milliseconds": 1e3 * seconds}
-        if flop is not None:
-            numbers |= {"rate": f"{flop / seconds / 1e9:.0f} GFLOP/s", "limit": flop / seconds / matrix_rate(dtype)}
-        if moved is not None:
-            numbers |= {"rate": f"{moved / seconds / 1e9:.1f} GB/s", "limit": moved / seconds / copy_rate()}
-        if layer_bytes is not None:
-            numbers["memory"] = f"{peak_memory(function) / layer_bytes:.2f} in + out"
-        benchmark.extra_info |= numbers | {"device": device_name()}
+        benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=min(2, rounds // 3))
+        seconds = benchmark.stats.stats.median / share
+        numbers: dict[str, Any] = {
+            "benchmark": request.module.__name__.rpartition(".")[2],
+            "group": group,
+            "name": name,
+            "seconds": seconds,
+            "rounds": rounds,
+        }
+        limits = {"products": flop / matrix_rate(dtype), "copying": moved / copy_rate()} if flop or moved else {}
+        if limits:
+            bound = max(limits, key=limits.__getitem__)
+            numbers |= {"flop": flop, "bytes": moved, "bound": bound, "limit": limits[bound] / share / seconds}
+        if (layer_bytes is not None or memory) and not slow:
+            numbers |= {"peak_bytes": peak_memory(function)}
+            numbers |= {} if layer_bytes is None else {"layer_bytes": layer_bytes}
+        if images is not None:
+            numbers |= {"images": images}
+        if nfe is not None:
+            numbers |= {"nfe": nfe}
+        if share != 1.0:
+            numbers |= {"timed_share": share}
+        if paper_seconds is not None:
+            numbers |= {"paper_seconds": paper_seconds}
+        benchmark.extra_info |= numbers
         _rows.append(numbers)
 
     return measure
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    """What `spigan bench report` says of the run, in the JSON beside the rows."""
+    machine_info["spigan"] = {
+        "device": device_name(),
+        "versions": versions(),
+        "matrix_rate": {str(dtype)[6:]: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)},
+        "copy_rate": copy_rate(),
+    }
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The rows as one table; the ratio is to the group's row "reference"."""
     if not _rows:
         return
-    terminalreporter.section(device_name())
+    terminalreporter.section(f"{device_name()}, {', '.join(f'{k} {v}' for k, v in versions().items())}")
     terminalreporter.write_line(
-        "Medians. x: times the speed of the reference. %: of a large matrix product's or a large copy's rate. "
-        "in + out: peak memory over the largest layer's input and output."
+        "Medians. x: times the speed of the reference. %: of the limit, the larger of flop / rate of a large matrix "
+        "product and bytes / rate of a large copy. in + out: peak memory over the largest layer's input and output. "
+        "~: multiplied from a part."
     )
     for group in dict.fromkeys(row["group"] for row in _rows):
         rows = [row for row in _rows if row["group"] == group]
-        reference = next((row["milliseconds"] for row in rows if row["name"] == "reference"), None)
+        reference = next((row["seconds"] for row in rows if row["name"] == "reference"), None)
         terminalreporter.write_line(group)
-        for row in sorted(rows, key=lambda row: row["milliseconds"]):
-            ratio = "" if reference is None else f"{reference / row['milliseconds']:.2f} x"
-            limit = f"{100 * row['limit']:.0f} %" if "limit" in row else ""
-            terminalreporter.write_line(
-                f"  {row['name']:<28}{row['milliseconds']:>12.3f} ms{ratio:>12}{row.get('rate', ''):>16}{limit:>8}"
-                f"{row.get('memory', ''):>18}"
-            )
+        for row in sorted(rows, key=lambda row: row["seconds"]):
+            terminalreporter.write_line(f"  {row['name']:<28}{'  '.join(_cells(row, reference))}")
+
+
+def _cells(row: dict[str, Any], reference: float | None) -> list[str]:
+    seconds = row["seconds"]
+    cells = [f"{'~' if 'timed_share' in row else ''}{1e3 * seconds:.3f} ms".rjust(16)]
+    cells.append("" if reference is None else f"{reference / seconds:.2f} x")
+    cells.append(f"{row['flop'] / seconds / 1e9:.0f} GFLOP/s" if row.get("flop") else "")
+    cells.append(f"{row['bytes'] / seconds / 1e9:.1f} GB/s" if row.get("bound") == "copying" else "")
+    cells.append(f"{100 * row['limit']:.0f} %" if "limit" in row else "")
+    cells.append(f"{row['images'] / seconds:.1f} images/s" if "images" in row else "")
+    cells.append(f"NFE {row['nfe']}" if "nfe" in row else "")
+    if "layer_bytes" in row:
+        cells.append(f"{row['peak_bytes'] / row['layer_bytes']:.2f} in + out")
+    elif "peak_bytes" in row:
+        cells.append(f"{row['peak_bytes'] / 2**20:.0f} MiB")
+    cells.append(f"paper: {row['paper_seconds']:g} s" if "paper_seconds" in row else "")
+    return [cell for cell in cells if cell]

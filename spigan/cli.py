@@ -1,4 +1,4 @@
-"""The command line: `spigan demo | train | sample | info`. Heavy packages load inside the commands."""
+"""The command line: `spigan demo | train | sample | bench | info`. Heavy packages load inside the commands."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def train(
             help="Images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run, new or empty [default: runs/NNNNN].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run, new or empty (default: runs/NNNNN).")] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json to start from instead of a preset.")] = None,
     kimg: Annotated[float | None, typer.Option(help="Thousands of images to train on.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a minibatch.")] = None,
@@ -174,26 +174,26 @@ def _train_config(
 
 @app.command()
 def sample(
-    n: Annotated[int | None, typer.Option("-n", help="Number of images [default: 16].", min=1)] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of images (default: 16).", min=1)] = None,
     model: Annotated[
-        str | None, typer.Option(help="A run folder, a saved model or a hub id [default: the bundled digits].")
+        str | None, typer.Option(help="A run folder, a saved model or a hub id (default: the bundled digits).")
     ] = None,
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="Image i uses seed + i [default: 0]; or give one --seed for each image.", min=0),
+        typer.Option(help="Image i uses seed + i (default: 0); or give one --seed for each image.", min=0),
     ] = None,
     out: Annotated[Path, typer.Option(help="A folder (png), or a .png, .npz or .parquet file.")] = Path("samples.png"),
     fmt: Annotated[
         str | None,
         typer.Option(
-            "--format", help="png: a file each; grid; npz: uint8 [N, H, W, C]; parquet: PNGs [default: by --out]."
+            "--format", help="png: a file each; grid; npz: uint8 [N, H, W, C]; parquet: PNGs (default: by --out)."
         ),
     ] = None,
     t: Annotated[
         list[float] | None,
-        typer.Option(help="Time on the straight path [default: 1, the clean image]; several: --t 0 --t 0.5 --t 1."),
+        typer.Option(help="Time on the straight path (default: 1, the clean image); several: --t 0 --t 0.5 --t 1."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at a time [default: by resolution].", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at a time (default: by resolution).", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
@@ -293,6 +293,88 @@ def demo(
         f"{trainer.device} (median of 5, first call left out)"
     )
     typer.echo(f"More images: spigan sample --model {run_dir} -n 100 --out digits.png")
+
+
+bench_app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A run folder, a saved model or a hub id (default: random weights of --preset)."),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Whose network, where no model is given.")] = "cifar10",
+    n: Annotated[int, typer.Option("-n", help="Number of images.", min=1)] = 100,
+    batch: Annotated[int | None, typer.Option(help="Images at a time (default: n, or by resolution).", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one call to this JSON file.")] = None,
+) -> None:
+    """Time images on this machine, and say where the time goes.
+
+    The comparison with other models is the benchmark suite of the repository: pytest benchmarks/ --benchmark-only.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+
+    from spigan import bench as benchmark
+    from spigan.models import SPIGAN
+    from spigan.ops import BackendUnavailable
+    from spigan.presets import preset_fields
+    from spigan.sampling import Sampler, default_batch_size, resolve_device
+
+    try:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+        network: Any = model
+        if model is None:
+            from spigan.config import ModelConfig
+
+            torch.manual_seed(0)
+            config = ModelConfig.model_validate(preset_fields(preset)["model"])
+            network = SPIGAN(config).eval().requires_grad_(False).to(resolve_device(device))
+        options: dict[str, Any] = {
+            "dtype": getattr(torch, dtype), "backend": backend, "device": None if device == "auto" else device,
+            "output": "uint8",
+        }  # fmt: skip
+        sampler = Sampler(network, **options)
+        sampler.batch_size = batch or min(n, default_batch_size(sampler.model.config.resolution))
+        times = benchmark.time_sampler(sampler, n)
+        if profile is not None:
+            eager = Sampler(sampler.model, batch_size=sampler.batch_size, cuda_graph=False, **options)
+            benchmark.profile_sampler(eager, n, profile)
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
+        _fail(error)
+    resolution = sampler.model.config.resolution
+    size = f"{n} images of {resolution} x {resolution}, {dtype}, {sampler.batch_size} at a time, NFE = 1"
+    rate = n / times["total"]
+    typer.echo(f"{size}, on {sampler.device}: {1e3 * times['total']:.4g} ms, {rate:.4g} images/s (median of 7)")
+    typer.echo(f"  first call: {1e3 * times['first']:.4g} ms")
+    for stage in ("noise", "mapping", "synthesis", "convert"):
+        typer.echo(f"  {stage + ' of a batch:':<20}{1e3 * times[stage]:10.4g} ms")
+    if profile is not None:
+        typer.echo(f"Trace: {profile} (open it in chrome://tracing or ui.perfetto.dev)")
+
+
+@bench_app.command("report")
+def bench_report(
+    runs: Annotated[list[Path], typer.Argument(help="JSON of pytest benchmarks/ --benchmark-only --benchmark-json.")],
+    out: Annotated[Path, typer.Option(help="Folder of the tables.")] = Path("benchmarks/results"),
+) -> None:
+    """Turn a run of the benchmark suite into tables, a plot and compact JSON, named by the device."""
+    from spigan.bench import write_report
+
+    try:
+        paths = write_report(runs, out)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    for path in paths:
+        typer.echo(path)
 
 
 def main() -> None:

@@ -1,0 +1,198 @@
+"""100 images from noise, the protocol of the paper's Table 2: this project beside its rivals, each with its evaluations
+of a network (NFE), on each backend and in each dtype; and where the time goes.
+
+pytest benchmarks/bench_sampling.py --benchmark-only
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import spigan
+from spigan import SPIGAN, Sampler
+from spigan.images import to_uint8
+from spigan.ops import BACKENDS, philox_normal
+from spigan.ops.backends import why_unavailable
+from spigan.sampling import count_evaluations, load_model
+
+from .bench_synthesis import convolution_flop
+from .conftest import DEVICE
+from .peers import PEERS, Peer
+
+GPU = DEVICE.type == "cuda"
+BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None]
+DTYPES = [torch.float32, torch.bfloat16]
+PAPER = {"SPI-GAN": 0.05, "StyleGAN2": 0.04}  # seconds, Table 2
+IMAGES_256 = 64 if GPU else 4
+
+
+@cache
+def model_of(preset: str, **changes: Any) -> SPIGAN:
+    """A model of random weights: what it has learned does not change its time."""
+    torch.manual_seed(0)
+    config = spigan.preset(preset, data={"source": "digits"}).model.model_copy(update=changes)
+    return SPIGAN(config).eval().requires_grad_(False).to(DEVICE)
+
+
+@cache
+def reference_images(preset: str, n: int, **changes: Any) -> Tensor:
+    return Sampler(model_of(preset, **changes), backend="reference", batch_size=n, output="uint8")(range(n))
+
+
+def flop(model: SPIGAN, n: int) -> float:
+    """Of the mapping network's ODE and the synthesis network's convolutions."""
+    config = model.config
+    evaluations = {"rk4": 4, "euler": 1}[config.ode_solver] * config.ode_steps
+    mapping = config.mlp_layers if config.mapping == "mlp" else evaluations * config.ode_layers
+    return n * (convolution_flop(model.generator) + 2.0 * mapping * config.dim_h**2)
+
+
+def time_sampler(
+    row: Any, group: str, name: str, preset: str, n: int, backend: str, dtype: torch.dtype, **changes: Any
+) -> None:
+    model = model_of(preset, **changes)
+    sampler = Sampler(model, batch_size=n, dtype=dtype, backend=backend, output="uint8")
+    expected = reference_images(preset, n, **changes)
+    with count_evaluations(model) as evaluations:
+        sampler(range(n))
+
+    def check(images: Tensor) -> None:
+        # Random weights make images of strong contrast; a few pixels of 255 levels are what bfloat16 leaves.
+        difference = (images.int() - expected.int()).abs().float()
+        assert difference.mean() < (4.0 if dtype == torch.bfloat16 else 0.05), difference.mean()
+
+    row(
+        group,
+        name,
+        lambda: sampler(range(n)),
+        check=check,
+        flop=flop(model, n),
+        dtype=dtype,
+        images=n,
+        nfe=evaluations[0] // n,
+        memory=True,
+        paper_seconds=PAPER["StyleGAN2" if changes else "SPI-GAN"] if n == 100 and preset == "cifar10" else None,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [100, 16, 1])
+def test_cifar10(row: Any, n: int, dtype: torch.dtype, backend: str) -> None:
+    name = f"SPI-GAN, {backend}, {str(dtype)[6:]}"
+    time_sampler(row, f"{n} images, 3 x 32 x 32", name, "cifar10", n, backend, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_stylegan2(row: Any, dtype: torch.dtype) -> None:
+    """The same generator behind StyleGAN2's mapping network."""
+    name = f"StyleGAN2, {BACKENDS_HERE[-1]}, {str(dtype)[6:]}"
+    time_sampler(row, "100 images, 3 x 32 x 32", name, "cifar10", 100, BACKENDS_HERE[-1], dtype, mapping="mlp")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_celebahq256(row: Any, backend: str, dtype: torch.dtype) -> None:
+    name = f"SPI-GAN, {backend}, {str(dtype)[6:]}"
+    time_sampler(row, f"{IMAGES_256} images, 3 x 256 x 256", name, "celebahq256", IMAGES_256, backend, dtype)
+
+
+@pytest.mark.parametrize("peer", [*PEERS["cifar10"], *PEERS["celebahq256"]], ids=lambda p: f"{p.name} {p.resolution}")
+def test_peer(row: Any, peer: Peer) -> None:
+    """In bfloat16, a part of its chain and, on a CPU, of its batch: each evaluation and image takes the same time."""
+    images = 100 if peer.resolution == 32 else IMAGES_256
+    batch = images if GPU else (20 if peer.resolution == 32 else 1)
+    evaluations = min(peer.nfe, 4 if GPU else 1)
+    network = peer.network(DEVICE, torch.bfloat16)
+
+    def check(result: Tensor) -> None:
+        # There is no other implementation to compare with; tests/test_peers.py holds the networks' sizes and samplers.
+        assert result.shape == (batch, 3, peer.resolution, peer.resolution) and result.isfinite().all()
+
+    row(
+        f"{images} images, 3 x {peer.resolution} x {peer.resolution}",
+        f"{peer.name}, bfloat16",
+        lambda: peer.sample(network, batch, evaluations=evaluations),
+        check=check,
+        flop=peer.flop() * batch * evaluations,
+        dtype=torch.bfloat16,
+        images=images,
+        nfe=peer.nfe,
+        share=batch / images * evaluations / peer.nfe,
+        paper_seconds=peer.paper_seconds,
+    )
+
+
+@pytest.mark.parametrize("intervals", [1, 2, 4])
+def test_intervals(row: Any, intervals: int) -> None:
+    """K is a matter of training: sampling solves to h(1) and evaluates the generator once, whatever K."""
+    config = spigan.preset("cifar10", data={"source": "digits"}, intervals=intervals)
+    assert config.model == model_of("cifar10").config
+    dtype = torch.bfloat16
+    time_sampler(row, "16 images, by K", f"K = {intervals}", "cifar10", 16, BACKENDS_HERE[-1], dtype)
+
+
+@pytest.mark.parametrize("n", [100, 1000, 10_000])
+def test_number_of_images(row: Any, n: int) -> None:
+    """Time grows with n, memory with the result alone. On a CPU the bundled digits, so that it ends within seconds."""
+    model = model_of("cifar10") if GPU else load_model()
+    sampler = Sampler(model, batch_size=100, dtype=torch.bfloat16, output="uint8")
+    first = sampler(range(n - 100, n))
+
+    def check(images: Tensor) -> None:
+        assert len(images) == n
+        torch.testing.assert_close(images[-100:].int(), first.int(), atol=0, rtol=0)
+
+    row(
+        f"{'cifar10' if GPU else 'digits'}, by number",
+        f"{n} images",
+        lambda: sampler(range(n)),
+        check=check,
+        images=n,
+        memory=True,
+    )
+
+
+STAGES = ("noise", "mapping", "synthesis", "convert", "sampler", "spigan.sample")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+@torch.inference_mode()
+def test_where_the_time_goes(row: Any, stage: str, dtype: torch.dtype) -> None:
+    """100 images; what `sampler` takes beyond the four stages is overhead, and so is what spigan.sample adds."""
+    model = model_of("cifar10")
+    seeds = torch.arange(100, device=DEVICE)
+    z = philox_normal((100, *model.config.z_shape), seed=seeds)
+    h = model.mapping(z)
+
+    def synthesize() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return model.generator(h, "const")
+
+    images = synthesize()
+    sampler = Sampler(model, batch_size=100, dtype=dtype, output="uint8")
+    functions = {
+        "noise": lambda: philox_normal(z.shape, seed=seeds),
+        "mapping": lambda: model.mapping(z),
+        "synthesis": synthesize,
+        "convert": lambda: to_uint8(images),
+        "sampler": lambda: sampler(range(100)),
+        "spigan.sample": lambda: spigan.sample(100, model=model, dtype=dtype),
+    }
+    whole = to_uint8(images)
+    expected = {"noise": z, "mapping": h, "synthesis": images, "convert": whole, "sampler": whole}
+    expected["spigan.sample"] = whole / 255.0
+    tolerance = {"sampler": 1.0, "spigan.sample": 0.6 / 255}.get(stage, 1e-5)
+    row(
+        f"where the time goes, 100 images, {str(dtype)[6:]}",
+        stage,
+        functions[stage],
+        expected=expected[stage],
+        tolerance=tolerance,
+    )

@@ -1,0 +1,310 @@
+"""Speed on this machine: `spigan bench`, its profile, and the report of a run of the benchmark suite."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spigan.images import atomic_path
+
+if TYPE_CHECKING:
+    from spigan.sampling import Sampler
+
+# ---- This machine, now ----
+
+
+def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]:
+    """Seconds that `n` images take, and those of the stages of one batch; medians after warm-up.
+
+    Args:
+        sampler: what draws them.
+        n: images; seeds 0 to n - 1.
+        repeats: number of timed calls.
+
+    Returns:
+        {"total", "first" (the first call, which prepares), "noise", "mapping", "synthesis", "convert" (of a batch of
+        min(n, batch_size) images each)}.
+    """
+    import torch
+
+    from spigan.images import to_uint8
+    from spigan.ops import philox_normal, use_backend
+
+    model, device = sampler.model, sampler.device
+
+    def seconds(function: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    def median(function: Callable[[], Any]) -> float:
+        seconds(function)
+        return statistics.median(seconds(function) for _ in range(repeats))
+
+    times = {"first": seconds(lambda: sampler(range(n)))}
+    times["total"] = median(lambda: sampler(range(n)))
+    seeds = torch.arange(min(n, sampler.batch_size), device=device)
+    with torch.inference_mode(), use_backend(sampler.backend):
+        z = philox_normal((len(seeds), *model.config.z_shape), seed=seeds)
+        h = model.mapping(z)
+
+        def synthesize() -> Any:
+            with torch.autocast(device.type, sampler.dtype, enabled=sampler.dtype != torch.float32):
+                return model.generator(h, "const")
+
+        images = synthesize()
+        times["noise"] = median(lambda: philox_normal(z.shape, seed=seeds))
+        times["mapping"] = median(lambda: model.mapping(z))
+        times["synthesis"] = median(synthesize)
+        times["convert"] = median(lambda: to_uint8(images))
+    return times
+
+
+def profile_sampler(sampler: Sampler, n: int, path: Path) -> None:
+    """Write a Chrome trace of `n` images, one range for each stage and operation: chrome://tracing, ui.perfetto.dev.
+
+    Args:
+        sampler: without CUDA graphs, whose stages a profiler does not see.
+        n: images.
+        path: JSON file.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    sampler(range(n))
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if sampler.device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        sampler(range(n))
+    with atomic_path(path) as scratch:
+        profiler.export_chrome_trace(str(scratch))
+
+
+# ---- Report of a run of the suite ----
+
+_TITLES = {
+    "bench_sampling": "Sampling",
+    "bench_synthesis": "Synthesis network",
+    "bench_modulated_conv2d": "modulated_conv2d",
+    "bench_rk4_mlp": "rk4_mlp",
+    "bench_path_interpolate": "path_interpolate",
+    "bench_philox_normal": "philox_normal",
+    "bench_training": "Training",
+}
+_KERNELS = ("cpp", "triton", "cuda")
+
+
+def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Tables, plot and compact JSON of a run of `pytest benchmarks/ --benchmark-only --benchmark-json RUN`.
+
+    Args:
+        runs: JSON files of one device; where two hold the same row, that of the later file counts.
+        out: folder.
+
+    Returns:
+        The files, <device>.json, .md and .png.
+
+    Raises:
+        ValueError: a file that is no such run, or runs of several devices.
+        ImportError: the plot needs matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401 - before anything is written
+    except ImportError as error:
+        raise ImportError('the plot needs matplotlib: pip install "spigan[bench]"') from error
+    report = merge([read_run(path) for path in runs])
+    name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
+    paths = [out / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
+    with atomic_path(paths[0]) as scratch:
+        scratch.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with atomic_path(paths[1]) as scratch:
+        scratch.write_text(markdown(report, paths[2].name), encoding="utf-8")
+    with atomic_path(paths[2]) as scratch:
+        plot(report, scratch)
+    return paths
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The JSON of a run, reduced to what the report shows; or such a reduced file itself.
+
+    Returns:
+        {"device", "date", "versions", "matrix_rate", "copy_rate", "rows": [...]}.
+    """
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if isinstance(run, dict) and {"device", "date", "rows"} <= run.keys():
+        return run
+    try:
+        machine = run["machine_info"]["spigan"]
+        rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+        return {**machine, "date": run["datetime"][:10], "rows": [row for row in rows if "group" in row]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no run of this suite: pytest benchmarks/ --benchmark-only --benchmark-json {path.name}"
+        ) from error
+
+
+def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of one device as one, each row with the date of its run."""
+    if len(devices := {run["device"] for run in runs}) != 1:
+        raise ValueError(f"the runs are of several devices: {'; '.join(sorted(devices))}")
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            rows[row["benchmark"], row["group"], row["name"]] = {"date": run["date"], **row}
+    order = list(_TITLES)
+    known = {key: order.index(key[0]) if key[0] in order else len(order) for key in rows}
+    return {**runs[-1], "rows": [rows[key] for key in sorted(rows, key=known.__getitem__)]}
+
+
+def markdown(report: dict[str, Any], picture: str) -> str:
+    """The tables."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in report["matrix_rate"].items())
+    lines = [
+        f"# {report['device']}",
+        "",
+        f"{report['date']}; {versions}. A large matrix product: {rates}; a large copy: "
+        f"{report['copy_rate'] / 1e9:.3g} GB/s. Written by `spigan bench report`; how to read a row: "
+        "[docs/benchmarks.md](../../docs/benchmarks.md).",
+        "",
+        f"![Times, roofline, bandwidth]({picture})",
+    ]
+    for benchmark in dict.fromkeys(row["benchmark"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["benchmark"] == benchmark]
+        lines += ["", f"## {_TITLES.get(benchmark, benchmark)}"]
+        lines += _sampling_tables(rows) if any("nfe" in row for row in rows) else _comparison(rows)
+    if len(dates := {row["date"] for row in report["rows"]}) > 1:
+        lines += ["", f"Rows were measured from {min(dates)} to {max(dates)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _sampling_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        cells = [
+            [
+                row["name"],
+                str(row.get("nfe", "")),
+                _duration(row),
+                f"{row['images'] / row['seconds']:.3g}" if "images" in row else "",
+                f"{100 * row['limit']:.0f} %" if "limit" in row else "",
+                f"{row['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in row else "",
+                f"{row['paper_seconds']:g} s" if "paper_seconds" in row else "",
+            ]
+            for row in sorted((row for row in rows if row["group"] == group), key=lambda row: row["seconds"])
+        ]
+        titles = ["", "NFE", "time", "images/s", "of the limit", "peak memory", "the paper's time"]
+        lines += ["", f"**{group}**", "", *_table(titles, cells)]
+    if any("timed_share" in row for row in rows):
+        lines += ["", "~ A part was timed, of equal parts: some evaluations of the chain, some images of the batch."]
+    return lines
+
+
+def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each group, a column for each implementation, in milliseconds, and how the fastest kernel stands."""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        found = {row["name"]: row for row in rows if row["group"] == group}
+        fastest = min(row["seconds"] for row in found.values())
+        line = [group]
+        for name in names:
+            text = f"{1e3 * found[name]['seconds']:.4g}" if name in found else ""
+            line.append(f"**{text}**" if text and found[name]["seconds"] == fastest else text)
+        kernels = [found[name] for name in _KERNELS if name in found]
+        best = min(kernels, key=lambda row: row["seconds"], default={})
+        ratio = found["reference"]["seconds"] / best["seconds"] if best and "reference" in found else None
+        line.append("" if ratio is None else f"{ratio:.2f}")
+        line.append(f"{100 * best['limit']:.0f} % ({best['bound']})" if "limit" in best else "")
+        line.append(f"{best['peak_bytes'] / best['layer_bytes']:.2f}" if "layer_bytes" in best else "")
+        cells.append(line)
+    titles = ["ms", *names, "kernel, x", "kernel, of the limit", "kernel's peak memory, in + out"]
+    used = [i for i in range(len(titles)) if i == 0 or any(line[i] for line in cells)]
+    return ["", *_table([titles[i] for i in used], [[line[i] for i in used] for line in cells])]
+
+
+def _duration(row: dict[str, Any]) -> str:
+    seconds = float(f"{row['seconds']:.3g}")  # three digits
+    text = f"{1e3 * seconds:g} ms" if seconds < 1 else f"{seconds:,.6g} s"
+    return f"~ {text}" if "timed_share" in row else text
+
+
+def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (titles, ["---"] * len(titles), *cells)]
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """PNG: 100 images beside the rivals, each kernel under its roofline, and what memory-bound kernels reach."""
+    from matplotlib.figure import Figure
+
+    rows = report["rows"]
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    figure.suptitle(f"{report['device']}, {report['date']}, torch {report['versions']['torch']}")
+    times, roofline, bandwidth = figure.subplots(1, 3, width_ratios=[1.5, 1.2, 1.0])
+    _plot_times(times, [row for row in rows if row["group"].startswith("100 images") and "nfe" in row])
+    _plot_roofline(roofline, report)
+    _plot_bandwidth(bandwidth, report)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _plot_times(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: -row["seconds"])
+    colours = ["tab:blue" if row["name"].startswith("SPI-GAN") else "lightgray" for row in rows]
+    axes.barh(range(len(rows)), [row["seconds"] for row in rows], color=colours)
+    for y, row in enumerate(rows):
+        axes.text(row["seconds"], y, f" {_duration(row)}", va="center", fontsize=8)
+    quoted = [(row["paper_seconds"], y) for y, row in enumerate(rows) if "paper_seconds" in row]
+    if quoted:
+        axes.plot(*zip(*quoted, strict=True), "D", mfc="none", color="tab:red", label="the paper's own time, its GPU")
+        axes.legend(fontsize=8, loc="upper right")
+    axes.set_yticks(range(len(rows)), [f"{row['name']} (NFE {row['nfe']})" for row in rows], fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set(xlabel="seconds", title="100 images, 3 x 32 x 32\n(random weights; ~ timed in part)")
+
+
+def _plot_roofline(axes: Any, report: dict[str, Any]) -> None:
+    rows = [row for row in report["rows"] if row.get("flop") and row.get("bytes") and row["name"] in _KERNELS]
+    if not rows:
+        return axes.set_axis_off()
+    intensity = [row["flop"] / row["bytes"] for row in rows]
+    low, high = min(intensity) / 2, max(intensity) * 2
+    for dtype, rate in report["matrix_rate"].items():
+        knee = rate / report["copy_rate"]
+        line = axes.plot([low, knee, max(high, knee)], [low * report["copy_rate"] / 1e9, rate / 1e9, rate / 1e9])[0]
+        axes.text(max(high, knee), rate / 1e9, f"{dtype} ", ha="right", va="bottom", color=line.get_color(), fontsize=8)
+    for benchmark, marker in zip(dict.fromkeys(row["benchmark"] for row in rows), "osv^D", strict=False):
+        for dtype, line in zip(report["matrix_rate"], axes.get_lines(), strict=False):
+            some = [row for row in rows if row["benchmark"] == benchmark and dtype in row["group"]]
+            axes.plot(
+                [row["flop"] / row["bytes"] for row in some],
+                [row["flop"] / row["seconds"] / 1e9 for row in some],
+                marker,
+                color=line.get_color(),
+                mfc="none",
+                label=f"{_TITLES.get(benchmark, benchmark)}, {dtype}",
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, loc="lower right")
+    return axes.set(xlabel="FLOP / byte", ylabel="GFLOP/s", title="Kernels that multiply,\nunder the measured roofline")
+
+
+def _plot_bandwidth(axes: Any, report: dict[str, Any]) -> None:
+    rows = [row for row in report["rows"] if row.get("bytes") and not row.get("flop") and row["name"] in _KERNELS]
+    if not rows:
+        return axes.set_axis_off()
+    axes.barh(range(len(rows)), [row["bytes"] / row["seconds"] / 1e9 for row in rows], color="tab:blue")
+    axes.axvline(report["copy_rate"] / 1e9, color="black", linestyle="--", label="large copy")
+    axes.set_yticks(range(len(rows)), [f"{row['group'].replace(', ', chr(10), 2)}, {row['name']}" for row in rows])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(fontsize=8)
+    return axes.set(xlabel="GB/s", title="Kernels that move memory")
