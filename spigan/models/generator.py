@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype
@@ -28,6 +29,7 @@ from spigan.ops.modulated_conv2d import (
 )
 from spigan.ops.upfirdn2d import fir_filter
 
+MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/bindings.h
 NOISE_MODES = ("random", "const", "none")
 
 
@@ -242,7 +244,8 @@ class Generator(nn.Module):
             seeds = None
             if noise == "random":  # from 2**32 on: no stream of `sample`'s small seeds, nor of the trainer's
                 seeds = torch.randint(2**33, 2**63 - 1, (self.num_ws - 1,), device=h.device)
-            if self._prepared.state and not torch.compiler.is_compiling() and self._current() is None:
+            # Compilers first: they would guard on the state, and compile anew whenever a parameter has changed.
+            if not torch.compiler.is_compiling() and self._prepared.state and self._current() is None:
                 self._prepared = _Prepared()
             if (backend := self._kernels(h, dtype)) is not None:
                 return self._infer(h, noise, seeds, dtype, backend)
@@ -262,11 +265,14 @@ class Generator(nn.Module):
 
     def _kernels(self, h: Tensor, dtype: torch.dtype) -> str | None:
         """Backend that runs `_infer`; None: the layers run one by one as they are."""
-        if torch.compiler.is_compiling() or h.shape[0] == 0 or why_transformed(h) is not None:
+        if torch.compiler.is_compiling() or h.shape[0] == 0 or torch.float64 in (h.dtype, dtype):
             return None
-        if torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in self.parameters())):
+        if self.img_channels > MAX_RGB_CHANNELS:
             return None
-        if torch.float64 in (h.dtype, dtype):
+        tensors = [h, *self.parameters(), *self.buffers()]
+        if why_transformed(*tensors) is not None or any(isinstance(t, FakeTensor) for t in tensors):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return None
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules() if module is not self):
             return None  # they want to see the layers
@@ -282,6 +288,8 @@ class Generator(nn.Module):
         tensors = [*self.parameters(), *self.buffers()]
         if self.training or any(t.requires_grad or t.is_inference() for t in tensors):
             return None
+        if why_transformed(*tensors) is not None or any(isinstance(t, FakeTensor) for t in tensors):
+            return None  # they have no address
         state = tuple((t.data_ptr(), t._version) for t in tensors)
         if state != self._prepared.state:
             self._prepared = _Prepared(state)
@@ -327,10 +335,10 @@ class Generator(nn.Module):
                 x,
                 weight,
                 style=None,
-                factor=factors[index],
+                factor=wide(factors[index], dtype),
                 up=layer.up,
                 padding=1,
-                filter=layer.resample_filter,
+                filter=layer.resample_filter.float(),  # the module's dtype may be another
                 noise=wide(layer.noise_const[None, None], dtype) if noise == "const" else None,
                 strength=None if noise == "none" else wide(layer.noise_strength, dtype),
                 seed=None if seeds is None else seeds[index : index + 1],

@@ -261,13 +261,14 @@ def modulated_conv2d(
     dtype = x.dtype
     if demodulate and dtype == torch.float16:
         weight, style = normalized_weight(weight), normalized_style(style)
-    if _few_outputs(kernel, padding, up, channels_out):
-        modulated = (weight[:, :, 0, 0] * style[:, None]).to(dtype)  # [N, O, I]
-        y = torch.matmul(x.permute(0, 2, 3, 1).flatten(1, 2), modulated.mT)  # [N, H W, O]
-        y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    else:
-        scaled = fir_bias_act(x, factor=style, backend=name)
-        y = _convolution(scaled, weight.to(dtype), up, padding)
+    with torch.autocast(x.device.type, enabled=False):  # as in a kernel: computed in the dtype of x
+        if _few_outputs(kernel, padding, up, channels_out):
+            modulated = (weight[:, :, 0, 0] * style[:, None]).to(dtype)  # [N, O, I]
+            y = torch.matmul(x.permute(0, 2, 3, 1).flatten(1, 2), modulated.mT)  # [N, H W, O]
+            y = y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        else:
+            scaled = fir_bias_act(x, factor=style, backend=name)
+            y = _convolution(scaled, weight.to(dtype), up, padding)
     return fir_bias_act(
         y,
         filter=filter if up == 2 else None,
@@ -461,7 +462,7 @@ def convolve(
         image_bytes = size[0] * size[1] * channels_out * x.dtype.itemsize
         chunk = min(n, max(-(-n // 4), -(-_MIN_PART_BYTES // image_bytes)))
     if seed is not None and (chunk < n or weight.form in ("winograd", "products")):
-        noise, seed = draw_noise(seed, n, size, backend), None  # in a chunk the stream would begin anew
+        noise, seed = wide(draw_noise(seed, n, size, backend), x.dtype), None  # in a chunk the stream would begin anew
     images: dict[str, Any] = {
         "factor": factor,
         "noise": noise,

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spigan.models import Generator
 from spigan.ops import BACKENDS, use_backend
@@ -204,3 +206,61 @@ def test_peak_memory_is_one_layer(dtype: str, backend: str) -> None:
     command = [sys.executable, "-c", MEMORY, backend, dtype, "16" if dtype == "float32" else "32"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0.5 < float(result.stdout) <= 1.1, "of the input and output of the largest layer"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_parameters_of_another_dtype(dtype: torch.dtype, backend: str, convolutions: None) -> None:
+    generator = make().to(dtype)  # the filters too
+    h = torch.randn(2, DIM).to(torch.float32 if dtype == torch.float64 else dtype)
+    expected = images(copy.deepcopy(generator).double(), h.double(), "reference")
+    error = (images(generator, h, backend) - expected).abs().max()
+    assert error <= (1e-4 if dtype == torch.float64 else 0.1) * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_channels_than_the_last_pass_takes(backend: str) -> None:
+    generator, h = make(img_channels=5), torch.randn(2, DIM)
+    torch.testing.assert_close(images(generator, h, backend), images(generator, h, "reference"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_buffers_have_gradients(backend: str) -> None:
+    generator, h = make().requires_grad_(False), torch.randn(2, DIM)
+    noise = generator.b16.conv1.noise_const.requires_grad_(True)
+    with use_backend(backend):
+        generator(h).square().sum().backward()
+    assert noise.grad is not None and noise.grad.abs().max() > 0
+
+
+def test_transformed_parameters_are_for_the_reference() -> None:
+    generators, h = [make().requires_grad_(False) for _ in range(2)], torch.randn(2, DIM)
+    generators[1].b8.conv1.weight.neg_()
+    generators[0](h)
+    parameters, buffers = torch.func.stack_module_state(generators)  # type: ignore[arg-type]
+
+    def run(*state: Any) -> Tensor:
+        return torch.func.functional_call(generators[0], state, (h,))
+
+    actual = torch.func.vmap(run)({k: v.detach() for k, v in parameters.items()}, buffers)
+    torch.testing.assert_close(actual, torch.stack([g(h) for g in generators]), rtol=1e-4, atol=1e-4)
+
+    with torch.autograd.forward_ad.dual_level():
+        weight = generators[0].b8.conv1.weight
+        dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
+        assert torch.autograd.forward_ad.unpack_dual(run({"b8.conv1.weight": dual})).tangent is not None
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        assert make().requires_grad_(False)(torch.randn(2, DIM)).shape == (2, 3, 16, 16)
+
+
+def test_changed_parameters_are_not_compiled_anew() -> None:
+    generator, h = make().requires_grad_(False), torch.randn(2, DIM)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(generator, fullgraph=True, backend=counter)
+    for _ in range(3):
+        generator.b8.conv1.weight.neg_()
+        torch.testing.assert_close(compiled(h), generator(h), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1

@@ -707,3 +707,22 @@ def test_kernel_stays_whole_under_compile_and_export(backend):
     torch.testing.assert_close(compiled(**arguments), expected)
     exported = torch.export.export(Layer(), (), kwargs=arguments).module()
     torch.testing.assert_close(exported(**arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("up", [1, 2])
+def test_noise_of_a_seed_where_images_are_convolved_in_parts(up: int, dtype: torch.dtype, convolutions: None) -> None:
+    x, weight, style = (torch.randn(shape, dtype=dtype) for shape in ((5, 3, 6, 7), (4, 3, 3, 3), (5, 3)))
+    cpp, reference = (modulated_conv2d(x, weight, style, up=up, noise_seed=5, backend=b) for b in ("cpp", "reference"))
+    torch.testing.assert_close(cpp, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("kernel", "channels_out"), [(3, 4), (1, 3)])
+def test_autocast_does_not_reach_the_layer(kernel: int, channels_out: int, backend: str) -> None:
+    x, weight, style = torch.randn(2, 5, 6, 6), torch.randn(channels_out, 5, kernel, kernel), torch.randn(2, 5)
+    expected = modulated_conv2d(x, weight, style, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for needs_grad in (False, True):
+            actual = modulated_conv2d(x.clone().requires_grad_(needs_grad), weight, style, backend=backend)
+            torch.testing.assert_close(actual, expected)
