@@ -59,6 +59,8 @@ def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     changes = {
         "_WINOGRAD_MIN_TILES": 1 if own else sys.maxsize,
         "_WINOGRAD_MIN_TILES_KEPT": 1 if own else sys.maxsize,
+        "_WINOGRAD_MIN_CHANNELS": 1,
+        "_ONEDNN_MIN_PRODUCTS": 1000,  # some of the tests' products are larger and some are not
         "_PRODUCTS_MAX_PIXELS": sys.maxsize if own else 0,
         "_PRODUCTS_MIN_CHANNELS": sys.maxsize,
         "_MIN_PART_BYTES": 1,
