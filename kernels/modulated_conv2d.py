@@ -277,7 +277,9 @@ def properties(device: torch.device) -> tuple[int, int]:
 def blocks_for(images: int, pixels: int, x: torch.Tensor, weight: torch.Tensor, rgb: bool) -> tuple[Blocks, str]:
     """Block sizes for `pixels` pixels of each image, and how float32 is multiplied."""
     _, _, channels_out, channels_in = weight.shape
-    precision = "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises once precisions were set by their new names; these follow the old ones.
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 else "ieee"
     exact = x.dtype == torch.float32 and precision == "ieee"
     capability, processors = properties(x.device)
     # The widest tile is for sm_90 alone, whose operands take no registers, and not for sums over channels beside it.

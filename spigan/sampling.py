@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spigan.images import to_pil, to_uint8, to_unit_interval
 from spigan.models import SPIGAN, Generator
+from spigan.models.layers import frozen_state
 from spigan.models.mapping import check_times
 from spigan.ops import backends, philox_normal, use_backend
 from spigan.ops.library import stage
@@ -222,11 +223,10 @@ class Sampler:
         """The graph of a full batch of seeds with the weights as they are now; None where there can be none."""
         if not self._use_graph or source.dtype != torch.int64 or len(source) < self.batch_size:
             return None
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules())
-        if watched or any(t.requires_grad or t.is_inference() for t in tensors):
-            return None  # hooks want to be called; what an optimizer writes leaves no trace
-        state = tuple((t.data_ptr(), t._version) for t in tensors)
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.model.modules()):
+            return None  # they want to be called
+        if (state := frozen_state(self.model)) is None:
+            return None
         if self._graph is None or self._graph.state != state:
             self._graph = None  # its memory is free before the next one is captured
             self._graph = _Graph(self._evaluate, self.batch_size, self.device, state, self.model.generator)
@@ -240,7 +240,7 @@ class _Graph:
         evaluate: int64 [B] on the device -> images.
         batch_size: B.
         device: a CUDA device.
-        state: address and version of each of the model's tensors.
+        state: `frozen_state` of the model.
         generator: the generator, whose packed weights the graph reads.
     """
 
@@ -249,7 +249,7 @@ class _Graph:
         evaluate: Callable[[Tensor], Tensor],
         batch_size: int,
         device: torch.device,
-        state: tuple[tuple[int, int], ...],
+        state: tuple[Any, ...],
         generator: Generator,
     ) -> None:
         self.state = state

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype
+from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype, frozen_state
 from spigan.ops import backends, fir_bias_act, modulated_conv2d
 from spigan.ops.fir_bias_act import upsample2d, wide
 from spigan.ops.library import why_transformed
@@ -165,12 +165,12 @@ class _Prepared:
     """What a generator's layers need without gradients, computed once for the values that its parameters have.
 
     Attributes:
-        state: address and version of every parameter, which tell whether they have changed.
+        state: `frozen_state` of the generator that it belongs to.
         weights: of the convolutions, by (layer, form, dtype).
         constants: by name.
     """
 
-    state: tuple[tuple[int, int], ...] = ()
+    state: tuple[Any, ...] = ()
     weights: dict[tuple[int, str, torch.dtype], LayerWeight] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -280,17 +280,10 @@ class Generator(nn.Module):
         return None if backend == "reference" else backend
 
     def _current(self) -> _Prepared | None:
-        """`self._prepared`, emptied if a parameter has changed since; None: nothing may be kept until the next call.
-
-        Versions count changes in place, but not those of fused optimizers. So what was prepared is kept for frozen
-        parameters alone, and `forward` empties it when it is called with others.
-        """
-        tensors = [*self.parameters(), *self.buffers()]
-        if self.training or any(t.requires_grad or t.is_inference() for t in tensors):
+        """`self._prepared`, emptied if a tensor has changed since; None: nothing may be kept until the next call."""
+        state = None if self.training else frozen_state(self)
+        if state is None:
             return None
-        if why_transformed(*tensors) is not None or any(isinstance(t, FakeTensor) for t in tensors):
-            return None  # they have no address
-        state = tuple((t.data_ptr(), t._version) for t in tensors)
         if state != self._prepared.state:
             self._prepared = _Prepared(state)
         return self._prepared

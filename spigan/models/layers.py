@@ -4,12 +4,16 @@ that Adam's steps have the same relative size in every layer (Karras et al. 2018
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spigan.ops import fir_bias_act
+from spigan.ops.library import why_transformed
 
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)  # keeps the variance of a unit normal input
@@ -27,6 +31,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+_optimizer_steps = [0]
+
+
+def _count_step(*_: object) -> None:
+    _optimizer_steps[0] += 1
+
+
+# Fused optimizers write to parameters without a trace in their versions.
+register_optimizer_step_post_hook(_count_step)
+
+
+def frozen_state(module: nn.Module) -> tuple[Any, ...] | None:
+    """What tells whether a module's tensors have changed: as long as it is equal to an earlier one, they have not.
+
+    Returns:
+        Address and version of each parameter and buffer and the number of optimizer steps so far; None where that is
+        not enough: parameters that may be trained, inference tensors, torch.func's transforms, fake tensors.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.requires_grad or t.is_inference() or isinstance(t, FakeTensor) for t in tensors):
+        return None
+    if why_transformed(*tensors) is not None:
+        return None
+    return _optimizer_steps[0], tuple((t.data_ptr(), t._version) for t in tensors)
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:

@@ -239,19 +239,20 @@ def modulated_conv2d(
     name = backends.choose("modulated_conv2d", backend, x.device, limit)
     end: dict[str, Any] = {"activation": activation, "gain": gain, "clamp": clamp}
     if name == "reference":
-        return modulated_conv2d_reference(
-            x,
-            weight,
-            style,
-            demodulate=demodulate,
-            up=up,
-            padding=padding,
-            resample_filter=filter,
-            noise=noise if seed is None else draw_noise(seed, n, size),
-            noise_strength=noise_strength,
-            bias=bias,
-            **end,
-        )
+        with torch.autocast(x.device.type, enabled=False):  # as in a kernel: computed in the dtype of x
+            return modulated_conv2d_reference(
+                x,
+                weight,
+                style,
+                demodulate=demodulate,
+                up=up,
+                padding=padding,
+                resample_filter=filter,
+                noise=noise if seed is None else draw_noise(seed, n, size),
+                noise_strength=noise_strength,
+                bias=bias,
+                **end,
+            )
     if not needs_grad:
         return torch.ops.spigan.modulated_conv2d(
             x, weight, style, noise, noise_strength, seed, bias, filter, demodulate, up, padding, *end.values(), name

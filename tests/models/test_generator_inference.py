@@ -264,3 +264,20 @@ def test_changed_parameters_are_not_compiled_anew() -> None:
         generator.b8.conv1.weight.neg_()
         torch.testing.assert_close(compiled(h), generator(h), rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("forward", [torch.compile(backend="eager"), lambda generator: generator])
+def test_steps_of_fused_optimizers_are_noticed(forward: Any) -> None:
+    """They change parameters and leave no trace in the versions."""
+    generator, h = make().requires_grad_(False), torch.randn(2, DIM)
+    before = generator(h)
+    generator.requires_grad_(True)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=0.1, fused=True)
+    trained = forward(generator)
+    with use_backend("reference"):
+        trained(h).square().sum().backward()
+    optimizer.step()
+    generator.requires_grad_(False)
+    after = generator(h)
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, images(generator, h, "reference"), rtol=1e-3, atol=1e-3)

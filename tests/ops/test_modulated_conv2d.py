@@ -717,7 +717,7 @@ def test_noise_of_a_seed_where_images_are_convolved_in_parts(up: int, dtype: tor
     torch.testing.assert_close(cpp, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
 @pytest.mark.parametrize(("kernel", "channels_out"), [(3, 4), (1, 3)])
 def test_autocast_does_not_reach_the_layer(kernel: int, channels_out: int, backend: str) -> None:
     x, weight, style = torch.randn(2, 5, 6, 6), torch.randn(channels_out, 5, kernel, kernel), torch.randn(2, 5)
