@@ -106,12 +106,12 @@ def test_celebahq256(row: Any, backend: str, dtype: torch.dtype) -> None:
 def test_peer(row: Any, peer: Peer) -> None:
     """In bfloat16, a part of its chain and, on a CPU, of its batch: each evaluation and image takes the same time."""
     images = 100 if peer.resolution == 32 else IMAGES_256
-    batch = images if GPU else (20 if peer.resolution == 32 else 1)
+    batch = images if GPU else (25 if peer.resolution == 32 else 1)
     evaluations = min(peer.nfe, 4 if GPU else 1)
     network = peer.network(DEVICE, torch.bfloat16)
 
     def check(result: Tensor) -> None:
-        # There is no other implementation to compare with; tests/test_peers.py holds the networks' sizes and samplers.
+        # There is no other implementation to compare with; test_peers.py checks the networks' sizes and samplers.
         assert result.shape == (batch, 3, peer.resolution, peer.resolution) and result.isfinite().all()
 
     row(
