@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from spigan import SPIGAN, ModelConfig
 from spigan.models import spigan as spigan_module
+from spigan.ops import use_backend
 
 TINY = {"resolution": 8, "img_channels": 1, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -381,16 +383,56 @@ def test_failed_upload_leaves_a_complete_folder(
 # ---- Compilers ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("t", [1.0, [0.5, 1.0]])
-def test_compiles_without_graph_breaks(t: Any) -> None:
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """What other tests compiled does not count, nor what this one compiles."""
     torch._dynamo.reset()
-    model = make()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    ("changes", "t"),
+    [
+        ({}, 1.0),
+        ({}, [0.5, 1.0]),
+        ({"mapping": "mlp"}, 1.0),
+        ({"img_channels": 3, "ode_solver": "euler", "conv_clamp": 256.0}, 0.5),
+    ],
+)
+def test_compiles_without_graph_breaks(changes: dict[str, Any], t: Any) -> None:
+    model = make(**changes)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     z = noise(model)
     with torch.no_grad():
         torch.testing.assert_close(compiled(z, t=t), model(z, t=t))
-    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiled_gradients(backend: str) -> None:
+    model = make().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    z = noise(model)
+    gradients = []
+    with use_backend(backend):
+        for network in (model, compiled):
+            loss = network(z, noise="const").square().mean()
+            gradients.append(torch.autograd.grad(loss, [*model.parameters()]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_compiles_with_inductor() -> None:
+    model = make().requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True)
+    for n in (3, 5, 1):  # the second size makes the first graph's batch dynamic
+        z = noise(model, n)
+        torch.testing.assert_close(compiled(z), model(z), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -400,3 +442,17 @@ def test_exports_with_any_batch_size() -> None:
     for n in (1, 5):
         z = noise(model, n)
         torch.testing.assert_close(program.module()(z), model(z))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_exports_kernels_as_they_are_and_references_as_plain_operators(backend: str) -> None:
+    model = make().requires_grad_(False)
+    z = noise(model)
+    with use_backend(backend):
+        program = torch.export.export(model, (z,)).run_decompositions({})
+    operators = {str(node.target).partition(".default")[0] for node in program.graph.nodes}
+    kernels = {name for name in operators if name.startswith("spigan.")}
+    assert kernels == (
+        {"spigan.rk4_mlp", "spigan.modulated_conv2d", "spigan.fir_bias_act"} if backend == "auto" else set()
+    )
+    torch.testing.assert_close(program.module()(z), model(z))
