@@ -1,4 +1,4 @@
-"""The command line: `spigan demo | train | sample | bench | info`. Heavy packages load inside the commands."""
+"""The command line: `spigan demo | train | sample | export | bench | info`. Heavy packages load inside the commands."""
 
 from __future__ import annotations
 
@@ -239,6 +239,44 @@ def sample(
         _fail(error)
     count = len(seeds) * len(times)
     typer.echo(f"{count} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / len(times):g}: {out}")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The file.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Option(help="A run folder, a saved model or a hub id [default: the bundled digits].")
+    ] = None,
+    fmt: Annotated[
+        str | None,
+        typer.Option("--format", help="onnx (needs the extra `export`) or pt2 (for PyTorch) [default: by --out]."),
+    ] = None,
+    t: Annotated[float, typer.Option(help="Time on the straight path; 1 is the clean image.")] = 1.0,
+    batch: Annotated[int | None, typer.Option(help="The only batch size that it takes [default: any].", min=1)] = None,
+) -> None:
+    """Write the model as one file that makes images without spigan.
+
+    It takes z, standard normal, to the images that `sample` makes of the same z, in [0, 1]; both are float32.
+    """
+    from spigan.export import export_model, format_of
+    from spigan.sampling import load_model
+
+    try:
+        fmt = format_of(out) if fmt is None else fmt
+        network = load_model(model, "cpu")
+        export_model(network, out, format=fmt, t=t, batch_size=batch)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    config, size = network.config, out.stat().st_size / 1e6
+    z, images = (
+        f"[{', '.join(map(str, (batch or 'N', *shape)))}]"
+        for shape in (config.z_shape, (config.img_channels, config.resolution, config.resolution))
+    )
+    typer.echo(f"{out}: {size:.1f} MB, z {z} to images {images} in [0, 1], t = {t:g}")
+    if fmt == "onnx":
+        typer.echo(f'Run it: onnxruntime.InferenceSession("{out}").run(None, {{"z": z}})[0], z a NumPy array')
+    else:
+        typer.echo(f'Run it: torch.export.load("{out}").module()(z)')
 
 
 @app.command()

@@ -9,7 +9,10 @@ import pytest
 
 import spigan
 
-HEAVY = ("datasets", "sklearn", "tensorboard", "huggingface_hub", "torchdiffeq", "pandas", "matplotlib", "diffusers")
+HEAVY = (
+    *("datasets", "sklearn", "tensorboard", "huggingface_hub", "torchdiffeq", "pandas", "matplotlib", "diffusers"),
+    *("onnx", "onnxscript"),
+)
 
 
 def loaded_after(code: str) -> set[str]:
@@ -32,7 +35,7 @@ def test_operations_load_no_heavy_package() -> None:
 
 
 def test_models_load_no_training_package() -> None:
-    modules = loaded_after("import spigan; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample")
+    modules = loaded_after("import spigan.export; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample")
     assert "torch" in modules
     assert not modules & ({"typer", *HEAVY} - {"huggingface_hub"})
 

@@ -1,0 +1,172 @@
+"""A model as one file that runs without spigan: ONNX for onnxruntime and its like, pt2 for PyTorch alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from spigan._version import __version__
+from spigan.images import atomic_path, to_unit_interval
+from spigan.models import SPIGAN
+from spigan.ops import use_backend
+from spigan.sampling import Model, load_model
+
+FORMATS = ("onnx", "pt2")
+
+METADATA = "spigan.json"
+"""Name under which a file holds what it is: a key of an ONNX model's metadata, an extra file of a pt2 archive."""
+
+_OPSET = 18  # the one in which torch's translations are written: no conversion follows, which might fail
+# An ONNX file is a protobuf message, of less than 2 GiB; 16 MiB of them are for the graph.
+_ONNX_MAX_WEIGHTS = 2**31 - 2**24
+
+
+class _Sampler(nn.Module):
+    """What is exported: z [N, *z_shape] -> images [N, C, H, W] in [0, 1]."""
+
+    def __init__(self, model: SPIGAN, t: float) -> None:
+        super().__init__()
+        self.model, self.t = model, t
+
+    def forward(self, z: Tensor) -> Tensor:
+        return to_unit_interval(self.model(z, self.t, "const"))
+
+
+def export_model(
+    model: Model, path: str | Path, *, format: str | None = None, t: float = 1.0, batch_size: int | None = None
+) -> Path:
+    """Write a program of plain operators that makes the images of `spigan.sample(z=z, t=t)`.
+
+    Its input is z [N, *config.z_shape] float32, standard normal; its output images [N, C, H, W] float32 in [0, 1]. It
+    computes in float32, with the stored per-pixel noise, so that a z always gives the same image. The file also holds
+    a JSON object under `METADATA`: spigan's version, the model's config, z_shape, t and the range.
+
+    Args:
+        model: see `spigan.sampling.load_model`. It is not changed.
+        path: the file, replaced whole or not at all.
+        format: "onnx" (opset 18; input "z", output "images") or "pt2" (`torch.export.load` reads it); default: by the
+            suffix of `path`.
+        t: time in [0, 1]; 1 is the clean image.
+        batch_size: the only N that the program takes; default: any from 1.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: an argument out of range, the solver dopri5, or weights too large for an ONNX file (2 GiB).
+        ImportError: "onnx" without the extra `export`.
+    """
+    path, t = Path(path), float(t)  # not several times, which the model itself would take
+    format = format_of(path) if format is None else format
+    if format not in FORMATS:
+        raise ValueError(f'format must be "onnx" or "pt2", got {format!r}')
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; an exported model needs a file name")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    if format == "onnx":
+        _check_onnx_packages()
+    # A copy: a program shares its weights with the model that was traced.
+    network = copy.deepcopy(load_model(model, "cpu")).float().eval().requires_grad_(False)
+    program = _trace(network, t, batch_size)
+    write = _write_onnx if format == "onnx" else _write_pt2
+    with atomic_path(path) as scratch:
+        write(program, scratch, _metadata(network, t))
+    return path
+
+
+def format_of(path: Path) -> str:
+    """The format that the suffix of `path` names."""
+    format = path.suffix.lower().removeprefix(".")
+    if format not in FORMATS:
+        raise ValueError(f"{path} tells no format: name the file .onnx or .pt2, or say which format it shall have")
+    return format
+
+
+def _check_onnx_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'ONNX files are written with onnx and onnxscript: pip install "spigan[export]" ({error})'
+        ) from error
+
+
+def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram:
+    """The program as one graph of PyTorch's own operators, on the CPU."""
+    if network.config.mapping == "ode" and network.config.ode_solver == "dopri5":
+        raise ValueError(
+            'the solver "dopri5" chooses its steps from the values that it meets, which no exported graph can; set '
+            'ode_solver to "rk4" in the model\'s config.json: the weights fit all solvers'
+        )
+    # torch.export takes a size of 1 for a constant.
+    z = torch.zeros(batch_size or 2, *network.config.z_shape)
+    sizes = None if batch_size else {"z": {0: torch.export.Dim("batch", min=1)}}
+    with use_backend("reference"), _quietly():
+        # Without decompositions this only takes the blocks apart in which the networks turn autocast off.
+        program = torch.export.export(_Sampler(network, t), (z,), dynamic_shapes=sizes).run_decompositions({})
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which would be stored
+    return program
+
+
+def _metadata(network: SPIGAN, t: float) -> str:
+    config = network.config
+    return json.dumps(
+        {"spigan": __version__, "config": config.model_dump(), "z_shape": config.z_shape, "t": t, "range": [0, 1]}
+    )
+
+
+def _write_pt2(program: ExportedProgram, path: Path, metadata: str) -> None:
+    with path.open("wb") as file, _quietly():
+        torch.export.save(program, file, extra_files={METADATA: metadata})
+
+
+def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
+    with _quietly():
+        translated = torch.onnx.export(
+            program,
+            (),
+            input_names=["z"],
+            output_names=["images"],
+            opset_version=_OPSET,
+            dynamic_shapes={"z": {0: "batch"}},
+            verbose=False,
+        )
+    assert translated is not None
+    tensors = [value.const_value for value in translated.model.graph.initializers.values()]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if weights > _ONNX_MAX_WEIGHTS:
+        # ONNX can keep weights in a second file, but then neither is whole without the other.
+        raise ValueError(
+            f"an ONNX file holds weights of at most {_ONNX_MAX_WEIGHTS} bytes, and this model's are {weights}: "
+            "export it as pt2"
+        )
+    proto = translated.model_proto
+    proto.metadata_props.add(key=METADATA, value=metadata)
+    path.write_bytes(proto.SerializeToString())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch's exporters say about torchvision and about themselves."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
