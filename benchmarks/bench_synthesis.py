@@ -33,6 +33,16 @@ def network(preset: str) -> Generator:
     ).to(DEVICE).eval().requires_grad_(False)  # fmt: skip
 
 
+def latents(preset: str, batch: int) -> Tensor:
+    return torch.randn(batch, network(preset).dim_h, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@cache
+def reference_images(preset: str, batch: int) -> Tensor:
+    with torch.no_grad(), use_backend("reference"):
+        return network(preset)(latents(preset, batch))
+
+
 def convolution_flop(generator: Generator) -> float:
     """Of one image, as the convolutions are defined."""
     flop = 0.0
@@ -52,14 +62,13 @@ def largest_layer(generator: Generator, dtype: torch.dtype) -> int:
 
 def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: torch.dtype, implementation: str) -> None:
     generator = network(preset)
-    h = torch.randn(batch, generator.dim_h, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    h = latents(preset, batch)
 
     def synthesize(forward: Any = generator, half: bool = dtype == torch.bfloat16) -> Tensor:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=half):
             return forward(h)
 
-    with use_backend("reference"):
-        expected = synthesize(half=False)
+    expected = reference_images(preset, batch)
     forward: Any = generator
     if implementation == "torch.compile":
         torch.compiler.reset()

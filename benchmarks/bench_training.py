@@ -74,6 +74,8 @@ def test_iterations(row: Any, folder: Path, tmp_path: Path, intervals: int, impl
 def test_training_step(row: Any, dtype: torch.dtype, step: str, implementation: str) -> None:
     if implementation == "torch.compile" and step != "generator and discriminator":
         pytest.skip("torch.compile has no second derivatives")
+    if implementation == "torch.compile" and dtype == torch.float32 and DEVICE.type == "cpu":
+        pytest.skip("compiled in the preset's dtype only: building takes longer than all the rest")
     config = spigan.preset(PRESET, data={"source": "digits"}).model
     torch.manual_seed(0)
     widths = {"channel_base": config.channel_base, "channel_max": config.channel_max}

@@ -194,15 +194,15 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             function()
             synchronize()
 
-        # About half a second a row, so that the whole suite stays within ten minutes; what takes long needs no repeats.
-        slow = first_seconds > 4.0 and "compile" not in name
-        rounds = 1
+        # About a third of a second a row, so that the whole suite stays within ten minutes; what takes seconds is warm
+        # after its first call and varies little.
+        rounds, slow = 1, first_seconds > 2.5 and "compile" not in name
         if not slow:
             start = time.perf_counter()
             synchronized()
-            rounds = max(3, min(200, int(0.5 / (time.perf_counter() - start))))
+            rounds = max(3, min(200, int(0.3 / (time.perf_counter() - start))))
         benchmark.group = group
-        benchmark.pedantic(synchronized, rounds=rounds, warmup_rounds=min(2, rounds // 3))
+        benchmark.pedantic(synchronized, rounds=rounds)
         seconds = benchmark.stats.stats.median / share
         numbers: dict[str, Any] = {
             "benchmark": request.module.__name__.rpartition(".")[2],
@@ -215,7 +215,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         if limits:
             bound = max(limits, key=limits.__getitem__)
             numbers |= {"flop": flop, "bytes": moved, "bound": bound, "limit": limits[bound] / share / seconds}
-        if (layer_bytes is not None or memory) and not slow:
+        if (layer_bytes is not None or memory) and seconds < 5.0:
             numbers |= {"peak_bytes": peak_memory(function)}
             numbers |= {} if layer_bytes is None else {"layer_bytes": layer_bytes}
         if images is not None:
