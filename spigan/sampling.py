@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -136,7 +137,9 @@ class Sampler:
         check_times([self.t] if isinstance(self.t, (int, float)) else self.t)
         self.output = output
         self._graph: _Graph | None = None
-        self._use_graph = cuda_graph and self.device.type == "cuda"
+        # dopri5 asks the device for its step sizes, which a graph cannot.
+        adaptive = self.model.config.mapping == "ode" and self.model.config.ode_solver == "dopri5"
+        self._use_graph = cuda_graph and self.device.type == "cuda" and not adaptive
 
     def __call__(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Tensor:
         """Images of `seeds`.
@@ -148,11 +151,11 @@ class Sampler:
         Returns:
             [N, C, H, W], or [K, N, C, H, W] where t is a list.
         """
-        return self._collect(resolve_seeds(None, seeds), to)
+        return self._collect(_seed_list(seeds), to)
 
     def of_noise(self, z: Tensor, *, to: torch.device | str | None = None) -> Tensor:
         """Images of z [N, *config.z_shape]; see `__call__`."""
-        return self._collect(z, to)
+        return self._collect(_checked_noise(z), to)
 
     def stream(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Iterator[Tensor]:
         """The images batch by batch, for more of them than memory holds.
@@ -160,7 +163,7 @@ class Sampler:
         Yields:
             [B, C, H, W], or [K, B, C, H, W] where t is a list.
         """
-        for images in self._batches(resolve_seeds(None, seeds)):
+        for images in self._batches(_seed_list(seeds)):
             yield self._copy(images, self._empty(images.shape[-4], to))
 
     def _collect(self, source: Sequence[int] | Tensor, to: torch.device | str | None) -> Tensor:
@@ -198,7 +201,7 @@ class Sampler:
             for start in range(0, len(source), self.batch_size):
                 part = source[start : start + self.batch_size]
                 if not isinstance(part, Tensor):
-                    part = torch.tensor(part, dtype=torch.int64)
+                    part = torch.tensor(part, dtype=torch.int64, device="cpu")
                 # Entered anew for each batch: the caller's code between batches must not run under these settings.
                 with torch.inference_mode(), self._autocast(), use_backend(self.backend):
                     graph = self._current_graph(part)
@@ -262,7 +265,9 @@ class _Graph:
                     evaluate(self._seeds)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Without `stream` all graphs of the process are captured on one stream of one device. "thread_local": what
+            # other threads allocate meanwhile, such as a loader's pinned memory, does not spoil the capture.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._images = evaluate(self._seeds)
         # The generator drops these when it is called with other weights; the graph still reads them.
         self._prepared = generator._prepared
@@ -284,19 +289,33 @@ class _Samplers(OrderedDict[tuple[Any, ...], Sampler]):
         return _Samplers, ()
 
 
+_samplers_lock = threading.Lock()
 _MAX_SAMPLERS = 8  # each may hold a CUDA graph and its memory
 
 
 def _kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
     """A sampler of `model` with `options`, which is kept with the model: the two are collected together."""
-    samplers: _Samplers = model.__dict__.setdefault("_samplers", _Samplers())
     key = (*options.values(), backends.requested(options["backend"])[0], next(model.parameters()).device)
-    if (sampler := samplers.get(key)) is None:
-        sampler = samplers[key] = Sampler(model, **options)
-        if len(samplers) > _MAX_SAMPLERS:
-            samplers.popitem(last=False)
-    samplers.move_to_end(key)
+    with _samplers_lock:
+        samplers: _Samplers = model.__dict__.setdefault("_samplers", _Samplers())
+        if (sampler := samplers.get(key)) is None:
+            sampler = samplers[key] = Sampler(model, **options)
+            if len(samplers) > _MAX_SAMPLERS:
+                samplers.popitem(last=False)
+        samplers.move_to_end(key)
     return sampler
+
+
+def _seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(seeds, (int, np.integer)):
+        raise TypeError(f"seeds must be integers, one for each image, got {seeds}: range({seeds}) for so many images")
+    return resolve_seeds(None, seeds)
+
+
+def _checked_noise(z: Tensor) -> Tensor:
+    if not isinstance(z, Tensor) or not z.is_floating_point():  # integers would be taken for seeds
+        raise TypeError(f"z must be a tensor of floats, got {z.dtype if isinstance(z, Tensor) else type(z).__name__}")
+    return z
 
 
 def resolve_seeds(n: int | None, seed: int | Sequence[int] | Tensor) -> list[int]:
@@ -312,6 +331,8 @@ def resolve_seeds(n: int | None, seed: int | Sequence[int] | Tensor) -> list[int
             raise ValueError(f"n must not be negative, got {n}")
         seeds = list(range(int(seed), int(seed) + n))
     else:
+        if isinstance(seed, Tensor) and seed.ndim == 1:
+            seed = seed.tolist()  # from a GPU at once
         seeds = [operator.index(s) for s in seed]
         if n is not None and n != len(seeds):
             raise ValueError(f"n is {n}, but {len(seeds)} seeds were given: leave out n")
@@ -367,7 +388,7 @@ def sample(
         raise ValueError(f"n is {n}, but z holds {len(z)}: leave out n")
     if z is not None and not isinstance(seed, int):
         raise ValueError("z was given, so the seeds would not be used: leave out one of them")
-    source: Sequence[int] | Tensor = z if z is not None else resolve_seeds(n, seed)
+    source: Sequence[int] | Tensor = _checked_noise(z) if z is not None else resolve_seeds(n, seed)
     if batch_size is None:  # no larger than needed: a batch that is not full has no CUDA graph
         batch_size = min(max(1, len(source)), default_batch_size(network.config.resolution))
     sampler = _kept_sampler(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import re
+import sys
+import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -516,3 +520,76 @@ def test_sampler_on_a_gpu(dtype: torch.dtype, images: Tensor) -> None:
     torch.testing.assert_close(eager, result, rtol=0, atol=1e-5)
     model.generator.b8.torgb.bias.add_(0.1)
     assert (sampler(range(4), to="cpu") - images[:4]).mean() > 0.03
+
+
+def test_samplers_of_several_threads() -> None:
+    """The samplers that are kept change hands while other threads look for theirs."""
+    model, errors = make(), []
+
+    def work(step: int) -> None:
+        try:
+            for i in range(1500):
+                sampling._kept_sampler(
+                    model, batch_size=1 + i * step % 23, dtype=None, backend=None, t=1.0, output="float"
+                )
+        except KeyError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in range(1, 7)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_noise_is_no_seeds(model: SPIGAN) -> None:
+    with pytest.raises(TypeError, match=re.escape("z must be a tensor of floats, got torch.int64")):
+        Sampler(model).of_noise(torch.tensor([1, 2, 3]))
+    with pytest.raises(TypeError, match=re.escape("z must be a tensor of floats, got torch.int64")):
+        spigan.sample(model=model, z=torch.tensor([1, 2, 3]))
+    with pytest.raises(TypeError, match=r"seeds must be integers, one for each image, got 5: range\(5\)"):
+        Sampler(model)(5)  # type: ignore[arg-type]
+
+
+def test_an_adaptive_solver_has_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_Graph", _NoGraph)
+    for solver, used in (("rk4", True), ("euler", True), ("dopri5", False)):
+        sampler = Sampler(make(ode_solver=solver).requires_grad_(False))
+        assert not sampler._use_graph
+        monkeypatch.setattr(sampling, "load_model", lambda model, device: _elsewhere(model))
+        assert Sampler(sampler.model)._use_graph == used
+        monkeypatch.undo()
+        monkeypatch.setattr(sampling, "_Graph", _NoGraph)
+
+
+def _elsewhere(model: SPIGAN) -> Any:
+    """A model that says it is on a GPU."""
+    parameter = SimpleNamespace(device=torch.device("cuda", 0))
+    return SimpleNamespace(config=model.config, parameters=lambda: iter([parameter]))
+
+
+def test_a_graph_is_captured_on_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph without a stream takes that of the first device that ever captured."""
+    seen: dict[str, Any] = {}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def context(*args: Any, **options: Any) -> Any:
+        seen.update(options)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: stream)
+    monkeypatch.setattr(torch.cuda, "device", context)
+    monkeypatch.setattr(torch.cuda, "stream", context)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", context)
+    generator: Any = SimpleNamespace(_prepared=None)
+    sampling._Graph(lambda seeds: seeds, 2, torch.device("cpu"), (), generator)
+    assert seen == {"stream": stream, "capture_error_mode": "thread_local"}
