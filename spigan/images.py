@@ -72,6 +72,8 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
         path: where the file shall be; its folder is made.
         durable: wait until the disk has it, so that it survives a loss of power too.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{path} is no regular file and would be replaced by one")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
     os.close(descriptor)

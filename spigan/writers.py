@@ -75,9 +75,15 @@ def image_writer(
 
 @contextmanager
 def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
+    names = [f"{moment:.2f}" for moment in times]
+    if len(set(names)) < len(names):  # two decimals do not tell them apart
+        names = [repr(float(moment)) for moment in times]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a file for each time needs times that differ, got {list(times)}")
+
     def save(images: Tensor, part: Sequence[int]) -> None:
-        for moment, row in zip(times, images, strict=True):
-            suffix = f"-t{moment:.2f}" if len(times) > 1 else ""
+        for name, row in zip(names, images, strict=True):
+            suffix = f"-t{name}" if len(times) > 1 else ""
             for seed, image in zip(part, row, strict=True):
                 save_png(image, out / f"seed{seed:06d}{suffix}.png", durable=False)
 
@@ -134,6 +140,9 @@ def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[i
         array: Any = np.lib.format.open_memmap(
             f"{folder}/images.npy", mode="w+", dtype=np.uint8, shape=size if len(times) > 1 else size[1:]
         )
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; in mapped memory it would kill the process
+            with open(f"{folder}/images.npy", "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
         view, start = array.reshape(size), 0
 
         def add(images: Tensor) -> None:
@@ -146,8 +155,8 @@ def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[i
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(f"{folder}/images.npy", "images.npy")
             for name, values in (("seeds", np.array(seeds, dtype=np.int64)), ("t", np.array(times, dtype=np.float64))):
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, values)
+                with archive.open(f"{name}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, values)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +121,35 @@ def test_refused(tmp_path: Path) -> None:
     for fmt in (Format.grid, Format.npz, Format.parquet):
         with pytest.raises(ValueError, match=f"is a folder; --format {fmt.value} needs a file name"):
             image_writer(fmt, tmp_path, [0], [1.0], SHAPE)
+
+
+def test_times_that_two_decimals_do_not_tell_apart(tmp_path: Path) -> None:
+    images, parts = batches(2, 3)
+    write(Format.png, tmp_path / "folder", [0, 1, 2], [0.501, 0.502], parts)
+    assert len(list((tmp_path / "folder").iterdir())) == 6
+    with Image.open(tmp_path / "folder" / "seed000001-t0.502.png") as image:
+        assert np.array_equal(np.asarray(image), images[1, 1].permute(1, 2, 0).numpy())
+    with pytest.raises(ValueError, match="needs times that differ"):
+        write(Format.png, tmp_path / "same", [0, 1, 2], [0.5, 0.5], parts)
+
+
+def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of a sparse file that the disk has no room for is a SIGBUS."""
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        assert size > 3 * 4 * 5 * 1000
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(Format.npz, tmp_path / "a.npz", list(range(1000)), [1.0], [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fmt", [Format.grid, Format.npz, Format.parquet])
+def test_a_device_or_pipe_is_not_replaced(tmp_path: Path, fmt: Format) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    _, parts = batches(1, 3)
+    with pytest.raises(OSError, match="is no regular file"):
+        write(fmt, tmp_path / "pipe", [0, 1, 2], [1.0], parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
