@@ -77,10 +77,12 @@ def export_model(
         _check_onnx_packages()
     # A copy: a program shares its weights with the model that was traced.
     network = copy.deepcopy(load_model(model, "cpu")).float().eval().requires_grad_(False)
-    program = _trace(network, t, batch_size)
     write = _write_onnx if format == "onnx" else _write_pt2
-    with atomic_path(path) as scratch:
-        write(program, scratch, _metadata(network, t))
+    # Where the caller has autocast on, its casts would become part of the program.
+    with torch.autocast("cpu", enabled=False):
+        program = _trace(network, t, batch_size)
+        with atomic_path(path) as scratch:
+            write(program, scratch, _metadata(network, t))
     return path
 
 

@@ -259,3 +259,14 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="no space left"):
         export_model(make(), path)
     assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_callers_autocast_is_not_exported(tmp_path: Path, format: str) -> None:
+    model = make()
+    path = tmp_path / f"a.{format}"
+    with torch.autocast("cpu", torch.bfloat16):
+        export_model(model, path)
+    z = noise(model, 3)
+    actual = run_onnx(path, z) if format == "onnx" else torch.export.load(path).module()(z)
+    torch.testing.assert_close(actual, images(model, z), **CLOSE)
