@@ -214,7 +214,12 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         limits = {"products": flop / matrix_rate(dtype), "copying": moved / copy_rate()} if flop or moved else {}
         if limits:
             bound = max(limits, key=limits.__getitem__)
-            numbers |= {"flop": flop, "bytes": moved, "bound": bound, "limit": limits[bound] / share / seconds}
+            numbers |= {
+                "flop": flop / share,
+                "bytes": moved / share,
+                "bound": bound,
+                "limit": limits[bound] / share / seconds,
+            }
         if (layer_bytes is not None or memory) and seconds < 5.0:
             numbers |= {"peak_bytes": peak_memory(function)}
             numbers |= {} if layer_bytes is None else {"layer_bytes": layer_bytes}
