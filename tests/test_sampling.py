@@ -593,3 +593,18 @@ def test_a_graph_is_captured_on_its_device(monkeypatch: pytest.MonkeyPatch) -> N
     generator: Any = SimpleNamespace(_prepared=None)
     sampling._Graph(lambda seeds: seeds, 2, torch.device("cpu"), (), generator)
     assert seen == {"stream": stream, "capture_error_mode": "thread_local"}
+
+
+def test_batches_of_a_stream_outlive_the_next_replay(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneBuffer(_NoGraph):
+        def replay(self, seeds: Tensor) -> Tensor:
+            result = super().replay(seeds)
+            self.buffer = result.clone() if self.replays == 1 else self.buffer.copy_(result)
+            return self.buffer
+
+    monkeypatch.setattr(sampling, "_Graph", OneBuffer)
+    sampler = Sampler(make().requires_grad_(False), batch_size=3)
+    sampler._use_graph = True  # as on a GPU
+    batches = list(sampler.stream(range(9)))
+    torch.testing.assert_close(torch.cat(batches), images, **ROUNDING)
+    assert not any(batch.is_inference() for batch in batches)

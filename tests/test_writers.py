@@ -153,3 +153,15 @@ def test_a_device_or_pipe_is_not_replaced(tmp_path: Path, fmt: Format) -> None:
     with pytest.raises(OSError, match="is no regular file"):
         write(fmt, tmp_path / "pipe", [0, 1, 2], [1.0], parts)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_grid_has_a_row_for_each_image(tmp_path: Path) -> None:
+    images, parts = batches(2, 5)
+    write(Format.grid, tmp_path / "a.png", list(range(5)), [0.0, 1.0], parts)
+    scale = 64 // SHAPE[-1]
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image)[::scale, ::scale]
+    assert pixels.shape == (5 * 5 - 1, 2 * 6 - 1, 3)  # a pixel between images
+    for i, k in np.ndindex(5, 2):
+        cell = pixels[5 * i : 5 * i + 4, 6 * k : 6 * k + 5]
+        assert np.array_equal(cell, images[k, i].permute(1, 2, 0).numpy())
