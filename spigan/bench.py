@@ -97,6 +97,7 @@ _TITLES = {  # in this order
     "bench_training": "Training",
 }
 _KERNELS = ("cpp", "triton", "cuda")
+_KERNEL_TITLES = ("kernel, x", "kernel, images/s", "kernel, of the limit", "kernel's peak memory, in + out")
 
 
 def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -161,7 +162,8 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             rows[row["benchmark"], row["group"], row["name"]] = {"date": run["date"], **row}
     order = list(_TITLES)
     known = {key: order.index(key[0]) if key[0] in order else len(order) for key in rows}
-    return {**runs[-1], "rows": [rows[key] for key in sorted(rows, key=known.__getitem__)]}
+    newest = max(runs, key=lambda run: run["date"])
+    return {**newest, "rows": [rows[key] for key in sorted(rows, key=known.__getitem__)]}
 
 
 def markdown(report: dict[str, Any], picture: str) -> str:
@@ -223,10 +225,11 @@ def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
         best = min(kernels, key=lambda row: row["seconds"], default={})
         ratio = found["reference"]["seconds"] / best["seconds"] if best and "reference" in found else None
         line.append("" if ratio is None else f"{ratio:.2f}")
+        line.append(f"{best['images'] / best['seconds']:.3g}" if "images" in best else "")
         line.append(f"{100 * best['limit']:.0f} % ({best['bound']})" if "limit" in best else "")
         line.append(f"{best['peak_bytes'] / best['layer_bytes']:.2f}" if "layer_bytes" in best else "")
         cells.append(line)
-    return ["", *_table(["ms", *names, "kernel, x", "kernel, of the limit", "kernel's peak memory, in + out"], cells)]
+    return ["", *_table(["ms", *names, *_KERNEL_TITLES], cells)]
 
 
 def _duration(row: dict[str, Any]) -> str:

@@ -97,7 +97,8 @@ class Sampler:
 
     Args:
         model: a SPIGAN, a folder (a saved model or a training run), a hub id; None for the bundled model of digits.
-        batch_size: images evaluated at once; default by resolution. Memory depends on it, not on the number of images.
+        batch_size: images evaluated at once, at all K times; default by resolution and K. Memory depends on it, not on
+            the number of images.
         dtype: float32 (default), bfloat16 or float16, in which the convolutions run.
         backend: for all operations; default: what `spigan.ops.use_backend` says now.
         device: default: where a SPIGAN is, else cuda where there is one, else the CPU.
@@ -128,13 +129,16 @@ class Sampler:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         self.model = load_model(model, device)
         self.device = next(self.model.parameters()).device
-        self.batch_size = default_batch_size(self.model.config.resolution) if batch_size is None else batch_size
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}")
         self.dtype = dtype or torch.float32
         self.backend = backends.requested(backend)[0]
         self.t = t if isinstance(t, (int, float)) else [float(time) for time in t]
-        check_times([self.t] if isinstance(self.t, (int, float)) else self.t)
+        times = [self.t] if isinstance(self.t, (int, float)) else self.t
+        check_times(times)
+        if batch_size is None:
+            batch_size = max(1, default_batch_size(self.model.config.resolution) // len(times))
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}")
+        self.batch_size = batch_size
         self.output = output
         self._graph: _Graph | None = None
         # dopri5 asks the device for its step sizes, which a graph cannot.
@@ -166,6 +170,11 @@ class Sampler:
         for images in self._batches(_seed_list(seeds)):
             yield self._copy(images, self._empty(images.shape[-4], to))
 
+    def refresh(self) -> None:
+        """Prepare anew in the next call, after weights were changed in a way that leaves no trace, such as `.data`."""
+        self._graph = None
+        self.model.generator.forget()
+
     def _collect(self, source: Sequence[int] | Tensor, to: torch.device | str | None) -> Tensor:
         result, start = self._empty(len(source), to), 0
         for images in self._batches(source):
@@ -186,14 +195,14 @@ class Sampler:
         )
 
     def _copy(self, images: Tensor, result: Tensor) -> Tensor:
-        """`images` in `result`, which outlives the graph's next replay and, unlike `images`, may be trained on."""
+        """`images` in `result`, which, unlike they, may be trained on."""
         result.copy_(images, non_blocking=True)
         if result.device != images.device:
             torch.cuda.current_stream(self.device).synchronize()
         return result
 
     def _batches(self, source: Sequence[int] | Tensor) -> Iterator[Tensor]:
-        """Images of seeds or of z, which the next batch may overwrite. With a progress bar after two seconds."""
+        """Images of seeds or of z, as inference tensors. With a progress bar after two seconds."""
         from tqdm.auto import tqdm
 
         alone = len(source) <= self.batch_size
@@ -256,6 +265,7 @@ class _Graph:
         generator: Generator,
     ) -> None:
         self.state = state
+        self._lock = threading.Lock()
         with torch.cuda.device(device):
             self._seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
             stream = torch.cuda.Stream()
@@ -273,10 +283,11 @@ class _Graph:
         self._prepared = generator._prepared
 
     def replay(self, seeds: Tensor) -> Tensor:
-        """Images of int64 [B] seeds, overwritten by the next replay."""
-        self._seeds.copy_(seeds, non_blocking=True)
-        self._graph.replay()
-        return self._images
+        """Images of int64 [B] seeds."""
+        with self._lock:  # `sample` shares its samplers between threads
+            self._seeds.copy_(seeds, non_blocking=True)
+            self._graph.replay()
+            return self._images.clone()
 
 
 class _Samplers(OrderedDict[tuple[Any, ...], Sampler]):
@@ -390,7 +401,8 @@ def sample(
         raise ValueError("z was given, so the seeds would not be used: leave out one of them")
     source: Sequence[int] | Tensor = _checked_noise(z) if z is not None else resolve_seeds(n, seed)
     if batch_size is None:  # no larger than needed: a batch that is not full has no CUDA graph
-        batch_size = min(max(1, len(source)), default_batch_size(network.config.resolution))
+        times = 1 if isinstance(t, (int, float)) else max(1, len(t))
+        batch_size = min(max(1, len(source)), max(1, default_batch_size(network.config.resolution) // times))
     sampler = _kept_sampler(
         network,
         batch_size=batch_size,

@@ -151,6 +151,8 @@ def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[i
             start += images.shape[1]
 
         yield add
+        if start != len(seeds):
+            raise ValueError(f"{len(seeds)} images were announced, {start} came")
         array.flush()
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(f"{folder}/images.npy", "images.npy")

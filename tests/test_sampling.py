@@ -425,6 +425,24 @@ def test_changed_weights_show_in_the_next_call(frozen: bool) -> None:
     torch.testing.assert_close(after, expected.detach().clamp(0, 1), **ROUNDING)
 
 
+def test_refresh_after_changes_that_leave_no_trace() -> None:
+    model = make().requires_grad_(False)
+    sampler = Sampler(model)
+    before = sampler(range(3))
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    sampler.refresh()
+    after = sampler(range(3))
+    expected = (model(torch.stack([philox_normal((3, 8, 8), seed=s) for s in range(3)]), noise="const") + 1) / 2
+    torch.testing.assert_close(after, expected.clamp(0, 1), **ROUNDING)
+    assert not torch.equal(after, before)
+
+
+def test_default_batch_counts_the_times(model: SPIGAN) -> None:
+    assert Sampler(model).batch_size == 128
+    assert Sampler(model, t=[0.0, 0.5, 1.0]).batch_size == 42
+
+
 def test_samplers_are_kept_with_the_model() -> None:
     model = make()
     pt(3, model=model)

@@ -112,6 +112,12 @@ def test_format_of(tmp_path: Path, name: str, fmt: str) -> None:
     assert format_of(tmp_path / name) == fmt
 
 
+def test_fewer_images_than_announced(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="6 images were announced, 3 came"):
+        write(Format.npz, tmp_path / "a.npz", list(range(6)), [1.0], batches(1, 3)[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a \.png, \.npz or \.parquet file"):
         format_of(tmp_path / "a.jpg")

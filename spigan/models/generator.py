@@ -279,6 +279,10 @@ class Generator(nn.Module):
         backend = backends.choose("modulated_conv2d", None, h.device)
         return None if backend == "reference" else backend
 
+    def forget(self) -> None:
+        """Drop what is kept for frozen parameters, after they were changed in a way that leaves no trace (`.data`)."""
+        self._prepared = _Prepared()
+
     def _current(self) -> _Prepared | None:
         """`self._prepared`, emptied if a tensor has changed since; None: nothing may be kept until the next call."""
         state = None if self.training else frozen_state(self)
