@@ -1,4 +1,7 @@
-"""The command line: `spigan demo | train | sample | export | bench | info`. Heavy packages load inside the commands."""
+"""The command line: `spigan demo | train | sample | interpolate | ablate | export | bench | info`.
+
+Heavy packages load inside the commands.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spigan.config import TrainConfig
 
 app = typer.Typer(
@@ -239,6 +244,128 @@ def sample(
         _fail(error)
     count = len(seeds) * len(times)
     typer.echo(f"{count} images in {elapsed:.2f} s (with writing), NFE = {evaluations[0] / len(times):g}: {out}")
+
+
+@app.command()
+def interpolate(
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="time: h(0) to h(1) of each seed (Fig. 9). z: between the noise of the seeds (Fig. 10). "
+            "h: between their h(1) (Fig. 11). path: real images to noise, along the SDE and straight (Fig. 4)."
+        ),
+    ] = "time",
+    model: Annotated[
+        str | None, typer.Option(help="A run folder, a saved model or a hub id (default: the bundled digits).")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="SEED ...",
+            help="--seeds 3 1 4 (default: 0 1 2 3). z, h: a row from each seed to the next. "
+            "path: numbers of the images too.",
+            min=0,
+        ),
+    ] = None,
+    more: Annotated[list[int] | None, typer.Argument(hidden=True, metavar="SEED", min=0)] = None,
+    steps: Annotated[int, typer.Option(help="Images in a row.", min=2)] = 9,
+    out: Annotated[Path, typer.Option(help="A grid (.png), or an animation there and back (.gif, .webp).")] = Path(
+        "interpolation.png"
+    ),
+    mix: Annotated[
+        str,
+        typer.Option(
+            help="z: spherical keeps z standard normal; linear is the paper's (1 - a) z' + a z'', which does not."
+        ),
+    ] = "spherical",
+    data: Annotated[str, typer.Option(help="path: images, any source that `spigan train` takes.")] = "digits",
+    resolution: Annotated[
+        int | None, typer.Option(help="path: size of the images (default: as stored).", min=1)
+    ] = None,
+    frame_time: Annotated[int, typer.Option(help="Milliseconds that a frame of an animation is shown.", min=1)] = 80,
+    batch: Annotated[int | None, typer.Option(help="Images at a time (default: by resolution).", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+) -> None:
+    """Pictures between pictures: a row for each seed or pair of seeds, a column for each step.
+
+    Without --kind: noise turning into images, h(0) to h(1).
+    """
+    from spigan import interpolation
+    from spigan.ops import BackendUnavailable
+
+    columns = None
+    try:
+        if kind not in ("time", "z", "h", "path"):
+            raise ValueError(f"--kind must be time, z, h or path, got {kind}")
+        if more and not seeds:
+            raise ValueError(f"{more[0]} is no option; did you mean --seeds {' '.join(map(str, more))}?")
+        interpolation.check_suffix(out)
+        # One option that takes any number of values: click gives the first to the option, the others are arguments.
+        numbers = [*seeds, *(more or [])] if seeds else [0, 1, 2, 3]
+        options: dict[str, Any] = {"model": model, "batch_size": batch, "device": None if device == "auto" else device}
+        if kind == "path":
+            rows, columns = _forward_rows(data, resolution, numbers, steps), 2
+        elif kind == "time":
+            rows = interpolation.interpolate_time(numbers, steps, **options)
+        elif kind == "z":
+            rows = interpolation.interpolate_z(numbers, steps, mix=mix, **options)  # type: ignore[arg-type]
+        else:
+            rows = interpolation.interpolate_h(numbers, steps, **options)
+        interpolation.save_rows(rows, out, columns=columns, frame_time=frame_time)
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
+        _fail(error)
+    typer.echo(f"{rows.shape[0]} rows of {steps} images: {out}")
+
+
+def _forward_rows(source: str, resolution: int | None, numbers: list[int], steps: int) -> Tensor:
+    """`forward_path` of the images with these numbers, each with the noise of that seed."""
+    from spigan.data import DataConfig, open_dataset
+    from spigan.interpolation import forward_path
+
+    dataset = open_dataset(DataConfig(source=source, resolution=resolution, cache="none"))
+    if bad := [number for number in numbers if number >= len(dataset)]:
+        raise ValueError(f"{source} has images 0 to {len(dataset) - 1}, got --seeds {bad[0]}")
+    return forward_path(dataset.__getitems__(numbers), numbers, steps)
+
+
+@app.command()
+def ablate(
+    grid: Annotated[
+        str, typer.Argument(help="A grid file (.toml or .json), or one that comes with spigan: table5, digits.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the study, a run folder in it for each arm.")] = Path("ablation"),
+    show: Annotated[bool, typer.Option("--show", help="Print the grid file and stop: a start for your own.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write table and curve of what there is; train nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train the arms of a study one after the other; write table.md, table.json and curve.png (Table 5, Fig. 8).
+
+    Run it again after a stop or a kill: arms that have ended are kept, one that was interrupted goes on exactly.
+    Exit status: 0 all arms have ended, 1 one failed, 130 stopped by Ctrl-C.
+    """
+    from spigan import ablate as study
+
+    try:
+        path = study.grid_path(grid)
+        if show:
+            typer.echo(path.read_text(encoding="utf-8"), nl=False)
+            return
+        plan = study.read_grid(path)
+        failed: list[str] = []
+        interrupted = False
+        if not report_only:
+            failed, interrupted = study.run(plan, out, progress=not quiet, say=typer.echo)
+        paths = study.write_report(plan, out)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(error)
+    if interrupted:
+        typer.echo(f"Stopped. Go on with: spigan ablate {grid} --out {out}")
+        raise typer.Exit(130)
+    typer.echo(f"Report: {', '.join(map(str, paths))}")
+    if failed:
+        _fail(f"{len(failed)} of {len(plan.arms)} arms failed: {', '.join(failed)}; run it again to try them again")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Pixels on their way out: [-1, 1] floats to uint8, grids, PNG files."""
+"""Pixels on their way out: [-1, 1] floats to uint8, grids, PNG files, animations."""
 
 from __future__ import annotations
 
@@ -98,4 +98,32 @@ def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:
     path = Path(path)
     with atomic_path(path, durable) as scratch:
         to_pil(image[None])[0].save(scratch, format="PNG")
+    return path
+
+
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
+"""Pillow's formats of animations, by the file's suffix."""
+
+
+def save_animation(frames: Tensor, path: str | Path, *, frame_time: int = 80) -> Path:
+    """Write uint8 [F, C, H, W] frames as an animation that repeats for ever, whole or not at all; see `atomic_path`.
+
+    Args:
+        frames: the frames.
+        path: a .gif (at most 256 colours a frame, times in hundredths of a second) or a .webp (lossless).
+        frame_time: milliseconds that each frame is shown.
+
+    Raises:
+        ValueError: another suffix, no frame, or a time that is not positive.
+    """
+    path = Path(path)
+    kind = ANIMATIONS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: an animation is a {' or '.join(ANIMATIONS)} file")
+    if not len(frames) or frame_time < 1:
+        raise ValueError(f"an animation needs frames and a positive time, got {len(frames)} and {frame_time} ms")
+    first, *others = to_pil(frames)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    with atomic_path(path) as scratch:
+        first.save(scratch, format=kind, save_all=True, append_images=others, duration=frame_time, loop=0, **options)
     return path

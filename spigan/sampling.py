@@ -159,7 +159,15 @@ class Sampler:
 
     def of_noise(self, z: Tensor, *, to: torch.device | str | None = None) -> Tensor:
         """Images of z [N, *config.z_shape]; see `__call__`."""
-        return self._collect(_checked_noise(z), to)
+        return self._collect(_floats("z", z), to)
+
+    def of_latents(self, h: Tensor, *, to: torch.device | str | None = None) -> Tensor:
+        """Images of latent vectors h [N, D], of whatever time each is, or [N, num_ws, D] with one for each layer.
+
+        Returns:
+            [N, C, H, W]; see `__call__`.
+        """
+        return self._collect(_floats("h", h), to, latents=True)
 
     def stream(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Iterator[Tensor]:
         """The images batch by batch, for more of them than memory holds.
@@ -168,27 +176,32 @@ class Sampler:
             [B, C, H, W], or [K, B, C, H, W] where t is a list.
         """
         for images in self._batches(_seed_list(seeds)):
-            yield self._copy(images, self._empty(images.shape[-4], to))
+            yield self._copy(images, self._empty(self._times() + images.shape[-4:-3], to))
 
     def refresh(self) -> None:
         """Prepare anew in the next call, after weights were changed in a way that leaves no trace, such as `.data`."""
         self._graph = None
         self.model.generator.forget()
 
-    def _collect(self, source: Sequence[int] | Tensor, to: torch.device | str | None) -> Tensor:
-        result, start = self._empty(len(source), to), 0
-        for images in self._batches(source):
+    def _collect(self, source: Sequence[int] | Tensor, to: torch.device | str | None, latents: bool = False) -> Tensor:
+        shape = (len(source),) if latents else (*self._times(), len(source))
+        result, start = self._empty(shape, to), 0
+        for images in self._batches(source, latents):
             stop = start + images.shape[-4]
             self._copy(images, result[..., start:stop, :, :, :])
             start = stop
         return result
 
-    def _empty(self, n: int, to: torch.device | str | None) -> Tensor:
+    def _times(self) -> tuple[int, ...]:
+        """The leading axis of images, where there are several times."""
+        return () if isinstance(self.t, (int, float)) else (len(self.t),)
+
+    def _empty(self, shape: tuple[int, ...], to: torch.device | str | None) -> Tensor:
+        """Memory for images [*shape, C, H, W]."""
         config = self.model.config
-        times = () if isinstance(self.t, (int, float)) else (len(self.t),)
         device = self.device if to is None else torch.device(to)
         return torch.empty(
-            (*times, n, config.img_channels, config.resolution, config.resolution),
+            (*shape, config.img_channels, config.resolution, config.resolution),
             dtype=torch.uint8 if self.output == "uint8" else torch.float32,
             device=device,
             pin_memory=self.device.type == "cuda" and device.type == "cpu",
@@ -201,8 +214,8 @@ class Sampler:
             torch.cuda.current_stream(self.device).synchronize()
         return result
 
-    def _batches(self, source: Sequence[int] | Tensor) -> Iterator[Tensor]:
-        """Images of seeds or of z, as inference tensors. With a progress bar after two seconds."""
+    def _batches(self, source: Sequence[int] | Tensor, latents: bool = False) -> Iterator[Tensor]:
+        """Images of seeds, z or h, as inference tensors. With a progress bar after two seconds."""
         from tqdm.auto import tqdm
 
         alone = len(source) <= self.batch_size
@@ -213,8 +226,12 @@ class Sampler:
                     part = torch.tensor(part, dtype=torch.int64, device="cpu")
                 # Entered anew for each batch: the caller's code between batches must not run under these settings.
                 with torch.inference_mode(), self._autocast(), use_backend(self.backend):
-                    graph = self._current_graph(part)
-                    images = self._evaluate(part.to(self.device)) if graph is None else graph.replay(part)
+                    if latents:
+                        images = self._synthesise(part.to(self.device))
+                    elif (graph := self._current_graph(part)) is None:
+                        images = self._evaluate(part.to(self.device))
+                    else:
+                        images = graph.replay(part)
                 yield images
                 bar.update(len(part))
 
@@ -227,7 +244,15 @@ class Sampler:
         if source.dtype == torch.int64:
             with stage("noise"):
                 z = philox_normal((len(source), *self.model.config.z_shape), seed=source)
-        images = self.model(z, self.t, noise="const")
+        return self._convert(self.model(z, self.t, noise="const"))
+
+    def _synthesise(self, h: Tensor) -> Tensor:
+        """Images of h."""
+        with stage("synthesis"):
+            images = self.model.generator(h, "const")
+        return self._convert(images)
+
+    def _convert(self, images: Tensor) -> Tensor:
         with stage("convert"):
             return to_uint8(images) if self.output == "uint8" else to_unit_interval(images)
 
@@ -323,10 +348,11 @@ def _seed_list(seeds: Sequence[int] | Tensor) -> list[int]:
     return resolve_seeds(None, seeds)
 
 
-def _checked_noise(z: Tensor) -> Tensor:
-    if not isinstance(z, Tensor) or not z.is_floating_point():  # integers would be taken for seeds
-        raise TypeError(f"z must be a tensor of floats, got {z.dtype if isinstance(z, Tensor) else type(z).__name__}")
-    return z
+def _floats(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():  # integers would be taken for seeds
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of floats, got {given}")
+    return value
 
 
 def resolve_seeds(n: int | None, seed: int | Sequence[int] | Tensor) -> list[int]:
@@ -399,7 +425,7 @@ def sample(
         raise ValueError(f"n is {n}, but z holds {len(z)}: leave out n")
     if z is not None and not isinstance(seed, int):
         raise ValueError("z was given, so the seeds would not be used: leave out one of them")
-    source: Sequence[int] | Tensor = _checked_noise(z) if z is not None else resolve_seeds(n, seed)
+    source: Sequence[int] | Tensor = _floats("z", z) if z is not None else resolve_seeds(n, seed)
     if batch_size is None:  # no larger than needed: a batch that is not full has no CUDA graph
         times = 1 if isinstance(t, (int, float)) else max(1, len(t))
         batch_size = min(max(1, len(source)), max(1, default_batch_size(network.config.resolution) // times))

@@ -129,6 +129,21 @@ def test_sixteen_images_by_default(model: SPIGAN) -> None:
     assert pt(model=model).shape == (16, 3, 8, 8)
 
 
+@pytest.mark.parametrize("t", [1.0, [0.0, 1.0]])  # of a sampler, which latents do not depend on
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_images_of_latents(model: SPIGAN, images: Tensor, t: Any, batch_size: int) -> None:
+    z = torch.stack([philox_normal((3, 8, 8), seed=seed) for seed in range(9)])
+    with torch.no_grad():
+        h = model.mapping(z)
+    sampler = Sampler(model, batch_size=batch_size, t=t)
+    torch.testing.assert_close(sampler.of_latents(h), images, **ROUNDING)
+    layers = h[:, None].expand(-1, model.generator.num_ws, -1)
+    torch.testing.assert_close(sampler.of_latents(layers), images, **ROUNDING)
+    assert sampler.of_latents(h[:0]).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"h must have shape \[N, 16\] or .*, got \[., 8\]"):
+        sampler.of_latents(h[:, :8])
+
+
 def test_mlp_mapping() -> None:
     model = make(mapping="mlp")
     z = torch.stack([philox_normal((16,), seed=seed) for seed in (4, 5)])

@@ -1,0 +1,437 @@
+"""Ablation studies (the paper's section 4.4): training runs from one file, their table (Table 5) and curves (Fig. 8).
+
+A study is a folder: a run folder for each arm, with finished.json where it has ended; `ARM.error.txt` where one failed;
+the report: table.md, table.json, curve.png. It can be stopped at any moment; `run` takes up what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spigan.config import TrainConfig, describe_problems
+from spigan.images import atomic_path
+from spigan.presets import preset
+from spigan.training.checkpoint import checkpoints
+from spigan.training.run_folder import read_config, write_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BUILT_IN = Path(__file__).parent / "assets" / "grids"
+"""The grid files that come with the package: the paper's Table 5, and a small one of digits."""
+
+Curve = list[tuple[float, float]]  # (kimg, metric)
+
+# ---- The grid file ----
+
+
+class GridFile(BaseModel):
+    """What a grid file may say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str = Field("digits", description="where every arm starts")
+    base: dict[str, Any] = Field({}, description="fields of TrainConfig that all arms share")
+    arms: dict[str, dict[str, Any]] = Field({}, description="fields of TrainConfig of each arm, by its name")
+    product: dict[str, list[Any]] = Field(
+        {},
+        description='values of fields ("intervals", "model.ode_steps"): every combination, of every arm if there are',
+    )
+    metric: str = Field("FD-ResNet56", description="column of metrics.jsonl, else of stats.jsonl")
+    better: Literal["lower", "higher"] | None = Field(
+        None, description="which values of the metric are better; None: neither, as with a loss"
+    )
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid file, read.
+
+    Attributes:
+        preset: where the arms start.
+        arms: configurations by name.
+        metric: column of metrics.jsonl or stats.jsonl that table and curve show.
+        better: "lower", "higher", or None where neither is.
+    """
+
+    preset: str
+    arms: dict[str, TrainConfig]
+    metric: str
+    better: Literal["lower", "higher"] | None
+
+
+def grid_path(grid: str) -> Path:
+    """The file that a path or the name of a built-in grid means.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+    if grid in names and not Path(grid).is_file():
+        return BUILT_IN / f"{grid}.toml"
+    if not Path(grid).is_file():
+        raise FileNotFoundError(f"{grid} is no grid file, and none of those that come with spigan: {', '.join(names)}")
+    return Path(grid)
+
+
+def read_grid(path: Path) -> Study:
+    """Read a grid file, TOML or (.json) JSON, which unlike TOML can say null.
+
+    Raises:
+        ValueError: it is neither, or describes no study; the arm and its field are named.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        file = GridFile.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe_problems(error)}") from error
+    except ValueError as error:  # of either parser
+        raise ValueError(f"{path} is not {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}") from error
+    changes = _combinations(file)
+    if not changes:
+        raise ValueError(f"{path} has no arms: add [arms.NAME] tables or a [product]")
+    arms = {}
+    for name, fields in changes.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*", name):
+            raise ValueError(f"{path}: {name!r} cannot name a folder: take letters, digits and . _ - = , +")
+        try:
+            arms[name] = preset(file.preset, **_merged(file.base, fields))
+        except ValidationError as error:
+            raise ValueError(f"{path}: arm {name}: {describe_problems(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {name}: {error}") from error
+    return Study(file.preset, arms, file.metric, file.better)
+
+
+def _combinations(file: GridFile) -> dict[str, dict[str, Any]]:
+    """The changes of each arm: every arm of `arms` with every combination of `product`."""
+    changes = {}
+    for name, fields in (file.arms or ({"": {}} if file.product else {})).items():
+        for values in product(*file.product.values()):
+            parts = [name] if name else []
+            arm = fields
+            for field, value in zip(file.product, values, strict=True):
+                nested: Any = value
+                for key in reversed(field.split(".")):
+                    nested = {key: nested}
+                arm = _merged(arm, nested)
+                parts.append(f"{field.rpartition('.')[2]}={str(value).lower()}")
+            changes["_".join(parts)] = arm
+    return changes
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """`first` with the values of `second`, tables (model, data) field by field."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# ---- Running ----
+
+
+def run(
+    study: Study, out: Path, *, progress: bool = True, say: Callable[[str], object] = print
+) -> tuple[list[str], bool]:
+    """Train the arms one after the other, and write the report after each that was trained.
+
+    Arms that have ended are kept, one with a checkpoint goes on exactly from it, others start. An arm that fails leaves
+    its traceback in `ARM.error.txt`, and the next one runs.
+
+    Args:
+        study: what to run.
+        out: folder of the study.
+        progress: show a progress bar for each arm.
+        say: takes a line of text when an arm begins, is kept, or fails.
+
+    Returns:
+        Names of the arms that failed, and whether Ctrl-C or SIGTERM stopped the study.
+
+    Raises:
+        ValueError: a folder holds a run of another configuration than the grid says now; nothing has been touched.
+        ImportError: the curve needs matplotlib.
+    """
+    _require_matplotlib()
+    _check_folders(study, out)
+    failed: list[str] = []
+    for number, (name, config) in enumerate(study.arms.items(), 1):
+        title = f"{name} ({number} of {len(study.arms)})"
+        if _has_ended(out / name, config):
+            say(f"{title}: has ended before, kept")
+            continue
+        say(f"{title}: {config.total_kimg:g} kimg, K = {config.intervals}")
+        error_file = _error_file(out, name)
+        error_file.unlink(missing_ok=True)
+        interrupted = False
+        try:
+            interrupted = _train(out, name, config, progress)
+        except Exception as error:  # whatever it is, the arms after it have their turn
+            failed.append(name)
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(error_file, f"{_first_line(error)}\n\n{traceback.format_exc()}")
+            say(f"{title}: failed: {_first_line(error)} (traceback: {error_file})")
+        write_report(study, out)
+        if interrupted:
+            return failed, True
+    return failed, False
+
+
+def _train(out: Path, name: str, config: TrainConfig, progress: bool) -> bool:
+    """Train an arm from where it stands; whether a signal stopped it."""
+    from spigan.training.trainer import Trainer
+
+    folder = out / name
+    if checkpoints(folder):
+        trainer = Trainer.resume(folder, progress=progress)
+    else:
+        if folder.exists():
+            shutil.rmtree(folder)  # `_check_folders` has seen what is in it
+        trainer = Trainer(config, folder, progress=progress)
+    trainer.fit()
+    if not trainer.interrupted:
+        # The last checkpoint alone does not tell it: a kill may have come before the model was exported.
+        write_text(_end_file(folder), json.dumps({"total_kimg": config.total_kimg}) + "\n")
+    return trainer.interrupted
+
+
+def _has_ended(folder: Path, config: TrainConfig) -> bool:
+    file = _end_file(folder)
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["total_kimg"] == config.total_kimg
+
+
+def _end_file(folder: Path) -> Path:
+    return folder / "finished.json"
+
+
+def _error_file(out: Path, name: str) -> Path:
+    return out / f"{name}.error.txt"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# What a run leaves that was killed before its first checkpoint; names that begin with a dot are half-written files.
+_BEFORE_CHECKPOINT = {"config.json", "data.json", "reals.png", "checkpoints"}
+
+
+def _check_folders(study: Study, out: Path) -> None:
+    """Raise ValueError unless every arm's folder is a run of its configuration, or free to become one."""
+    for name, config in study.arms.items():
+        folder = out / name
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+        if not found:
+            continue
+        if "config.json" not in found or (not checkpoints(folder) and found - _BEFORE_CHECKPOINT):
+            raise ValueError(f"{folder} is not empty and no run that can go on: take another --out, or remove it")
+        if changed := _differences(read_config(folder).model_dump(), config.model_dump()):
+            what = ", ".join(f"{field} {old!r} (the grid now says {new!r})" for field, old, new in changed)
+            advice = (
+                "undo the change in the grid file, or give the arm another name, or remove the folder to train anew"
+            )
+            if [field for field, _, _ in changed] == ["total_kimg"]:
+                advice += f"; a run is lengthened by `spigan train --resume {folder} --kimg {config.total_kimg:g}`"
+            raise ValueError(f"{folder} holds a run with {what}: {advice}")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields whose values differ: (name, old, new)."""
+    found = []
+    for key in new:
+        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
+            found += _differences(old[key], new[key], f"{prefix}{key}.")
+        elif old.get(key) != new[key]:
+            found.append((prefix + key, old.get(key), new[key]))
+    return found
+
+
+# ---- The report ----
+
+
+def write_report(study: Study, out: Path) -> list[Path]:
+    """Write table.md, table.json and, as soon as there is a point to draw, curve.png, of what the folder holds now.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: the curve needs matplotlib.
+    """
+    _require_matplotlib()
+    curves = {name: read_curve(out / name, study.metric) for name in study.arms}
+    rows = [_row(study, out, name, curves[name]) for name in study.arms]
+    missing = _missing(study, out, curves)
+    head = {"preset": study.preset, "metric": study.metric, "better": study.better}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "table.json", json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    write_text(out / "table.md", _markdown(study, rows, missing))
+    if any(curves.values()):
+        with atomic_path(out / "curve.png") as scratch:
+            curve_figure(study, curves).savefig(scratch, format="png", dpi=110)
+    return [path for name in ("table.md", "table.json", "curve.png") if (path := out / name).is_file()]
+
+
+def read_curve(folder: Path, metric: str) -> Curve:
+    """(kimg, metric) of a run, from metrics.jsonl or, where that lacks it, from stats.jsonl; [] where both do."""
+    for file in _STATISTICS:
+        points = [
+            (row["kimg"], row[metric]) for row in _read_rows(folder / file) if isinstance(row.get(metric), (int, float))
+        ]
+        if points:
+            return points
+    return []
+
+
+_STATISTICS = ("metrics.jsonl", "stats.jsonl")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
+    """A line of the table."""
+    config, stats = study.arms[name], _read_rows(out / name / "stats.jsonl")
+    best = None
+    if study.better is not None:
+        best = (min if study.better == "lower" else max)(curve, key=lambda point: point[1], default=None)
+    kimg = stats[-1]["kimg"] if stats else 0.0
+    if _has_ended(out / name, config):
+        state = "ended"
+    elif _error_file(out, name).is_file():
+        state = f"failed: {_error_file(out, name).read_text(encoding='utf-8').splitlines()[0]}"
+    else:
+        state = f"at {kimg:g} of {config.total_kimg:g} kimg" if checkpoints(out / name) else "not started"
+    return {
+        "arm": name,
+        "intervals": config.intervals,
+        "fixed_t": config.fixed_t,
+        "mapping": config.model.mapping,
+        "updates": config.updates,
+        "kimg": kimg,
+        "last": curve[-1][1] if curve else None,
+        "best": best[1] if best else None,
+        "best_kimg": best[0] if best else None,
+        "seconds": stats[-1]["seconds"] if stats else 0.0,
+        # The median, because some ticks hold a checkpoint or a measurement.
+        "images_per_sec": statistics.median(row["images_per_sec"] for row in stats) if stats else None,
+        "state": state,
+    }
+
+
+def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
+    """What to say where no run has the metric, though some have others."""
+    names = {
+        key
+        for arm in study.arms
+        for file in _STATISTICS
+        for row in _read_rows(out / arm / file)
+        for key in row
+        if key not in ("iteration", "kimg", "seconds")
+    }
+    if any(curves.values()) or not names:
+        return ""
+    return f"No run has measured {study.metric}; there are: {', '.join(sorted(names))}."
+
+
+def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
+    titles = ["arm", "K", "fixed t", "mapping", "updates", "kimg", f"last {study.metric}"]
+    titles += [f"best {study.metric} (at kimg)", "seconds", "images/s", "state"]
+    cells = [
+        [
+            row["arm"],
+            str(row["intervals"]),
+            "yes" if row["fixed_t"] else "no",
+            row["mapping"],
+            row["updates"],
+            f"{row['kimg']:g}",
+            "" if row["last"] is None else f"{row['last']:.4g}",
+            "" if row["best"] is None else f"{row['best']:.4g} ({row['best_kimg']:g})",
+            f"{row['seconds']:.0f}",
+            "" if row["images_per_sec"] is None else f"{row['images_per_sec']:.3g}",
+            row["state"].replace("|", "\\|"),
+        ]
+        for row in rows
+    ]
+    lines = [titles, ["---"] * len(titles), *cells]
+    if study.better is None:
+        lines = [[cell for i, cell in enumerate(line) if i != 7] for line in lines]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    better = f" ({study.better} is better)" if study.better else ""
+    title = f"Preset `{study.preset}`, {study.metric}{better}. Written by `spigan ablate`."
+    return "\n".join([title, "", *([missing, ""] if missing else []), *table]) + "\n"
+
+
+def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
+    """Metric against thousands of images seen: random beside fixed t of the same K (Fig. 8), and all arms."""
+    from matplotlib.figure import Figure
+
+    pairs = _fixed_pairs(study)
+    figure = Figure(figsize=(6.0 * (1 + bool(pairs)), 4.5), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(pairs), squeeze=False)[0]
+    looks = {}  # the two arms of a pair look alike in both panels
+    for (random, fixed), style in zip(pairs, ["-", "--", ":", "-."] * len(pairs), strict=False):
+        k = study.arms[random].intervals
+        for name, kind, colour in ((random, "random", "tab:blue"), (fixed, "fixed", "tab:orange")):
+            looks[name] = {"color": colour, "linestyle": style}
+            axes[0].plot(*_columns(curves[name]), marker=".", label=f"{kind} t, K = {k} ({name})", **looks[name])
+        axes[0].set_title("Random against fixed t (the paper's Fig. 8)")
+    others = [name for name in curves if name not in looks]
+    for name, curve in curves.items():
+        if curve:
+            look = looks.get(name) or {"color": f"C{2 + others.index(name) % 8}"}
+            axes[-1].plot(*_columns(curve), marker=".", label=name, **look)
+    axes[-1].set_title("All arms")
+    for ax in axes:
+        ax.set(xlabel="images seen, thousands", ylabel=study.metric)
+        ax.legend(fontsize=8)
+    return figure
+
+
+def _columns(curve: Curve) -> tuple[list[float], list[float]]:
+    return [x for x, _ in curve], [y for _, y in curve]
+
+
+def _fixed_pairs(study: Study) -> list[tuple[str, str]]:
+    """(random, fixed): arms that differ in fixed_t alone."""
+    names = {config.model_dump_json(): name for name, config in study.arms.items()}
+    found = []
+    for name, config in study.arms.items():
+        random = names.get(config.model_copy(update={"fixed_t": False}).model_dump_json())
+        if config.fixed_t and random is not None:
+            found.append((random, name))
+    return found
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401 - before anything is trained or written
+    except ImportError as error:
+        raise ImportError('the curve needs matplotlib: pip install "spigan[bench]"') from error

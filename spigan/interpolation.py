@@ -1,0 +1,225 @@
+"""Images between images: along h(0) to h(1), between two z, between two h(1), and the path that training follows
+(the paper's Figs. 9, 10, 11 and 4).
+
+Every function returns rows of images, uint8 [R, S, C, H, W] on the CPU; `save_rows` makes a picture or an animation of
+them. The generator evaluates `Sampler.batch_size` images at a time, so that memory grows with the result alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spigan.images import ANIMATIONS, display_scale, make_grid, save_animation, save_png, to_uint8
+from spigan.ops import path_interpolate, philox_normal, use_backend
+from spigan.ops.path_interpolate import to_unit_range
+from spigan.sampling import Model, Sampler, resolve_seeds
+from spigan.sde import VPSDE
+
+Mix = Literal["spherical", "linear"]
+
+
+def interpolate_time(seeds: Sequence[int], steps: int = 9, *, model: Model = None, **options: Any) -> Tensor:
+    """From noise to image: h(0) to h(1) of fixed z (Fig. 9).
+
+    The ODE is solved once through all the times. Where they are close, its steps are shorter than those of `sample`, so
+    that the last image equals `sample`'s up to the solver's error.
+
+    Args:
+        seeds: R seeds of z.
+        steps: S times 0, 1 / (S - 1), ..., 1.
+        model: as in `spigan.sample`.
+        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+
+    Returns:
+        uint8 [R, S, C, H, W].
+
+    Raises:
+        ValueError: a model without time (mapping="mlp"), or an argument out of range.
+    """
+    sampler = _sampler(model, options)
+    if sampler.model.config.mapping == "mlp":
+        raise ValueError('mapping="mlp" has no time, so there is no h(0) to h(1): interpolate z or h instead')
+    times = _weights(steps).tolist()
+    rows = [sampler.of_latents(_latents(sampler, z, times)[:, 0], to="cpu") for z in _noise(sampler, seeds).split(1)]
+    return torch.stack(rows)
+
+
+def interpolate_z(
+    seeds: Sequence[int], steps: int = 9, *, mix: Mix = "spherical", model: Model = None, **options: Any
+) -> Tensor:
+    """Between the noise of one seed and that of the next (Fig. 10): z' to z'', each z to its own h(1) and image.
+
+    spherical: z = cos(a pi / 2) z' + sin(a pi / 2) z'', which is standard normal for every a as z' and z'' are.
+    linear: z = (1 - a) z' + a z'', as the paper writes; its variance (1 - a)^2 + a^2 falls to a half between them.
+
+    Args:
+        seeds: R + 1 seeds; row i goes from the i-th to the next.
+        steps: S values of a: 0, 1 / (S - 1), ..., 1.
+        mix: how.
+        model: as in `spigan.sample`.
+        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+
+    Returns:
+        uint8 [R, S, C, H, W]; the first and last image of a row are those of its seeds.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if mix not in ("spherical", "linear"):
+        raise ValueError(f'mix must be "spherical" or "linear", got {mix!r}')
+    sampler = _sampler(model, options)
+    z = _noise(sampler, _several(seeds))
+    return _between(sampler, z, steps, spherical if mix == "spherical" else linear, sampler.of_noise)
+
+
+def interpolate_h(seeds: Sequence[int], steps: int = 9, *, model: Model = None, **options: Any) -> Tensor:
+    """Between the latent vectors of one seed and the next (Fig. 11): h(1) = (1 - a) h(1)' + a h(1)''.
+
+    Args:
+        seeds: R + 1 seeds; row i goes from the i-th to the next.
+        steps: S values of a: 0, 1 / (S - 1), ..., 1.
+        model: as in `spigan.sample`.
+        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+
+    Returns:
+        uint8 [R, S, C, H, W]; the first and last image of a row are those of its seeds.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    sampler = _sampler(model, options)
+    h = torch.cat([_latents(sampler, z) for z in _noise(sampler, _several(seeds)).split(sampler.batch_size)])
+    return _between(sampler, h, steps, linear, sampler.of_latents)
+
+
+def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: VPSDE = VPSDE()) -> Tensor:
+    """What training shows the discriminator, and what it would see along the SDE (Fig. 4): x_0 to x_T, both ways.
+
+        SDE:            x_t = a(t) x_0 + s(t) e,                      t = 0, 1 / (S - 1), ..., 1
+        straight path:  i(1 - t) = (1 - t) x_0 + t x_T,  x_T = x_1    (eq. 7)
+
+    Both have the same ends and the same noise e. Pixels beyond [-1, 1] are clamped, as always on their way to uint8.
+
+    Args:
+        images: uint8 [N, C, H, W] clean images x_0.
+        seeds: N seeds of e.
+        steps: S.
+        sde: the forward process.
+
+    Returns:
+        uint8 [2 N, S, C, H, W], two rows for each image: along the SDE, along the straight path.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    seeds = resolve_seeds(len(images), seeds)
+    times = _weights(steps).tolist()
+    noise = philox_normal(images.shape, seed=torch.tensor(seeds, dtype=torch.int64, device=images.device))
+    clean = to_unit_range(images)
+    diffused = torch.stack([a * clean + s * noise for a, s in map(sde.marginal, times)])
+    # The reference: any number of times.
+    x_T, i = path_interpolate(
+        images, [1.0 - t for t in reversed(times[:-1])], noise=noise, sde=sde, backend="reference"
+    )
+    straight = torch.cat([i.flip(0), x_T[None]])
+    return to_uint8(torch.stack([diffused, straight])).permute(2, 0, 1, 3, 4, 5).flatten(0, 1).cpu()
+
+
+def linear(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """(1 - a) first + a second for every a of `weights` [S]: [S, *first.shape]."""
+    a = weights.to(first).view(-1, *(1,) * first.ndim)
+    return (1.0 - a) * first + a * second
+
+
+def spherical(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """cos(a pi / 2) first + sin(a pi / 2) second for every a of `weights` [S]: [S, *first.shape].
+
+    Standard normal where `first` and `second` are, and independent.
+    """
+    angle = weights.double().view(-1, *(1,) * first.ndim) * (math.pi / 2)
+    return angle.cos().to(first) * first + angle.sin().to(first) * second
+
+
+def save_rows(rows: Tensor, out: str | Path, *, columns: int | None = None, frame_time: int = 80) -> Path:
+    """Write rows of images as a grid (.png), or as an animation there and back (.gif, .webp).
+
+    Args:
+        rows: uint8 [R, S, C, H, W].
+        out: the file.
+        columns: animation: how many rows' images lie side by side in a frame; default: about as many as one above the
+            other.
+        frame_time: animation: milliseconds that each of the S frames is shown.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    out = Path(out)
+    check_suffix(out)
+    scale = display_scale(rows.shape[-1])
+    if out.suffix.lower() not in ANIMATIONS:
+        return save_png(make_grid(rows.flatten(0, 1), columns=rows.shape[1], scale=scale), out)
+    frames = [make_grid(images, columns=columns, scale=scale) for images in rows.unbind(1)]
+    return save_animation(torch.stack([*frames, *frames[-2:0:-1]]), out, frame_time=frame_time)
+
+
+def check_suffix(out: Path) -> None:
+    """Raise ValueError unless `save_rows` can write `out`."""
+    if out.suffix.lower() not in (".png", *ANIMATIONS):
+        raise ValueError(f"{out}: expected a .png (a grid), or a .gif or .webp (an animation)")
+
+
+def _sampler(model: Model, options: dict[str, Any]) -> Sampler:
+    return Sampler(model, output="uint8", **options)
+
+
+def _weights(steps: int) -> Tensor:
+    """float64 [S]: 0, 1 / (S - 1), ..., 1."""
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, the two ends, got {steps}")
+    return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
+
+
+def _several(seeds: Sequence[int]) -> list[int]:
+    """The seeds, after a check that there is something between each and the next."""
+    seeds = resolve_seeds(None, seeds)
+    if len(seeds) < 2 or any(a == b for a, b in pairwise(seeds)):
+        raise ValueError(f"at least two seeds are needed, each unlike the one before it, got {seeds}")
+    return seeds
+
+
+def _noise(sampler: Sampler, seeds: Sequence[int]) -> Tensor:
+    """z [R, *z_shape] of seeds, as `sample` draws them."""
+    numbers = torch.tensor(resolve_seeds(None, seeds), dtype=torch.int64, device=sampler.device)
+    if not len(numbers):
+        raise ValueError("at least one seed is needed, got none")
+    return philox_normal((len(numbers), *sampler.model.config.z_shape), seed=numbers, backend=sampler.backend)
+
+
+def _latents(sampler: Sampler, z: Tensor, t: float | list[float] = 1.0) -> Tensor:
+    """h [N, D] of z, or [K, N, D] of K times."""
+    with torch.inference_mode(), use_backend(sampler.backend):
+        return sampler.model.mapping(z, t)
+
+
+def _between(
+    sampler: Sampler,
+    ends: Tensor,
+    steps: int,
+    mix: Callable[[Tensor, Tensor, Tensor], Tensor],
+    images_of: Callable[..., Tensor],
+) -> Tensor:
+    """Rows of images between ends [R + 1, ...], no more of the mixtures in memory than a batch."""
+    parts = _weights(steps).split(sampler.batch_size)
+    return torch.stack(
+        [
+            torch.cat([images_of(mix(first, second, part), to="cpu") for part in parts])
+            for first, second in pairwise(ends)
+        ]
+    )
