@@ -1,0 +1,43 @@
+"""What evaluations keep in the user's cache between runs: features of reference images. safetensors, never a pickle."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spigan.images import atomic_path
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """`folder`, or $SPIGAN_CACHE, or $XDG_CACHE_HOME/spigan, or ~/.cache/spigan."""
+    if folder is None:
+        folder = os.environ.get("SPIGAN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spigan"
+    return Path(folder).expanduser()
+
+
+def load(path: Path, key: str) -> dict[str, Tensor] | None:
+    """What `save` wrote; None where there is nothing, of another key, or damaged: it is computed again then."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{path} is damaged ({error}): it is computed again", stacklevel=2)
+        return None
+
+
+def save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
+    """Keep tensors, whole or not at all; a cache that cannot be written costs time, nothing else."""
+    try:
+        with atomic_path(path) as scratch:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch, {"key": key})
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{path} cannot be kept for later ({error}): set SPIGAN_CACHE to a folder of yours", stacklevel=2)

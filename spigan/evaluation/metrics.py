@@ -1,0 +1,249 @@
+"""Formulas of the metrics, on features alone: [N, D] tensors of one row per image, on any device.
+
+Rows are compared with rows in chunks, so that memory grows with N + D^2, never with N^2. The mean, the covariance, what
+is computed of them and the kernel of KID are float64. Distances between neighbours are float32 after the reference's
+mean is subtracted, which makes |x|^2 + |y|^2 - 2 x.y accurate enough: neighbours are only compared by size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEIGHBOURS_MANIFOLD = 3
+"""k of improved precision and recall (Kynkäänniemi et al. 2019, section 3.1)."""
+NEIGHBOURS_COVERAGE = 5
+"""k of density and coverage (Naeem et al. 2020, section 4.2)."""
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+"""Subsets of KID: as many as Karras et al. 2020a take, of the largest size that Binkowski et al. 2018 take."""
+INCEPTION_SPLITS = 10
+"""Parts that the Inception Score is averaged over (Salimans et al. 2016)."""
+
+_BLOCK = 1 << 24  # distances at a time, 64 MiB in float32
+_ROWS = 4096  # rows at a time whose float64 copy makes sums
+
+
+class Estimate(NamedTuple):
+    """A mean and a standard deviation, of subsets or of parts."""
+
+    mean: float
+    std: float
+
+
+def check_features(features: Tensor, what: str = "features", least: int = 1) -> Tensor:
+    """`features` where they are [N, D] finite numbers of at least `least` rows.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"{what} must be floating-point [N, D], got {features.dtype} {list(features.shape)}")
+    if len(features) < least:
+        raise ValueError(f"{what}: at least {least} images are needed, got {len(features)}")
+    if not all(part.isfinite().all() for part in features.split(_ROWS)):
+        raise ValueError(f"{what} must be finite: the feature network made infinities or NaN")
+    return features
+
+
+# ---- Frechet distance ----
+
+
+def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and unbiased covariance [D, D] of features [N, D], N >= 2, in float64."""
+    check_features(features, least=2)
+    mean = torch.stack([part.double().sum(0) for part in features.split(_ROWS)]).sum(0) / len(features)
+    covariance = mean.new_zeros(len(mean), len(mean))
+    for part in features.split(_ROWS):
+        centred = part.double() - mean
+        covariance.addmm_(centred.T, centred)
+    return mean, covariance / (len(features) - 1)
+
+
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = L L^T the last trace is the sum of the singular values of
+    L1^T L2, which, unlike a matrix square root of C1 C2, exists and is real for singular covariances too.
+
+    Args:
+        mean1, mean2: [D] float64.
+        covariance1, covariance2: [D, D] float64.
+    """
+    trace = covariance1.trace() + covariance2.trace()
+    root = torch.linalg.svdvals(_factor(covariance1).T @ _factor(covariance2)).sum()
+    distance = (mean1 - mean2).square().sum() + trace - 2.0 * root
+    return max(0.0, distance.item())  # rounding may leave -1e-13 of equal Gaussians
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """L with L L^T = covariance; eigenvalues that rounding alone made are 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
+    return vectors * torch.where(values > noise, values, 0.0).sqrt()
+
+
+# ---- Kernel distance ----
+
+
+def kernel_distance(
+    reference: Tensor, samples: Tensor, *, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE, seed: int = 0
+) -> Estimate:
+    """KID: squared maximum mean discrepancy of features, k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
+
+    Unbiased, so it may be a little below 0. The subsets are drawn without replacement from a generator of their own.
+
+    Args:
+        reference: [N, D].
+        samples: [M, D].
+        subsets: pairs of subsets that it is averaged over.
+        subset_size: rows of each; no more than N and M.
+        seed: of the subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+    """
+    n = min(subset_size, len(reference), len(samples))
+    for name, features in (("reference", reference), ("samples", samples)):
+        check_features(features, name, least=2)
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = (
+            features[torch.randperm(len(features), generator=generator)[:n].to(features.device)].double()
+            for features in (reference, samples)
+        )
+        values.append(_mmd2(x, y))
+    distances = torch.stack(values)
+    return Estimate(distances.mean().item(), distances.std(correction=0).item())
+
+
+def _mmd2(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased squared MMD of x and y, both [n, D]; Gretton et al. 2012, eq. 4."""
+    n, dim = x.shape
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / dim + 1.0) ** 3
+
+    within = sum(k.sum() - k.diagonal().sum() for k in (kernel(x, x), kernel(y, y)))
+    return within / (n * (n - 1)) - 2.0 * kernel(x, y).mean()
+
+
+# ---- Inception Score ----
+
+
+def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Estimate:
+    """exp(E KL(p(y|x) || p(y))) of class probabilities (Salimans et al. 2016, section 4).
+
+    Args:
+        probabilities: [N, classes], rows sum to 1, N >= splits.
+        splits: consecutive parts, of which the score is taken separately.
+
+    Returns:
+        Mean and standard deviation over the parts.
+    """
+    check_features(probabilities, "class probabilities", least=splits)
+    scores = []
+    for part in probabilities.tensor_split(splits):
+        p = part.double()
+        # The mean divergence from the mean is the entropy of the mean less the mean entropy; entr(0) is 0.
+        scores.append((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp())
+    values = torch.stack(scores)
+    return Estimate(values.mean().item(), values.std(correction=0).item())
+
+
+# ---- Neighbours ----
+
+
+class Neighbours(NamedTuple):
+    """Shares in [0, 1] (density may exceed 1)."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def neighbour_distances(
+    features: Tensor, centre: Tensor, k: int = NEIGHBOURS_COVERAGE, *, progress: bool = False
+) -> Tensor:
+    """Squared distances from every row to its k nearest others, in ascending order.
+
+    Args:
+        features: [N, D], N > k.
+        centre: [D] subtracted from all rows; the same in everything that is compared.
+        k: number of neighbours.
+        progress: show a bar where it takes more than two seconds.
+
+    Returns:
+        float32 [N, k].
+    """
+    check_features(features, least=k + 1)
+    nearest, start = [], 0
+    for block in _squared_distances(features, features, centre, "neighbours" if progress else None):
+        stop = start + len(block)
+        block[:, start:stop].fill_diagonal_(torch.inf)  # a row is not its own neighbour
+        nearest.append(block.topk(k, largest=False).values)
+        start = stop
+    return torch.cat(nearest)
+
+
+def neighbour_metrics(
+    reference: Tensor, samples: Tensor, radii: Tensor, centre: Tensor, *, progress: bool = False
+) -> Neighbours:
+    """Improved precision and recall, density and coverage.
+
+    Precision is the share of samples within the reference's manifold, the union of balls around its rows that reach to
+    the third nearest other row; recall the share of reference rows within the samples' (Kynkäänniemi et al. 2019,
+    eq. 1 to 3). Density counts how many balls of the reference, to the fifth nearest, hold a sample, over k; coverage
+    is the share of these balls that hold any (Naeem et al. 2020, eq. 4 and 6). They are comparable where N and M are
+    equal: the radii shrink as rows are added.
+
+    Args:
+        reference: [N, D], N > 5.
+        samples: [M, D], M > 3.
+        radii: `neighbour_distances(reference, centre)`.
+        centre: [D], about the mean of the reference.
+        progress: show bars where it takes more than two seconds.
+    """
+    check_features(reference, "reference", least=NEIGHBOURS_COVERAGE + 1)
+    check_features(samples, "samples", least=NEIGHBOURS_MANIFOLD + 1)
+    sample_radii = neighbour_distances(samples, centre, NEIGHBOURS_MANIFOLD, progress=progress)[:, -1]
+    manifold, ball = radii[:, NEIGHBOURS_MANIFOLD - 1], radii[:, NEIGHBOURS_COVERAGE - 1]
+    precise = inside = 0
+    recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    covered, start = recalled.clone(), 0
+    title = "precision, recall" if progress else None
+    for block in _squared_distances(samples, reference, centre, title):  # [rows, N]
+        precise += int((block <= manifold).any(1).sum())
+        recalled |= (block <= sample_radii[start : start + len(block), None]).any(0)
+        within = block < ball  # as the authors' code has it; a set against itself then has density 1
+        inside += int(within.sum())
+        covered |= within.any(0)
+        start += len(block)
+    return Neighbours(
+        precise / len(samples),
+        int(recalled.sum()) / len(reference),
+        inside / (NEIGHBOURS_COVERAGE * len(samples)),
+        int(covered.sum()) / len(reference),
+    )
+
+
+def _squared_distances(x: Tensor, y: Tensor, centre: Tensor, title: str | None) -> Iterator[Tensor]:
+    """Squared distances from x [N, D] to all of y [M, D], float32 [rows, M] at a time; a block may be overwritten.
+
+    `title` is that of a progress bar; None: no bar.
+    """
+    from tqdm.auto import tqdm
+
+    centre = centre.float()
+    y = y.float() - centre
+    y_norms = y.square().sum(1)
+    with tqdm(total=len(x), desc=title, unit="img", delay=2.0, leave=False, disable=title is None) as bar:
+        for part in x.split(max(1, _BLOCK // len(y))):
+            rows = part.float() - centre
+            block = torch.addmm(y_norms, rows, y.T, alpha=-2.0)
+            yield block.add_(rows.square().sum(1, keepdim=True)).clamp_(min=0.0)
+            bar.update(len(part))
