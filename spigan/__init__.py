@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spigan import interop, ops
     from spigan.config import ModelConfig, TrainConfig
     from spigan.data import DataConfig
+    from spigan.evaluation.evaluate import evaluate
     from spigan.models import SPIGAN, Discriminator, Generator
     from spigan.presets import preset
     from spigan.sampling import Sampler, sample
@@ -30,6 +31,7 @@ _HOMES = {
     "TrainConfig": "spigan.config",
     "Trainer": "spigan.training.trainer",
     "VPSDE": "spigan.sde",
+    "evaluate": "spigan.evaluation.evaluate",
     "preset": "spigan.presets",
     "sample": "spigan.sampling",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "evaluate",
     "interop",
     "ops",
     "preset",

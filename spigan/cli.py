@@ -1,4 +1,4 @@
-"""The command line: `spigan demo | train | sample | interpolate | ablate | export | bench | info`.
+"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | bench | info`.
 
 Heavy packages load inside the commands.
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spigan.config import TrainConfig
+    from spigan.data import DataConfig
 
 app = typer.Typer(
     help="SPI-GAN: images from noise in one evaluation of the generator.",
@@ -99,7 +100,7 @@ def train(
     """Train a model (Algorithm 1 of the paper). Ctrl-C saves; --resume goes on.
 
     The run folder gets config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
-    checkpoints and the exported model.
+    checkpoints and the exported model. With --set metric_features=... also metrics.jsonl and best/.
     """
     from spigan.ops import BackendUnavailable
     from spigan.training.trainer import Trainer
@@ -366,6 +367,108 @@ def ablate(
     typer.echo(f"Report: {', '.join(map(str, paths))}")
     if failed:
         _fail(f"{len(failed)} of {len(plan.arms)} arms failed: {', '.join(failed)}; run it again to try them again")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="A run folder, a saved model or a hub id [default: the bundled digits].")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Reference images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id "
+            "[default: what the run was trained on].",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of the reference (default: train, or the run's).")] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1 (grey) or 3 (RGB) converts the reference (default: as stored, or the run's).")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="lanczos (default, or the run's), bicubic, bilinear, box or nearest.")
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="inception or inception=PATH (FID), cifar10-resnet56=PATH, or [NAME=]PATH of a TorchScript network, "
+            "which is a program: only one from somebody you trust."
+        ),
+    ] = "inception",
+    samples: Annotated[int, typer.Option(help="Images to draw.", min=1)] = 50_000,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the result, with all that it depends on, as JSON.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at a time (default: by resolution).", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    backend: Annotated[str | None, typer.Option(help="auto, reference, cpp, triton, cuda.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of reference statistics (default: SPIGAN_CACHE, or ~/.cache/spigan).")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Measure a model: FID (or another Frechet distance), KID, Inception Score, precision, recall, coverage, time.
+
+    FID needs the Inception network of 2015-12-05; the error that it is missing says where to get it.
+    """
+    import warnings
+
+    import torch
+
+    from spigan.evaluation.evaluate import evaluate as measure
+    from spigan.evaluation.evaluate import table
+    from spigan.ops import BackendUnavailable
+    from spigan.training.run_folder import write_text
+
+    try:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
+        reference = _reference_config(model, data, {"split": split, "channels": channels, "resize": resize})
+        if out is not None and out.is_dir():
+            raise ValueError(f"--out {out} is a folder; expected the path of a JSON file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the result has them
+            result = measure(
+                model,
+                data=reference,
+                features=features,
+                samples=samples,
+                seed=seed,
+                batch_size=batch,
+                dtype=getattr(torch, dtype),
+                device=None if device == "auto" else device,
+                backend=backend,
+                cache_dir=cache,
+                progress=not quiet,
+            )
+        if out is not None:
+            write_text(out, json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
+        _fail(error)
+    for warning in result["warnings"]:
+        typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW, err=True)
+    typer.echo(table(result))
+    if out is not None:
+        typer.echo(f"{out} records all of it")
+
+
+def _reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
+    """The reference of an evaluation: --data, else what the run in the folder `model` was trained on."""
+    from spigan.data import DataConfig
+    from spigan.training.run_folder import read_config
+
+    fields: dict[str, Any] = {}
+    if data is not None:
+        fields = {"source": data}
+    elif model is None:
+        fields = {"source": "digits"}
+    elif (Path(model) / "model").is_dir():
+        fields = read_config(Path(model)).data.model_dump() | {"resolution": None}
+    else:
+        raise ValueError(f"{model} is no training run, so its images are not known: pass --data")
+    given = {name: value for name, value in changes.items() if value is not None}
+    return DataConfig.model_validate(fields | given)
 
 
 @app.command()

@@ -104,6 +104,13 @@ class TrainConfig(BaseModel):
     snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, grids and exported models")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
 
+    # Metrics during training
+    metric_features: str | None = Field(
+        None, description="feature network, as for `spigan evaluate --features`; None: no metrics during training"
+    )
+    metric_samples: Positive = Field(10_000, description="images drawn for the metrics")
+    metric_ticks: Positive = Field(50, description="ticks between lines of metrics")
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if self.model.mapping == "mlp" and self.intervals != 1:

@@ -60,7 +60,7 @@ def test_dir_lists_the_api() -> None:
     assert set(spigan.__all__) <= set(names)
     classes = {"SPIGAN", "VPSDE", "DataConfig", "Discriminator", "Generator", "ModelConfig", "Sampler"}
     classes |= {"TrainConfig", "Trainer"}
-    assert set(spigan.__all__) == classes | {"__version__", "interop", "ops", "preset", "sample"}
+    assert set(spigan.__all__) == classes | {"__version__", "evaluate", "interop", "ops", "preset", "sample"}
 
 
 @pytest.mark.parametrize("name", spigan.__all__)

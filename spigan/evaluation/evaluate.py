@@ -330,6 +330,26 @@ def evaluate(
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """A result of `evaluate` for people: a line for each metric, then what they were measured from."""
+    reference, settings = result["reference"], result["settings"]
+    rows = [
+        (name, f"{value:.5g}", f"+- {result['spread'][name]:.2g}" if name in result["spread"] else "")
+        for name, value in result["metrics"].items()
+    ]
+    rows.append(("NFE", f"{result['nfe']:g}", ""))
+    rows.append(("seconds per 100 images", f"{result['seconds_per_100_images']:.4g}", result["device"]))
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{name:{width}}  {value:>10}  {note}".rstrip() for name, value, note in rows]
+    compared = f"{settings['samples']} samples (seeds {result['samples']['seeds'][0]} to "
+    compared += (
+        f"{result['samples']['seeds'][1]}, uint8, {result['samples']['dtype']}) against {reference['count']} images"
+    )
+    lines.append(f"{compared} of {reference['source']}, {reference['split']}; features: {result['features']['name']}")
+    lines.append(f"precision, recall, density, coverage: {settings['neighbours_of']} of each")
+    return "\n".join(lines)
+
+
 def open_reference(data: DataConfig, model: SPIGAN, *, progress: bool = True) -> ImageDataset:
     """The data set that a model is compared with, at its resolution.
 

@@ -218,8 +218,8 @@ def _inception(spec: str, path: Path, device: torch.device) -> FeatureNet:
     if sha256 != INCEPTION_SHA256:
         raise ValueError(
             f"{path} is not {INCEPTION_NAME} (its sha256 is {sha256[:12]}..., expected {INCEPTION_SHA256[:12]}...): "
-            f"get it again from {INCEPTION_URL}; only that file makes what is called FID. Another network takes another "
-            "name: NAME=PATH"
+            f"get it again from {INCEPTION_URL}; only that file makes what is called FID. Another network is given as "
+            "NAME=PATH"
         )
     script = _load_script(path, device)
     # The softmax without its bias, as the Inception Score was published. Of features that are there already: the
@@ -282,7 +282,7 @@ class ResNet56(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 RGB [N, 3, 32, 32] -> features [N, 64] after global average pooling, and class probabilities [N, 10]."""
+        """uint8 RGB [N, 3, 32, 32] -> features [N, 64] after global average pooling, class probabilities [N, 10]."""
         mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32)
         x = (images.float() / 255.0 - mean[:, None, None]) / std[:, None, None]
         x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))

@@ -35,10 +35,14 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 def remove_scratch(run_dir: Path) -> None:
     """Delete the unfinished files that a kill in the middle of writing left behind."""
-    for pattern in ("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".stats.jsonl-*", ".*.json-*"):
+    patterns = (
+        *("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".*.jsonl-*", ".*.json-*"),
+        "best/.metrics.json-*",
+    )
+    for pattern in patterns:
         for path in run_dir.glob(pattern):
             path.unlink()
-    for folder in run_dir.glob("model/.saving-*"):
+    for folder in (*run_dir.glob("model/.saving-*"), *run_dir.glob("best/.saving-*")):
         shutil.rmtree(folder)
 
 

@@ -40,7 +40,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 class StatsLog:
-    """stats.jsonl (one JSON object a tick) and TensorBoard events of the same numbers.
+    """stats.jsonl (one JSON object a tick), metrics.jsonl (one for each measurement), and TensorBoard events of them.
 
     Args:
         run_dir: the run's folder.
@@ -50,20 +50,30 @@ class StatsLog:
     def __init__(self, run_dir: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run_dir / "stats.jsonl"
-        kept = [row for row in read_stats(run_dir) if row["iteration"] <= iteration]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.path, self.metrics_path = run_dir / "stats.jsonl", run_dir / "metrics.jsonl"
+        self.path.touch()
+        for path in (self.path, self.metrics_path):
+            if path.is_file():
+                kept = [row for row in _read_rows(path) if row["iteration"] <= iteration]
+                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one tick; `row` holds at least "iteration"."""
-        with self.path.open("a", encoding="utf-8") as file:
+        self._append(self.path, row, "")
+
+    def write_metrics(self, row: dict[str, Any]) -> None:
+        """Append one measurement; `row` holds "iteration", "kimg", "seconds" and the metrics."""
+        self._append(self.metrics_path, row, "metrics/")
+
+    def _append(self, path: Path, row: dict[str, Any], prefix: str) -> None:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for name, value in row.items():
             if name != "iteration":
-                self._events.add_scalar(name, value, row["iteration"])
+                self._events.add_scalar(prefix + name, value, row["iteration"])
         self._events.flush()
 
     def close(self) -> None:
@@ -73,7 +83,15 @@ class StatsLog:
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of stats.jsonl; a last line that a kill cut short is left out."""
-    path = run_dir / "stats.jsonl"
+    return _read_rows(run_dir / "stats.jsonl")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, the metrics during training; as `read_stats`."""
+    return _read_rows(run_dir / "metrics.jsonl")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

@@ -30,6 +30,7 @@ from spigan.sde import VPSDE
 from spigan.training import checkpoint
 from spigan.training.augment import ADA, make_augment
 from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
+from spigan.training.measure import RunMetrics, keep_best
 from spigan.training.run_folder import StatsLog, next_run_dir, read_config, write_text
 
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
@@ -48,8 +49,9 @@ class Trainer:
     """Trains a SPIGAN and keeps a run folder.
 
     The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN:
-    kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. Construction seeds torch's global
-    generator, which training draws from.
+    kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`; with `config.metric_features`
+    also metrics.jsonl and best/, the averaged weights with the lowest Frechet distance. Construction seeds torch's
+    global generator, which training draws from.
 
     Args:
         config: what to train and how.
@@ -129,6 +131,9 @@ class Trainer:
         mbstd_group = next(g for g in range(min(config.mbstd_group, at_a_time), 0, -1) if at_a_time % g == 0)
         for op in backends.operations():
             backends.choose(op, None, self.device)  # a backend that cannot run is told before anything is written
+        self._metrics = (
+            None if config.metric_features is None else RunMetrics(config, self.dataset, self.device, progress)
+        )
         torch.manual_seed(config.seed)
         self.model = SPIGAN(config.model).to(self.device).train()
         self.discriminator = (
@@ -375,8 +380,13 @@ class Trainer:
                 row = self._tick_row((self.images_seen - tick_seen) / (now - tick_began))
                 log.write(row)
                 bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
-                tick_began, tick_seen = now, self.images_seen
-                if int(self.images_seen // tick_images) % self.config.snapshot_ticks == 0 and self.images_seen < total:
+                tick, tick_began, tick_seen = int(self.images_seen // tick_images), now, self.images_seen
+                if tick % self.config.metric_ticks == 0:
+                    # Before the checkpoint: one that exists has its metrics, and a resumed run measures none again.
+                    self._measure(log)
+                    began += time.perf_counter() - now  # "seconds" are of training
+                    tick_began = time.perf_counter()
+                if tick % self.config.snapshot_ticks == 0 and self.images_seen < total:
                     self._snapshot()
             self._elapsed = time.perf_counter() - began
             self.interrupted = stop.is_set()
@@ -386,6 +396,23 @@ class Trainer:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
         return self.ema
+
+    def _measure(self, log: StatsLog) -> None:
+        """Metrics of the averaged model, where the run has any; keeps it where it is the best so far."""
+        if self._metrics is None:
+            return
+        values = self._metrics.measure(self.ema)
+        row = {
+            "iteration": self.iteration,
+            "kimg": self.images_seen / 1000,
+            "seconds": round(self._elapsed, 3),
+            **values,
+        }
+        log.write_metrics(row)
+        best = keep_best(self.run_dir, self.ema, row, self._metrics.distance)
+        if self.progress:
+            distance = f"{self._metrics.distance} {values[self._metrics.distance]:.4g}"
+            tqdm.write(f"{self.images_seen / 1000:.1f} kimg: {distance}{', the best so far' if best else ''}")
 
     def _record(self, **values: Tensor) -> None:
         for name, value in values.items():
