@@ -384,7 +384,7 @@ def time_sampler(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> tup
         timed(range(2))
     timed(range(100), to="cpu")
     seconds: list[float] = []
-    while len(seconds) < repeats and sum(seconds) < limit:
+    while not seconds or (len(seconds) < repeats and sum(seconds) < limit):
         began = time.perf_counter()
         timed(range(100), to="cpu")
         seconds.append(time.perf_counter() - began)
