@@ -463,10 +463,12 @@ def _reference_config(model: str | None, data: str | None, changes: dict[str, An
         fields = {"source": data}
     elif model is None:
         fields = {"source": "digits"}
-    elif (Path(model) / "model").is_dir():
-        fields = read_config(Path(model)).data.model_dump() | {"resolution": None}
     else:
-        raise ValueError(f"{model} is no training run, so its images are not known: pass --data")
+        # A run, or model/ or best/ in it.
+        runs = [folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()]
+        if not runs:
+            raise ValueError(f"{model} is no training run, so its images are not known: pass --data")
+        fields = read_config(runs[0]).data.model_dump() | {"resolution": None}
     given = {name: value for name, value in changes.items() if value is not None}
     return DataConfig.model_validate(fields | given)
 

@@ -106,15 +106,15 @@ def test_help_lists_every_option(name: str, flag: str) -> None:
 
 def test_help_of_the_program_lists_every_command() -> None:
     text = run("--help")
-    assert {"demo", "train", "sample", "interpolate", "ablate", "export", "info"} <= set(COMMANDS)
+    assert {"demo", "train", "sample", "evaluate", "interpolate", "ablate", "export", "bench", "info"} <= set(COMMANDS)
     assert not [name for name in COMMANDS if name not in text]
 
 
 def test_help_is_fast_since_it_loads_no_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from spigan.cli import app\n"
-        "for command in ([], ['train'], ['sample'], ['interpolate'], ['ablate'], ['export'], ['demo']):\n"
-        "    assert CliRunner().invoke(app, [*command, '--help']).exit_code == 0\n"
+        "for command in ('', 'train', 'sample', 'evaluate', 'interpolate', 'ablate', 'export', 'bench', 'demo'):\n"
+        "    assert CliRunner().invoke(app, [*filter(None, [command]), '--help']).exit_code == 0\n"
         "print({'torch', 'numpy', 'sklearn', 'datasets'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -48,6 +48,12 @@ def test_a_study_loads_matplotlib_and_the_trainer_where_used() -> None:
     assert not modules & ({"typer", *HEAVY} - {"huggingface_hub"})
 
 
+def test_evaluation_loads_no_training_package() -> None:
+    modules = loaded_after("import spigan.evaluation.features; spigan.evaluate")
+    assert "torch" in modules
+    assert not modules & ({"typer", "scipy", *HEAVY} - {"huggingface_hub"})
+
+
 def test_command_line_loads_no_torch() -> None:
     modules = loaded_after("import spigan.cli")
     assert "typer" in modules

@@ -270,6 +270,29 @@ def test_command_line(model: SPIGAN, scripts: Path, tmp_path: Path) -> None:
     )
 
 
+def test_command_line_of_a_run(scripts: Path, tmp_path: Path) -> None:
+    """What it was trained on is the reference of a run, of its last model and of its best one."""
+    run = tmp_path / "run"
+    fields = ("dim_h=8", "embed_channels=2", "channel_base=32", "channel_max=4", "resolution=8")
+    result = cli(
+        *("train", "--preset", "digits", "--out", run, "--kimg", 0.04, "--batch", 8, "--device", "cpu", "--quiet"),
+        *(f"--set=model.{field}" for field in fields),
+        *("--set=tick_kimg=0.02", "--set=metric_ticks=1", "--set=metric_samples=50", "--set=data.resize=box"),
+        f"--set=metric_features={scripts / 'classifier.pt'}",
+    )
+    assert result.exit_code == 0, result.output
+    for folder in (run, run / "model", run / "best"):
+        result = cli(
+            *("evaluate", folder, "--features", scripts / "classifier.pt", "--samples", 50, "--device", "cpu"),
+            *("--out", tmp_path / "result.json", "--quiet"),
+        )
+        assert result.exit_code == 0, result.output
+        written = json.loads((tmp_path / "result.json").read_text())
+        assert written["reference"]["source"] == "digits" and written["reference"]["resize"] == "box"
+    best = json.loads((run / "best" / "metrics.json").read_text())
+    assert written["metrics"]["FD-classifier"] == pytest.approx(best["value"], rel=1e-6)
+
+
 def test_command_line_warns(scripts: Path) -> None:
     result = cli("evaluate", "--features", scripts / "pixels.pt", "--samples", 20, "--device", "cpu", "--quiet")
     assert result.exit_code == 0, result.output  # the bundled model, against what it was trained on
