@@ -353,11 +353,12 @@ def test_the_whole_of_cifar10(shared: Callable[[str], Path]) -> None:
     evaluator = Evaluator(train, net, progress=False)
     images = test.__getitems__(range(len(test)))
     floor = evaluator.measure(images.split(500), len(images)).values
-    assert floor["coverage"] > 0.85 and floor["recall"] > 0.75
+    assert floor["coverage"] > 0.93 and floor["recall"] > 0.82  # two samples of one distribution: 0.97 and 0.86
     previous = floor["FD-ResNet56"]
     assert previous < 0.1
     for sigma in (5, 10, 20):
-        values = evaluator.measure(damaged(images, sigma).split(500), len(images)).values
+        some = damaged(images[:2500], sigma)
+        values = evaluator.measure(some.split(500), len(some)).values
         assert values["FD-ResNet56"] > previous
         previous = values["FD-ResNet56"]
 
