@@ -22,9 +22,11 @@ from spigan.ops import backends
 library = torch.library.Library("spigan", "FRAGMENT")
 """The namespace `spigan::`."""
 
-_NVTX = os.environ.get("SPIGAN_NVTX") == "1"
-
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _nvtx_is_on() -> bool:
+    return os.environ.get("SPIGAN_NVTX") == "1" and torch.cuda.is_available()
 
 
 def annotate(name: str, enabled: bool | None = None) -> Callable[[Function], Function]:
@@ -36,7 +38,7 @@ def annotate(name: str, enabled: bool | None = None) -> Callable[[Function], Fun
             that a range that is off costs nothing.
     """
     if enabled is None:
-        enabled = _NVTX and torch.cuda.is_available()
+        enabled = _nvtx_is_on()
 
     def decorate(function: Function) -> Function:
         if not enabled:
@@ -61,7 +63,7 @@ def stage(name: str) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    if _NVTX and torch.cuda.is_available():
+    if _nvtx_is_on():
         return torch.cuda.nvtx.range(name)
     profiled = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     return torch.profiler.record_function(name) if profiled else nullcontext()

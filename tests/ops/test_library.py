@@ -83,6 +83,17 @@ def test_annotate_pushes_and_pops_also_when_the_function_raises(ranges, monkeypa
     assert outer(1) == 3 and ranges[4:] == ["outer", "spigan::double", None, None]
 
 
+def test_stages_are_ranges_too(ranges, monkeypatch):
+    monkeypatch.delenv("SPIGAN_NVTX", raising=False)
+    with library.stage("mapping"):
+        assert ranges == []
+    monkeypatch.setenv("SPIGAN_NVTX", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with library.stage("mapping"):
+        assert ranges == ["mapping"]
+    assert ranges == ["mapping", None]
+
+
 def test_kernels_have_no_ranges_unless_they_are_asked_for(ranges):
     rk4_mlp(torch.ones(1, 2), torch.ones(1, 2, 2), torch.ones(1, 2), torch.ones(1, 2), [1.0], backend="cpp")
     assert ranges == []
