@@ -24,7 +24,7 @@ from spigan.config import TrainConfig, describe_problems
 from spigan.images import atomic_path
 from spigan.presets import preset
 from spigan.training.checkpoint import checkpoints
-from spigan.training.run_folder import read_config, write_text
+from spigan.training.run_folder import read_config, read_rows, write_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -295,7 +295,7 @@ def read_curve(folder: Path, metric: str) -> Curve:
     """(kimg, metric) of a run, from metrics.jsonl or, where that lacks it, from stats.jsonl; [] where both do."""
     for file in _STATISTICS:
         points = [
-            (row["kimg"], row[metric]) for row in _read_rows(folder / file) if isinstance(row.get(metric), (int, float))
+            (row["kimg"], row[metric]) for row in read_rows(folder / file) if isinstance(row.get(metric), (int, float))
         ]
         if points:
             return points
@@ -305,20 +305,9 @@ def read_curve(folder: Path, metric: str) -> Curve:
 _STATISTICS = ("metrics.jsonl", "stats.jsonl")
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
     """A line of the table."""
-    config, stats = study.arms[name], _read_rows(out / name / "stats.jsonl")
+    config, stats = study.arms[name], read_rows(out / name / "stats.jsonl")
     best = None
     if study.better is not None:
         best = (min if study.better == "lower" else max)(curve, key=lambda point: point[1], default=None)
@@ -352,7 +341,7 @@ def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
         key
         for arm in study.arms
         for file in _STATISTICS
-        for row in _read_rows(out / arm / file)
+        for row in read_rows(out / arm / file)
         for key in row
         if key not in ("iteration", "kimg", "seconds")
     }

@@ -54,7 +54,7 @@ class StatsLog:
         self.path.touch()
         for path in (self.path, self.metrics_path):
             if path.is_file():
-                kept = [row for row in _read_rows(path) if row["iteration"] <= iteration]
+                kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
                 write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
 
@@ -82,16 +82,17 @@ class StatsLog:
 
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of stats.jsonl; a last line that a kill cut short is left out."""
-    return _read_rows(run_dir / "stats.jsonl")
+    """Rows of stats.jsonl, the statistics of each tick."""
+    return read_rows(run_dir / "stats.jsonl")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl, the metrics during training; as `read_stats`."""
-    return _read_rows(run_dir / "metrics.jsonl")
+    """Rows of metrics.jsonl, the metrics during training."""
+    return read_rows(run_dir / "metrics.jsonl")
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
