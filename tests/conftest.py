@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spigan import _C
+from spigan.ops import backends
 
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)
@@ -47,6 +48,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.select_cpu_isa(request.param)
     yield request.param
     _C.select_cpu_isa(None)
+
+
+@pytest.fixture
+def added_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that the test adds are gone after it."""
+    for name in ("_implementations", "_functions"):
+        registry = getattr(backends, name)
+        monkeypatch.setattr(backends, name, {op: dict(entries) for op, entries in registry.items()})
+    monkeypatch.setattr(backends, "_auto_order", dict(backends._auto_order))
 
 
 @pytest.fixture(params=["library's", "own"])

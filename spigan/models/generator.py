@@ -277,7 +277,7 @@ class Generator(nn.Module):
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules() if module is not self):
             return None  # they want to see the layers
         backend = backends.choose("modulated_conv2d", None, h.device)
-        return None if backend == "reference" else backend
+        return backend if backend in backends.KERNELS else None
 
     def forget(self) -> None:
         """Drop what is kept for frozen parameters, after they were changed in a way that leaves no trace (`.data`)."""

@@ -1,6 +1,6 @@
 """The operations: one name each, a plain PyTorch reference, and faster backends chosen visibly (`spigan info`)."""
 
-from spigan.ops.backends import BACKENDS, BackendUnavailable, use_backend
+from spigan.ops.backends import BACKENDS, BackendUnavailable, register_backend, use_backend
 from spigan.ops.fir_bias_act import fir_bias_act
 from spigan.ops.modulated_conv2d import modulated_conv2d
 from spigan.ops.path_interpolate import path_interpolate
@@ -14,6 +14,7 @@ __all__ = [
     "modulated_conv2d",
     "path_interpolate",
     "philox_normal",
+    "register_backend",
     "rk4_mlp",
     "use_backend",
 ]

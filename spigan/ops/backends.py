@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 
-BACKENDS = ("reference", "cpp", "triton", "cuda")
-"""Every name that `backend=` takes, beside "auto"."""
+KERNELS = ("cpp", "triton", "cuda")
+"""The backends whose kernels are operators of torch.library (see spigan/ops/library.py)."""
 
-_AUTO_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", *KERNELS)
+"""Every name that `backend=` takes, beside "auto" and what `register_backend` has added."""
+
+_auto_order = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _implementations: dict[str, dict[str, Callable[[torch.device], str | None]]] = {}
+_functions: dict[str, dict[str, Callable[..., Any]]] = {}  # by operation, of the backends that are no kernels
 _override: list[list[str]] = []  # of `use_backend`, innermost last; each block removes its own entry
 
 
@@ -25,15 +29,77 @@ class BackendUnavailable(RuntimeError):
     """A backend that was asked for by name cannot run this operation here; the message says why."""
 
 
-def register(op: str, backend: str, unavailable: Callable[[torch.device], str | None]) -> None:
+def register(
+    op: str,
+    backend: str,
+    unavailable: Callable[[torch.device], str | None],
+    function: Callable[..., Any] | None = None,
+) -> None:
     """Declare that `backend` implements `op`.
 
     Args:
         op: name of the operation.
-        backend: one of `BACKENDS`.
+        backend: its name.
         unavailable: tells for a device why the backend cannot run there, or None when it can.
+        function: the implementation, called as the operation's reference is; None for one of `KERNELS`.
     """
     _implementations.setdefault(op, {})[backend] = unavailable
+    if function is not None:
+        _functions.setdefault(op, {})[backend] = function
+
+
+def register_backend(
+    name: str,
+    functions: Mapping[str, Callable[..., Any]],
+    *,
+    unavailable: Callable[[torch.device], str | None] | None = None,
+    auto: Sequence[str] = (),
+) -> None:
+    """Add a backend of your own: from then on `backend=`, `use_backend` and SPIGAN_BACKEND take its name.
+
+    A function is called with the arguments of the operation's reference (`spigan.ops.rk4_mlp.rk4_mlp_reference` and so
+    on): checked, with all defaults filled in. It returns what the reference returns, and is responsible for its own
+    derivatives where the result shall have any. Registering a name again replaces that backend.
+
+    Args:
+        name: of the backend; not "auto" and none of `BACKENDS`.
+        functions: the operations that it implements, by name: {"rk4_mlp": function}. Asked for any other one by name,
+            it raises `BackendUnavailable`.
+        unavailable: tells for a device why the backend cannot run there, or None when it can; default: it runs on all.
+        auto: types of device ("cpu", "cuda", ...) on which "auto" takes it before all others.
+
+    Raises:
+        TypeError, ValueError: a name that is taken, an operation that does not exist, or no function for it.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"a backend's name must be an identifier, got {name!r}")
+    if name in ("auto", *BACKENDS):
+        raise ValueError(f"{name!r} is a backend of spigan itself: choose another name")
+    if not functions:
+        raise ValueError(f"the backend {name!r} must implement one operation at least: {', '.join(_implementations)}")
+    for op, function in functions.items():
+        if op not in _implementations:
+            raise ValueError(f"there is no operation {op!r}; there are {', '.join(_implementations)}")
+        if not callable(function):
+            raise TypeError(f"the backend {name!r} needs a function for {op}, got {type(function).__name__}")
+    for op in _implementations:
+        _implementations[op].pop(name, None)
+        _functions[op].pop(name, None)
+    for op, function in functions.items():
+        register(op, name, unavailable or always_available, function)
+    for kind in {*_auto_order, *auto}:
+        others = tuple(other for other in _auto_order.get(kind, ("reference",)) if other != name)
+        _auto_order[kind] = (name, *others) if kind in auto else others
+
+
+def function(op: str, backend: str) -> Callable[..., Any] | None:
+    """The Python function of `op` that `backend` is; None for a kernel."""
+    return _functions[op].get(backend)
+
+
+def _names() -> tuple[str, ...]:
+    """`BACKENDS`, and those that were added."""
+    return tuple(dict.fromkeys((*BACKENDS, *(name for functions in _functions.values() for name in functions))))
 
 
 def operations() -> tuple[str, ...]:
@@ -42,8 +108,8 @@ def operations() -> tuple[str, ...]:
 
 
 def _check_name(backend: str, where: str) -> str:
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"{where} names the backend {backend!r}; expected one of {', '.join(('auto', *BACKENDS))}")
+    if backend != "auto" and backend not in BACKENDS and backend not in _names():
+        raise ValueError(f"{where} names the backend {backend!r}; expected one of {', '.join(('auto', *_names()))}")
     return backend
 
 
@@ -54,7 +120,7 @@ def use_backend(backend: str) -> Iterator[None]:
     The choice is the process's, so that it also holds in autograd's and other threads of the block.
 
     Args:
-        backend: "auto" or one of `BACKENDS`.
+        backend: "auto", one of `BACKENDS`, or one that `register_backend` has added.
     """
     entry = [_check_name(backend, "use_backend")]
     _override.append(entry)
@@ -110,7 +176,7 @@ def choose(op: str, backend: str | None, device: torch.device, limit: Callable[[
     """
     name, source = requested(backend)
     if name == "auto":
-        order = _AUTO_ORDER.get(device.type, ("reference",))
+        order = _auto_order.get(device.type, ("reference",))
         return next(b for b in order if why_unavailable(op, b, device) is None and limit(b) is None)
     if (cause := why_unavailable(op, name, device) or limit(name)) is not None:
         raise BackendUnavailable(f"{op}: backend {name!r} (asked for by {source}) cannot run on {device}: {cause}")
@@ -210,7 +276,7 @@ def describe(device: torch.device) -> dict[str, dict[str, Any]]:
             why = f"auto: first that runs on {device.type}" if name == "auto" else f"asked for by {source}"
         except BackendUnavailable:
             chosen, why = None, f"{name} was asked for by {source}: {why_unavailable(op, name, device)}"
-        causes = {other: why_unavailable(op, other, device) for other in BACKENDS if other in implementations}
+        causes = {other: why_unavailable(op, other, device) for other in _names() if other in implementations}
         report[op] = {
             "chosen": chosen,
             "why": why,

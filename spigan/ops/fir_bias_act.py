@@ -184,7 +184,7 @@ def fir_bias_act(
     transformed = why_transformed(*tensors)
 
     def limit(name: str) -> str | None:
-        if name == "reference":
+        if name not in backends.KERNELS:
             return None
         if transformed is not None:
             return transformed
@@ -199,8 +199,8 @@ def fir_bias_act(
         return None
 
     name = backends.choose("fir_bias_act", backend, x.device, limit)
-    if name == "reference":
-        return fir_bias_act_reference(
+    if (function := backends.function("fir_bias_act", name)) is not None:
+        return function(
             x,
             filter=filter,
             up=up,
@@ -552,7 +552,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("spigan::fir_bias_act", _backward, setup_context=_setup_context, lib=library)
-backends.register("fir_bias_act", "reference", backends.always_available)
+backends.register("fir_bias_act", "reference", backends.always_available, fir_bias_act_reference)
 backends.register("fir_bias_act", "cpp", backends.extension_on_cpu)
 backends.register("fir_bias_act", "triton", backends.triton_on_gpu)
 backends.register("fir_bias_act", "cuda", backends.cuda_on_gpu)

@@ -222,7 +222,7 @@ def modulated_conv2d(
     transformed = why_transformed(*tensors)
 
     def limit(name: str) -> str | None:
-        if name == "reference":
+        if name not in backends.KERNELS:
             return None
         if transformed is not None:
             return transformed
@@ -238,9 +238,9 @@ def modulated_conv2d(
 
     name = backends.choose("modulated_conv2d", backend, x.device, limit)
     end: dict[str, Any] = {"activation": activation, "gain": gain, "clamp": clamp}
-    if name == "reference":
+    if (function := backends.function("modulated_conv2d", name)) is not None:
         with torch.autocast(x.device.type, enabled=False):  # as in a kernel: computed in the dtype of x
-            return modulated_conv2d_reference(
+            return function(
                 x,
                 weight,
                 style,
@@ -673,7 +673,7 @@ define(
     _kernel,
     _fake,
 )
-backends.register("modulated_conv2d", "reference", backends.always_available)
+backends.register("modulated_conv2d", "reference", backends.always_available, modulated_conv2d_reference)
 backends.register("modulated_conv2d", "cpp", backends.extension_on_cpu)
 backends.register("modulated_conv2d", "triton", backends.triton_on_gpu)
 backends.register("modulated_conv2d", "cuda", backends.cuda_on_gpu)

@@ -93,20 +93,20 @@ def path_interpolate(
     transformed = why_transformed(x0, noise)
 
     def limit(name: str) -> str | None:
-        if name != "reference" and transformed is not None:
+        if name in backends.KERNELS and transformed is not None:
             return transformed
-        if name != "reference" and torch.float64 in (x0.dtype, dtype):
+        if name in backends.KERNELS and torch.float64 in (x0.dtype, dtype):
             return "it computes in float32: float64 images or results are for the reference"
-        if name != "reference" and len(times) > _MAX_TIMES:
+        if name in backends.KERNELS and len(times) > _MAX_TIMES:
             return f"it takes at most {_MAX_TIMES} times, got {len(times)}"
         return None
 
     name = backends.choose("path_interpolate", backend, x0.device, limit)
-    if name == "reference":
+    if (function := backends.function("path_interpolate", name)) is not None:
         if noise is None:
             assert seed is not None
             noise = philox_normal(x0.shape, seed=seed, offset=offset, device=x0.device, backend="reference")
-        return path_interpolate_reference(x0, noise, flips, times, sde, dtype)
+        return function(x0, noise, flips, times, sde, dtype)
     if noise is not None:
         seed, offset, noise = 0, 0, noise.to(torch.float32)
     return torch.ops.spigan.path_interpolate(x0, noise, flips, times, *sde.marginal(1.0), seed, offset, dtype, name)
@@ -195,7 +195,7 @@ define(
     _fake,
 )
 torch.library.register_autograd("spigan::path_interpolate", _backward, setup_context=_setup_context, lib=library)
-backends.register("path_interpolate", "reference", backends.always_available)
+backends.register("path_interpolate", "reference", backends.always_available, path_interpolate_reference)
 backends.register("path_interpolate", "cpp", backends.extension_on_cpu)
 backends.register("path_interpolate", "triton", backends.triton_on_gpu)
 backends.register("path_interpolate", "cuda", backends.cuda_on_gpu)

@@ -135,8 +135,8 @@ def philox_normal(
 
     row_numel = check_index("the number of elements of shape", row_numel)
     name = backends.choose("philox_normal", backend, seeds.device, limit)
-    if name == "reference":
-        return philox_normal_reference(seeds, row_numel, offset).view(size).to(dtype)
+    if (function := backends.function("philox_normal", name)) is not None:
+        return function(seeds, row_numel, offset).view(size).to(dtype)
     return torch.ops.spigan.philox_normal(seeds, row_numel, offset, dtype, name).view(size)
 
 
@@ -164,7 +164,7 @@ define(
     _kernel,
     _fake,
 )
-backends.register("philox_normal", "reference", backends.always_available)
+backends.register("philox_normal", "reference", backends.always_available, philox_normal_reference)
 backends.register("philox_normal", "cpp", backends.extension_on_cpu)
 backends.register("philox_normal", "triton", backends.triton_on_gpu)
 backends.register("philox_normal", "cuda", backends.cuda_on_gpu)

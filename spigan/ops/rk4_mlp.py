@@ -163,7 +163,7 @@ def rk4_mlp(
     transformed = why_transformed(*inputs)
 
     def limit(name: str) -> str | None:
-        if name != "reference" and transformed is not None:
+        if name in backends.KERNELS and transformed is not None:
             return transformed
         if name not in ("triton", "cuda"):
             return None
@@ -174,8 +174,8 @@ def rk4_mlp(
         return f"it takes at most 64 times, got {len(times)}" if len(times) > 64 else None
 
     name = backends.choose("rk4_mlp", backend, h0.device, limit)
-    if name == "reference":
-        return rk4_mlp_reference(h0, weight, bias, time_weight, times, steps, activation)
+    if (function := backends.function("rk4_mlp", name)) is not None:
+        return function(h0, weight, bias, time_weight, times, steps, activation)
     # Where a backward pass may follow, the state after every step is written and kept for it.
     every_step = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, every_step, activation, name)
@@ -359,7 +359,7 @@ define(
     _backward_fake,
 )
 torch.library.register_autograd("spigan::rk4_mlp", _backward, setup_context=_setup_context, lib=library)
-backends.register("rk4_mlp", "reference", backends.always_available)
+backends.register("rk4_mlp", "reference", backends.always_available, rk4_mlp_reference)
 backends.register("rk4_mlp", "cpp", backends.extension_on_cpu)
 backends.register("rk4_mlp", "triton", backends.triton_on_gpu)
 backends.register("rk4_mlp", "cuda", backends.cuda_on_gpu)

@@ -167,7 +167,7 @@ def everywhere(monkeypatch):
     for op in ("philox_normal", "path_interpolate", "rk4_mlp"):
         for backend in ("triton", "cuda"):
             monkeypatch.setitem(backends._implementations[op], backend, backends.always_available)
-    monkeypatch.setitem(backends._AUTO_ORDER, "cpu", ("cuda", "triton", "cpp", "reference"))
+    monkeypatch.setitem(backends._auto_order, "cpu", ("cuda", "triton", "cpp", "reference"))
     choose = backends.choose
 
     def stop(*args):
@@ -322,6 +322,115 @@ def test_describe(monkeypatch):
     assert entry["chosen"] is None and entry["cannot_run"] == {"reference": "out of order"}
     assert entry["why"] == "reference was asked for by SPIGAN_BACKEND: out of order"
     assert entry["not_implemented"] == ["cpp", "triton", "cuda"]
+
+
+# ---- Backends of others ----
+
+
+def test_a_backend_of_ones_own_gets_checked_arguments_with_defaults(added_backends):
+    seen = []
+
+    def draw(seeds, row_numel, offset):
+        seen.append((seeds.tolist(), row_numel, offset))
+        return torch.full((seeds.shape[0], row_numel), 7.0)
+
+    ops.register_backend("seven", {OP: draw})
+    assert backends.choose(OP, None, CPU) == "cpp", "not automatic unless it says so"
+    assert ops.philox_normal((2, 3), seed=5, dtype=torch.float16, backend="seven").tolist() == [[7.0] * 3] * 2
+    assert seen == [([5], 6, 0)]
+    with use_backend("seven"), pytest.raises(ValueError, match="seed must be"):
+        ops.philox_normal((2, 3), seed=-1)
+    with pytest.raises(BackendUnavailable, match="has no seven implementation of rk4_mlp"):
+        _mlp(backend="seven")
+    assert "seven" not in BACKENDS
+    assert backends.describe(CPU)[OP]["not_chosen"] == ["reference", "seven"]
+
+
+def test_every_operation_hands_a_backend_what_its_reference_takes(added_backends):
+    """Each one's reference, registered again under another name, gives the reference's bits."""
+    functions = {op: backends.function(op, "reference") for op in backends.operations()}
+    calls = []
+
+    def noting(op):
+        def call(*args, **kwargs):
+            calls.append(op)
+            return functions[op](*args, **kwargs)
+
+        return call
+
+    ops.register_backend("again", {op: noting(op) for op in functions})
+    x = torch.randn(2, 3, 4, 4)
+    operations = {
+        "philox_normal": lambda: ops.philox_normal((3, 5), seed=1),
+        "path_interpolate": lambda: ops.path_interpolate(x, [0.5, 1.0], seed=1)[1],
+        "rk4_mlp": lambda: ops.rk4_mlp(x[0, 0], x[1], x[0, :, 0], x[0, :, 1], [0.5, 1.0]),
+        "modulated_conv2d": lambda: ops.modulated_conv2d(x, x.new_ones(2, 3, 3, 3), x[:, :, 0, 0], up=2, noise_seed=3),
+        "fir_bias_act": lambda: ops.fir_bias_act(x, bias=x[0, :, 0, 0], activation="lrelu"),
+    }
+    assert set(operations) == set(functions)
+    for op, call in operations.items():
+        with use_backend("reference"):
+            expected = call()
+        assert calls == []
+        with use_backend("again"):
+            assert torch.equal(call(), expected), op
+        assert calls.count(op) == 1, calls  # noise of a seed is an operation of its own
+        calls.clear()
+
+
+def test_automatic_where_it_says_so(added_backends):
+    down = []
+    functions = {"rk4_mlp": lambda *args: torch.zeros(1)}
+    ops.register_backend("mine", functions, auto=["cpu", "xpu"], unavailable=lambda device: down[0] if down else None)
+    assert backends.choose("rk4_mlp", None, CPU) == "mine"
+    assert backends.choose("rk4_mlp", None, torch.device("xpu")) == "mine"
+    assert backends.choose("rk4_mlp", None, torch.device("meta")) == "reference"
+    assert backends.choose(OP, None, CPU) == "cpp", "it does not implement this one"
+    down.append("its licence has expired")
+    assert backends.choose("rk4_mlp", None, CPU) == "cpp"
+    with pytest.raises(BackendUnavailable, match="its licence has expired"):
+        backends.choose("rk4_mlp", "mine", CPU)
+    ops.register_backend("mine", {OP: functions["rk4_mlp"]})  # again: nothing of the first is left
+    assert backends.choose("rk4_mlp", None, CPU) == "cpp"
+    assert backends.function("rk4_mlp", "mine") is None and backends.function(OP, "mine") is not None
+    assert backends._auto_order["cpu"] == ("cpp", "reference")
+
+
+def test_the_generator_without_gradients_calls_it(added_backends):
+    """Without gradients the generator has passes of its own for kernels, but not for what it does not know."""
+    from spigan import Generator
+    from spigan.ops.modulated_conv2d import modulated_conv2d_reference
+
+    calls = []
+    generator = Generator(8, 1, dim_h=4, channel_base=32, channel_max=4).eval().requires_grad_(False)
+    h = torch.randn(2, 4)
+    expected = generator(h)
+
+    def convolve(*args, **kwargs):
+        calls.append(1)
+        return modulated_conv2d_reference(*args, **kwargs)
+
+    ops.register_backend("mine", {"modulated_conv2d": convolve}, auto=["cpu"])
+    torch.testing.assert_close(generator(h), expected)
+    assert len(calls) == 5  # three layers, two ToRGB
+
+
+@pytest.mark.parametrize(
+    ("name", "functions", "error", "message"),
+    [
+        ("cpp", {OP: print}, ValueError, "'cpp' is a backend of spigan itself"),
+        ("auto", {OP: print}, ValueError, "'auto' is a backend of spigan itself"),
+        ("", {OP: print}, ValueError, "must be an identifier, got ''"),
+        ("mine", {}, ValueError, "must implement one operation at least: "),
+        ("mine", {"philox": print}, ValueError, "there is no operation 'philox'; there are "),
+        ("mine", {OP: "print"}, TypeError, "needs a function for philox_normal, got str"),
+    ],
+)
+def test_backends_that_are_refused(name, functions, error, message, added_backends):
+    with pytest.raises(error, match=re.escape(message)):
+        ops.register_backend(name, functions)
+    with pytest.raises(ValueError, match=r"'mine'; expected one of auto, reference, cpp, triton, cuda$"):
+        ops.philox_normal((1,), seed=0, backend="mine")
 
 
 SABOTAGE = {
