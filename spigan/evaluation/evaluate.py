@@ -275,7 +275,10 @@ def evaluate(
         features: what images are compared by: see `spigan.evaluation.features.load_features`.
         samples: number of images drawn.
         seed: image i has the seed seed + i.
-        batch_size, dtype, device, backend: as in `spigan.Sampler`.
+        batch_size: as in `spigan.Sampler`.
+        dtype: as there.
+        device: as there.
+        backend: as there.
         cache_dir: where the reference's statistics are kept; default: see `spigan.evaluation.cache.cache_folder`.
         progress: show progress bars.
 

@@ -69,8 +69,10 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     L1^T L2, which, unlike a matrix square root of C1 C2, exists and is real for singular covariances too.
 
     Args:
-        mean1, mean2: [D] float64.
-        covariance1, covariance2: [D, D] float64.
+        mean1: [D] float64.
+        covariance1: [D, D] float64.
+        mean2: [D] float64.
+        covariance2: [D, D] float64.
     """
     trace = covariance1.trace() + covariance2.trace()
     root = torch.linalg.svdvals(_factor(covariance1).T @ _factor(covariance2)).sum()

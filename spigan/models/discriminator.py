@@ -99,7 +99,8 @@ class Discriminator(nn.Module):
     Args:
         resolution: H = W of the image, a power of two from 8 to 1024.
         img_channels: C.
-        channel_base, channel_max: width at resolution r is min(channel_base / r, channel_max).
+        channel_base: width at resolution r is min(channel_base / r, channel_max).
+        channel_max: largest width.
         time_conditioning: False makes it StyleGAN2's, which sees clean images only.
         time_dim: width of the time embedding.
         mbstd_group: images in a group of the minibatch standard deviation.

@@ -188,7 +188,8 @@ class Generator(nn.Module):
         resolution: H = W of the image, a power of two from 8 to 1024.
         img_channels: C.
         dim_h: D, length of the latent vector.
-        channel_base, channel_max: width at resolution r is min(channel_base / r, channel_max).
+        channel_base: width at resolution r is min(channel_base / r, channel_max).
+        channel_max: largest width.
         conv_clamp: bound of each layer's absolute values (StyleGAN2-ADA uses 256 with float16); None for no bound.
 
     Attributes:

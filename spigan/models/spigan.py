@@ -158,7 +158,11 @@ class SPIGAN(
         Args:
             pretrained_model_name_or_path: folder that holds config.json and model.safetensors, or a hub id "user/name".
             device: where to put the model; default the CPU.
-            revision, cache_dir, token, force_download, local_files_only: as in `huggingface_hub.hf_hub_download`.
+            revision: as in `huggingface_hub.hf_hub_download`.
+            cache_dir: as there.
+            token: as there.
+            force_download: as there.
+            local_files_only: as there.
 
         Raises:
             FileNotFoundError: a local folder lacks a file.
