@@ -1,4 +1,5 @@
-"""docs/tutorials: every Python and bash block of a page runs, in order, in an empty folder. docs/reference is whole."""
+"""docs/tutorials: every Python and bash block of a page runs, in order, in an empty folder. docs/reference is whole.
+What pages name exists: the fields that `--set` changes, spigan's commands and their options."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -93,3 +95,29 @@ def test_the_reference_has_every_public_name() -> None:
     operations = {f"spigan.ops.{name}.{name}" for name in spigan.ops.backends.operations()}
     names |= {f"spigan.ops.{name}" for name in spigan.ops.__all__ if name not in spigan.ops.backends.operations()}
     assert names | operations <= shown
+
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_fields_commands_and_options_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    configs = {"": spigan.TrainConfig, "model.": spigan.ModelConfig, "data.": spigan.DataConfig}
+    fields = {prefix + field for prefix, config in configs.items() for field in config.model_fields}
+    assert set(re.findall(r"--set ([a-z0-9_.]+)=", text)) <= fields
+    root = typer.main.get_command(app)
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^ {4,}(.+)$", text, re.MULTILINE)
+    for block in re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        code += block.splitlines()
+    for line in code:
+        program, *words = line.partition("  #")[0].split() or [""]
+        if program != "spigan" or not words:
+            continue
+        known = root
+        while words and words[0] in getattr(known, "commands", {}):
+            known = known.commands[words.pop(0)]  # type: ignore[attr-defined]
+        assert known is not root or words[0].startswith("-"), f"there is no such command: {line}"
+        options = {option for parameter in known.params for option in parameter.opts} | {"--help"}
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options, f"{sorted(given - options)}: {line}"
