@@ -1,4 +1,4 @@
-"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | bench | info`.
+"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | app | bench | info`.
 
 Heavy packages load inside the commands.
 """
@@ -509,6 +509,41 @@ def export(
         typer.echo(f'Run it: onnxruntime.InferenceSession("{out}").run(None, {{"z": z}})[0], z a NumPy array')
     else:
         typer.echo(f'Run it: torch.export.load("{out}").module()(z)')
+
+
+@app.command("app")
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="A run folder, a saved model or a hub id to choose from, beside the bundled digits; several: "
+            "--model A --model B.",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: other machines can reach it.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Default: the first free one from 7860 on.", min=1, max=65535, show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    browser: Annotated[bool, typer.Option("--open/--no-browser", help="Open the page in the browser.")] = False,
+) -> None:
+    """A page in the browser to play with a model (needs the extra `app`): batches, noise to image, interpolation.
+
+    Only this machine can reach it, unless --host says otherwise. It works offline and reports nothing to anybody.
+    """
+    from spigan.app import Page, is_loopback, launch
+    from spigan.ops import BackendUnavailable
+
+    if not is_loopback(host):
+        warning = f"warning: whoever can reach this machine at {host} can use the page; it has no password"
+        typer.secho(warning, fg=typer.colors.YELLOW, err=True)
+    try:
+        launch(Page(models or [], device), host=host, port=port, browser=browser)
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
+        _fail(error)
 
 
 @app.command()

@@ -23,9 +23,11 @@ from spigan.sampling import Model, Sampler, resolve_seeds
 from spigan.sde import VPSDE
 
 Mix = Literal["spherical", "linear"]
+Steps = int | Sequence[float]
+"""A number S of places, 0, 1 / (S - 1), ..., 1; or the S places themselves, in [0, 1]."""
 
 
-def interpolate_time(seeds: Sequence[int], steps: int = 9, *, model: Model = None, **options: Any) -> Tensor:
+def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
     """From noise to image: h(0) to h(1) of fixed z (Fig. 9).
 
     The ODE is solved once through all the times. Where they are close, its steps are shorter than those of `sample`, so
@@ -33,7 +35,7 @@ def interpolate_time(seeds: Sequence[int], steps: int = 9, *, model: Model = Non
 
     Args:
         seeds: R seeds of z.
-        steps: S times 0, 1 / (S - 1), ..., 1.
+        steps: S times 0, 1 / (S - 1), ..., 1; or a list of S times in [0, 1].
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
 
@@ -52,7 +54,7 @@ def interpolate_time(seeds: Sequence[int], steps: int = 9, *, model: Model = Non
 
 
 def interpolate_z(
-    seeds: Sequence[int], steps: int = 9, *, mix: Mix = "spherical", model: Model = None, **options: Any
+    seeds: Sequence[int], steps: Steps = 9, *, mix: Mix = "spherical", model: Model = None, **options: Any
 ) -> Tensor:
     """Between the noise of one seed and that of the next (Fig. 10): z' to z'', each z to its own h(1) and image.
 
@@ -61,7 +63,7 @@ def interpolate_z(
 
     Args:
         seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: S values of a: 0, 1 / (S - 1), ..., 1.
+        steps: S values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
         mix: how.
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
@@ -79,12 +81,12 @@ def interpolate_z(
     return _between(sampler, z, steps, spherical if mix == "spherical" else linear, sampler.of_noise)
 
 
-def interpolate_h(seeds: Sequence[int], steps: int = 9, *, model: Model = None, **options: Any) -> Tensor:
+def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
     """Between the latent vectors of one seed and the next (Fig. 11): h(1) = (1 - a) h(1)' + a h(1)''.
 
     Args:
         seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: S values of a: 0, 1 / (S - 1), ..., 1.
+        steps: S values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
 
@@ -179,8 +181,12 @@ def _sampler(model: Model, options: dict[str, Any]) -> Sampler:
     return Sampler(model, output="uint8", **options)
 
 
-def _weights(steps: int) -> Tensor:
-    """float64 [S]: 0, 1 / (S - 1), ..., 1."""
+def _weights(steps: Steps) -> Tensor:
+    """float64 [S]: 0, 1 / (S - 1), ..., 1, or the values that are given."""
+    if not isinstance(steps, int):
+        if not steps or not all(0.0 <= place <= 1.0 for place in steps):
+            raise ValueError(f"steps must be a number, or a list of some values in [0, 1], got {steps}")
+        return torch.tensor(steps, dtype=torch.float64)
     if steps < 2:
         raise ValueError(f"steps must be at least 2, the two ends, got {steps}")
     return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
@@ -211,7 +217,7 @@ def _latents(sampler: Sampler, z: Tensor, t: float | list[float] = 1.0) -> Tenso
 def _between(
     sampler: Sampler,
     ends: Tensor,
-    steps: int,
+    steps: Steps,
     mix: Callable[[Tensor, Tensor, Tensor], Tensor],
     images_of: Callable[..., Tensor],
 ) -> Tensor:

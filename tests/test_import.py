@@ -11,7 +11,7 @@ import spigan
 
 HEAVY = (
     *("datasets", "sklearn", "tensorboard", "huggingface_hub", "torchdiffeq", "pandas", "matplotlib", "diffusers"),
-    *("onnx", "onnxscript"),
+    *("onnx", "onnxscript", "gradio"),
 )
 
 
@@ -36,7 +36,7 @@ def test_operations_load_no_heavy_package() -> None:
 
 def test_models_load_no_training_package() -> None:
     modules = loaded_after(
-        "import spigan.export, spigan.interpolation; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample"
+        "import spigan.export, spigan.app; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample"
     )
     assert "torch" in modules
     assert not modules & ({"typer", *HEAVY} - {"huggingface_hub"})

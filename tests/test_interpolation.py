@@ -111,6 +111,16 @@ def test_rows_do_not_depend_on_their_neighbours(model: SPIGAN) -> None:
     assert close(interpolate_time([7], 4, model=model)[0], interpolate_time(SEEDS, 4, model=model)[2])
 
 
+@pytest.mark.parametrize("interpolate", [interpolate_time, interpolate_z, interpolate_h])
+def test_chosen_places(model: SPIGAN, interpolate: Any) -> None:
+    all_places = interpolate([3, 4], 5, model=model)
+    chosen = interpolate([3, 4], [0.25, 1.0], model=model)
+    assert (chosen.int() - all_places[:, [1, 4]].int()).abs().max() <= 1  # other times divide the ODE's steps otherwise
+    for places in ([], [1.1], [float("nan")]):
+        with pytest.raises(ValueError, match=r"steps must be a number, or a list of some values in \[0, 1\]"):
+            interpolate([3, 4], places, model=model)
+
+
 def test_stylegan2_has_no_time_but_z_and_h() -> None:
     model = make(mapping="mlp")
     with pytest.raises(ValueError, match='mapping="mlp" has no time, so there is no h'):

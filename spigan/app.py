@@ -1,0 +1,362 @@
+"""`spigan app`: a page in the browser to play with a model: batches, noise to image, images between images.
+
+The page needs no network: its fonts are the system's, its images are part of it, and nothing is reported to anybody.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import ipaddress
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from spigan import interpolation
+from spigan.images import display_scale, make_grid, to_pil
+from spigan.ops import BackendUnavailable, backends
+from spigan.sampling import Sampler, count_evaluations, load_model, resolve_device
+
+if TYPE_CHECKING:
+    from gradio import Blocks
+
+BUNDLED = "digits (bundled)"
+MAX_COUNT = 64  # images of a batch
+STEPS = 9  # images of a strip
+
+_CSS = """
+.gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
+.spigan-figure { margin: 0; text-align: center; }
+.spigan-figure img { display: block; margin: 0 auto 0.5rem; max-width: 100%; border-radius: 4px; }
+.spigan-figure a { font-size: var(--text-sm); }
+.spigan-output { gap: 0.25rem !important; }
+.spigan-note, .spigan-error, .spigan-about { font-size: var(--text-sm); }
+.spigan-note, .spigan-error { text-align: center; }
+.spigan-note, .spigan-about { color: var(--body-text-color-subdued); }
+.spigan-error { color: var(--error-text-color); background: var(--error-background-fill);
+  border: 1px solid var(--error-border-color); border-radius: 6px; padding: 0.5rem 0.75rem; }
+"""
+
+
+class Page:
+    """What the controls of the page do, without the page.
+
+    Args:
+        models: run folders, saved models or hub ids to choose from, beside the bundled model.
+        device: default: cuda where there is one, else the CPU.
+
+    Attributes:
+        models: by the name that the page shows: first those that were given, last the bundled one.
+
+    Raises:
+        FileNotFoundError, ValueError: a model cannot be loaded.
+        BackendUnavailable: a backend asked for by name cannot run.
+    """
+
+    def __init__(self, models: Sequence[str | Path] = (), device: str | None = None) -> None:
+        self.device = resolve_device(device)
+        self.models = {str(model): load_model(model, self.device) for model in models}
+        self.models[BUNDLED] = load_model(None, self.device)
+        self._lock = threading.Lock()  # samplers are for one thread at a time, and times for an idle device
+        self._nfe = {}
+        for name, model in self.models.items():
+            with count_evaluations(model) as evaluations:
+                Sampler(model, output="uint8")([0], to="cpu")  # what is prepared once is prepared now
+            self._nfe[name] = evaluations[0]
+        chosen = {entry["chosen"] for entry in backends.describe(self.device).values()}
+        self._backend = ", ".join(sorted(map(str, chosen)))
+
+    def about(self, name: str) -> str:
+        """HTML of one line on a model."""
+        model = self.models[name]
+        config = model.config
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        kind = "grey" if config.img_channels == 1 else "RGB"
+        size = f"{config.resolution} x {config.resolution}, {kind}"
+        return f'<div class="spigan-about">{size} · {parameters:,} parameters · {self._backend} on {self.device}</div>'
+
+    def batch(self, name: str, seed: str, count: int) -> tuple[str, str]:
+        """A grid of the images of `count` seeds from `seed` on.
+
+        Args:
+            name: one of `models`.
+            seed: what was typed.
+            count: 1 to MAX_COUNT.
+
+        Returns:
+            HTML of the picture with its download, and a line that says how long it took and where.
+
+        Raises:
+            ValueError: a seed that is none, or a count out of range.
+        """
+        first = read_seed(seed)
+        if not 1 <= count <= MAX_COUNT:
+            raise ValueError(f"The number of images must be from 1 to {MAX_COUNT}, got {count}.")
+        seeds = range(first, first + int(count))
+        if seeds[-1] >= 2**63:
+            raise ValueError(f"The last seed, {seeds[-1]}, is beyond {2**63 - 1}: begin with a smaller one.")
+        return self._draw(
+            name,
+            lambda model: Sampler(model, output="uint8")(seeds, to="cpu")[None],
+            f"seeds-{first}-{seeds[-1]}",
+            f"{len(seeds)} images, seeds {first} to {seeds[-1]}",
+            columns=max(1, round(len(seeds) ** 0.5)),
+        )
+
+    def time(self, name: str, seed: str, steps: interpolation.Steps = STEPS) -> tuple[str, str]:
+        """Images of one z from h(0), noise, to h(1), the image (Fig. 9).
+
+        Args:
+            name, seed: as in `batch`.
+            steps: how many times, or a list of times; see `spigan.interpolation`.
+
+        Raises:
+            ValueError: a seed that is none, a model without time, or a time out of range.
+        """
+        number = read_seed(seed)
+        return self._draw(
+            name,
+            lambda model: interpolation.interpolate_time([number], steps, model=model),
+            f"seed-{number}-{_places('t', steps)}",
+            f"seed {number}, {_places('t', steps)}",
+        )
+
+    def between(
+        self, name: str, kind: str, first: str, second: str, steps: interpolation.Steps = STEPS
+    ) -> tuple[str, str]:
+        """Images between those of two seeds: of mixed z (Fig. 10), or of mixed h(1) (Fig. 11).
+
+        Args:
+            name: as in `batch`.
+            kind: "z" or "h".
+            first, second: what was typed as seeds.
+            steps: how many images, or a list of places in [0, 1].
+
+        Raises:
+            ValueError: a seed that is none, two equal ones, or a place out of range.
+        """
+        if kind not in ("z", "h"):
+            raise ValueError(f"The mixture must be of z or of h, got {kind}.")
+        seeds = [read_seed(first), read_seed(second)]
+        if seeds[0] == seeds[1]:
+            raise ValueError(f"Both seeds are {seeds[0]}: there is nothing between them, give two different ones.")
+        mix = interpolation.interpolate_z if kind == "z" else interpolation.interpolate_h
+        return self._draw(
+            name,
+            lambda model: mix(seeds, steps, model=model),
+            f"{kind}-{seeds[0]}-{seeds[1]}-{_places('a', steps)}",
+            f"{kind} of seeds {seeds[0]} and {seeds[1]}, {_places('a', steps)}",
+        )
+
+    def _draw(
+        self, name: str, draw: Callable[..., Tensor], title: str, caption: str, columns: int | None = None
+    ) -> tuple[str, str]:
+        """HTML of the picture and of the line below it; `draw` makes uint8 [1, S, C, H, W] on the CPU of a model."""
+        if name not in self.models:
+            raise ValueError(f"There is no model {name}: choose one of {', '.join(self.models)}.")
+        with self._lock:
+            began = time.perf_counter()
+            images = draw(self.models[name])[0]
+            elapsed = 1e3 * (time.perf_counter() - began)
+        count = len(images)
+        each = f" ({elapsed / count:.2g} ms each)" if count > 1 else ""
+        note = f"{caption}: {elapsed:.3g} ms{each} · NFE = {self._nfe[name]} · {self._backend} on {self.device}"
+        stem = re.sub(r"[^\w.=-]+", "-", f"{Path(name).name.removesuffix(' (bundled)')}-{title}")
+        # A strip is as wide as the page, others as the column beside the controls.
+        width, columns = (912, count) if columns is None and count > 1 else (384, columns or 1)
+        picture = figure(images, columns, f"{stem}.png", caption, width)
+        return picture, f'<div class="spigan-note">{html.escape(note)}</div>'
+
+
+def read_seed(text: str) -> int:
+    """The seed that was typed.
+
+    Raises:
+        ValueError: it is no whole number in [0, 2^63).
+    """
+    text = str(text).strip()
+    if re.fullmatch(r"[0-9]{1,19}", text) and int(text) < 2**63:
+        return int(text)
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    raise ValueError(f"A seed is a whole number from 0 to {2**63 - 1}, got {shown or 'nothing'}.")
+
+
+def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -> str:
+    """HTML of uint8 [N, C, H, W] images, small ones enlarged with crisp pixels, and a link to download them.
+
+    Args:
+        images: the images.
+        columns: images in a row.
+        file_name: of the download: one image as it is, several as the grid that `spigan sample` writes.
+        alt: what can be read instead.
+        width: screen pixels that the picture should take, at most.
+    """
+    scale = display_scale(images.shape[-1]) if len(images) > 1 else 1
+    grid = make_grid(images, columns=columns, scale=scale)
+    stream = io.BytesIO()
+    to_pil(grid[None])[0].save(stream, format="PNG")
+    data = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    pixels = grid.shape[-1] // scale
+    # A whole number of screen pixels to each of the image's; smaller than they are, smoothly.
+    style = (
+        f"image-rendering: pixelated; width: {width // pixels * pixels}px" if pixels <= width else f"width: {width}px"
+    )
+    return (
+        f'<figure class="spigan-figure"><img src="{data}" alt="{html.escape(alt)}" style="{style}">'
+        f'<figcaption><a href="{data}" download="{html.escape(file_name)}">Download PNG</a></figcaption></figure>'
+    )
+
+
+def build(page: Page) -> Blocks:
+    """The page, for `launch`.
+
+    Raises:
+        ImportError: gradio is not installed.
+    """
+    gr = _require_gradio()
+    first = next(iter(page.models))
+
+    def shown(draw: Callable[..., tuple[str, str]]) -> Callable[..., Any]:
+        """`draw` for the page: where its input is bad the picture stays and the line below it says what to do."""
+
+        def answer(*values: Any) -> tuple[Any, str]:
+            try:
+                return draw(*values)
+            except (ValueError, TypeError, BackendUnavailable) as error:
+                return gr.skip(), f'<div class="spigan-error" role="alert">{html.escape(str(error))}</div>'
+
+        return answer
+
+    def seed_box(label: str, value: str) -> Any:
+        # Text, for a number of JavaScript is exact up to 2^53 alone.
+        return gr.Textbox(value, label=label, max_lines=1, min_width=100)
+
+    with gr.Blocks(title="SPI-GAN", analytics_enabled=False) as blocks:
+        gr.Markdown(
+            "# SPI-GAN\nNoise becomes an image in one evaluation of the generator: t = 0 is noise, t = 1 the image."
+        )
+        model = gr.Dropdown(list(page.models), value=first, label="Model", interactive=True)
+        about = gr.HTML(page.about(first), padding=False)
+        quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+
+        def output() -> list[Any]:
+            with gr.Column(elem_classes="spigan-output"):
+                return [gr.HTML(padding=False), gr.HTML(padding=False)]
+
+        def draw_seeds(n: int) -> Callable[[], Any]:
+            return lambda: [str(secrets.randbelow(1_000_000)) for _ in range(n)]
+
+        with gr.Tab("Batch"), gr.Row():
+            with gr.Column(scale=1, min_width=240):
+                seed = seed_box("First seed", "0")
+                count = gr.Slider(1, MAX_COUNT, 16, step=1, label="Images")
+                other = gr.Button("Other seeds", size="md")
+            with gr.Column(scale=2, min_width=320):
+                batch = output()
+        changed = [blocks.load, model.change, seed.change]
+        gr.on([*changed, count.change], shown(page.batch), [model, seed, count], batch, **quick)
+        other.click(draw_seeds(1), None, [seed], **quick)
+
+        with gr.Tab("Noise to image"):
+            with gr.Row():
+                with gr.Column(scale=1, min_width=240):
+                    seed = seed_box("Seed", "0")
+                    t = gr.Slider(0, 1, 1, step=0.01, label="t", info="0: noise, 1: the image")
+                    other = gr.Button("Other seed", size="md")
+                with gr.Column(scale=2, min_width=320):
+                    image = output()
+            strip = output()
+        at = shown(lambda name, seed, t: page.time(name, seed, [t]))
+        changed = [blocks.load, model.change, seed.change]
+        gr.on([*changed, t.change], at, [model, seed, t], image, **quick)
+        gr.on(changed, shown(page.time), [model, seed], strip, **quick)
+        other.click(draw_seeds(1), None, [seed], **quick)
+
+        with gr.Tab("Interpolate"):
+            with gr.Row():
+                with gr.Column(scale=1, min_width=240):
+                    with gr.Row():
+                        ends = [seed_box("From seed", "0"), seed_box("To seed", "1")]
+                    kind = gr.Radio(
+                        [("z, the noise", "z"), ("h(1), the latent", "h")], value="z", label="What is mixed"
+                    )
+                    a = gr.Slider(0, 1, 0.5, step=0.01, label="a", info="0: first seed, 1: second seed")
+                    other = gr.Button("Other seeds", size="md")
+                with gr.Column(scale=2, min_width=320):
+                    image = output()
+            strip = output()
+        at = shown(lambda name, kind, first, second, a: page.between(name, kind, first, second, [a]))
+        changed = [blocks.load, model.change, kind.change, *(end.change for end in ends)]
+        gr.on([*changed, a.change], at, [model, kind, *ends, a], image, **quick)
+        gr.on(changed, shown(page.between), [model, kind, *ends], strip, **quick)
+        other.click(draw_seeds(2), None, ends, **quick)
+
+        model.change(page.about, model, about, **quick)
+    return blocks
+
+
+def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, browser: bool = False,
+           block: bool = True) -> tuple[Blocks, str]:  # fmt: skip
+    """Serve the page.
+
+    Args:
+        page: what it shows.
+        host: address to listen on.
+        port: default: the first free one from 7860 on.
+        browser: open it in the browser.
+        block: wait until Ctrl-C.
+
+    Returns:
+        The page, to be closed by `.close()`, and its address.
+
+    Raises:
+        ImportError: gradio is not installed.
+        OSError: the port is taken, or the address is none of this machine.
+    """
+    gr = _require_gradio()
+    blocks = build(page)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
+        css=_CSS,
+    )
+    print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+    if block:
+        blocks.block_thread()
+    return blocks, address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _places(symbol: str, steps: interpolation.Steps) -> str:
+    return f"{symbol} = 0 to 1" if isinstance(steps, int) else f"{symbol} = {', '.join(f'{a:.2f}' for a in steps)}"
+
+
+def _require_gradio() -> Any:
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f'the page needs gradio: pip install "spigan[app]" ({error})') from error
+    return gradio
