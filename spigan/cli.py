@@ -1,4 +1,5 @@
-"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | app | bench | info`.
+"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | push | app | bench |
+info`.
 
 Heavy packages load inside the commands.
 """
@@ -456,7 +457,7 @@ def evaluate(
 def _reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
     """The reference of an evaluation: --data, else what the run in the folder `model` was trained on."""
     from spigan.data import DataConfig
-    from spigan.training.run_folder import read_config
+    from spigan.training.run_folder import read_config, run_of
 
     fields: dict[str, Any] = {}
     if data is not None:
@@ -464,11 +465,10 @@ def _reference_config(model: str | None, data: str | None, changes: dict[str, An
     elif model is None:
         fields = {"source": "digits"}
     else:
-        # A run, or model/ or best/ in it.
-        runs = [folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()]
-        if not runs:
+        run = run_of(model)
+        if run is None:
             raise ValueError(f"{model} is no training run, so its images are not known: pass --data")
-        fields = read_config(runs[0]).data.model_dump() | {"resolution": None}
+        fields = read_config(run).data.model_dump() | {"resolution": None}
     given = {name: value for name, value in changes.items() if value is not None}
     return DataConfig.model_validate(fields | given)
 
@@ -509,6 +509,51 @@ def export(
         typer.echo(f'Run it: onnxruntime.InferenceSession("{out}").run(None, {{"z": z}})[0], z a NumPy array')
     else:
         typer.echo(f'Run it: torch.export.load("{out}").module()(z)')
+
+
+@app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="A run folder, model/ or best/ in it, or a saved model.")],
+    repo: Annotated[str, typer.Argument(help="Where to on the Hugging Face hub: user/name.")],
+    metrics: Annotated[
+        Path | None,
+        typer.Option(help="JSON of `spigan evaluate --out` (default: what the run measured of these weights)."),
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Of the weights, as the hub writes it: cc-by-4.0, ...")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees a new repository (default: the hub's setting).")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Made if it does not exist (default: the main branch).")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Push model using spigan.",
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Propose the commit, do not make it.")] = False,
+    local: Annotated[
+        Path | None, typer.Option(help="Write what would be uploaded to this new or empty folder, and upload nothing.")
+    ] = None,
+) -> None:
+    """Upload a model to the Hugging Face hub with a card: configuration, data, training, metrics, samples.
+
+    The averaged weights alone: no discriminator, no optimiser, no checkpoint. Log in before with `hf auth login`.
+    """
+    from spigan import hub
+    from spigan.ops import BackendUnavailable
+    from spigan.sampling import load_model
+    from spigan.training.run_folder import run_of
+
+    try:
+        if not Path(model).is_dir():
+            raise FileNotFoundError(f"{model} is no folder: give a run or a saved model")
+        network = load_model(model)
+        about: dict[str, Any] = {"run": run_of(model), "metrics": metrics, "license": license}
+        if local is not None:
+            folder = hub.write_folder(network, local, repo, **about)
+            typer.echo(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}; nothing was uploaded")
+            return
+        link = network.push_to_hub(
+            repo, **about, private=private, branch=branch, commit_message=message, create_pr=pull_request
+        )
+    except (ValueError, OSError, ImportError, BackendUnavailable) as error:
+        _fail(error)
+    typer.echo(link)
 
 
 @app.command("app")

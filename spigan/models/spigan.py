@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,32 +23,8 @@ from spigan.ops.library import stage
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
-_MODEL_CARD = """---
-{{ card_data }}
----
 
-# SPI-GAN generator of {{ size }} images
-
-Images from noise in one evaluation of the generator, trained on straight-path interpolations. config.json holds the
-architecture, model.safetensors the averaged weights.
-
-```python
-import spigan
-
-images = spigan.sample(16, model="path or hub id of this model")  # [16, C, H, W] in [0, 1]
-```
-"""
-
-
-class SPIGAN(
-    nn.Module,
-    ModelHubMixin,
-    library_name="spigan",
-    tags=["spigan", "gan", "unconditional-image-generation"],
-    pipeline_tag="unconditional-image-generation",
-    license="apache-2.0",
-    model_card_template=_MODEL_CARD,
-):
+class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
     """Noise z = i(0) -> h(t) -> image i(t), in one evaluation of the generator.
 
     Args:
@@ -113,15 +89,15 @@ class SPIGAN(
         """Write config.json, model.safetensors and a model card; each file is replaced whole or not at all.
 
         Args:
-            save_directory: folder, made if it does not exist.
-            **kwargs: see `huggingface_hub.ModelHubMixin.save_pretrained`: push_to_hub=True uploads the model as well,
-                to `repo_id` (default: the folder's name), with the arguments of `push_to_hub`.
+            save_directory: folder, made if it does not exist; a model card that is there already is kept.
+            **kwargs: push_to_hub=True uploads the model as well, to `repo_id` (default: the folder's name), with the
+                arguments of `push_to_hub`.
         """
         folder = Path(save_directory)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None) or folder.name
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            super().save_pretrained(scratch, model_card_kwargs=kwargs.get("model_card_kwargs"))
+            super().save_pretrained(scratch)
             # safetensors makes its file private; all shall have the permissions that any new file gets.
             (Path(scratch) / WEIGHTS_NAME).chmod((Path(scratch) / CONFIG_NAME).stat().st_mode)
             for file in Path(scratch).iterdir():
@@ -130,11 +106,54 @@ class SPIGAN(
         # Last: where the upload fails, the folder is complete.
         return self.push_to_hub(repo_id, **kwargs) if push else None
 
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        metrics: str | Path | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        commit_message: str = "Push model using spigan.",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload config.json, model.safetensors, a grid of samples and a model card to the Hugging Face hub.
+
+        A card that was edited there is replaced; the repository's history keeps it.
+
+        Args:
+            repo_id: "user/name", or "name" in the user's own namespace; made if it does not exist.
+            run: the training run, whose configuration, data, time and metrics the card tells.
+            metrics: JSON of `spigan evaluate --out`; default: those that the run measured of these weights, if any.
+            license: as the hub writes it, such as "cc-by-4.0"; default: the card says that none was stated.
+            private: of a new repository; default: as the namespace's settings say.
+            token: default: that of `hf auth login` or HF_TOKEN.
+            branch: default: the repository's main branch; made if it does not exist.
+            commit_message: of the one commit.
+            create_pr: propose the commit instead of making it.
+
+        Returns:
+            Address of the commit, or of the pull request.
+
+        Raises:
+            FileNotFoundError, ValueError: run or metrics are missing, damaged, or those of another model; nothing has
+                been uploaded then.
+            OSError: the hub cannot be reached or refuses.
+        """
+        from spigan import hub
+
+        return hub.push_to_hub(
+            self, repo_id, run=run, metrics=metrics, license=license, private=private, token=token, branch=branch,
+            commit_message=commit_message, create_pr=create_pr,
+        )  # fmt: skip
+
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md of a saved model; see `huggingface_hub.ModelHubMixin.generate_model_card`."""
-        config = self.config
-        size = f"{config.resolution}x{config.resolution} {'grey' if config.img_channels == 1 else 'RGB'}"
-        return super().generate_model_card(*args, **({"size": size} | kwargs))
+        """The README.md of a saved model: what is known without its training run."""
+        from spigan import hub
+
+        return hub.card(self)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -156,42 +175,45 @@ class SPIGAN(
         """Load a model in eval mode from a folder or the Hugging Face hub. No pickle is ever read.
 
         Args:
-            pretrained_model_name_or_path: folder that holds config.json and model.safetensors, or a hub id "user/name".
+            pretrained_model_name_or_path: folder that holds config.json and model.safetensors; or a hub id "user/name",
+                "user/name@revision".
             device: where to put the model; default the CPU.
-            revision: as in `huggingface_hub.hf_hub_download`.
-            cache_dir: as there.
-            token: as there.
-            force_download: as there.
-            local_files_only: as there.
+            revision: branch, tag or commit on the hub; default its main branch. Both files are of one commit.
+            cache_dir: where downloads are kept; default: as HF_HUB_CACHE and HF_HOME say.
+            token: default: that of `hf auth login` or HF_TOKEN.
+            force_download: download again what is kept already.
+            local_files_only: ask no server, as HF_HUB_OFFLINE=1 does. Where the hub cannot be reached what is kept is
+                taken anyway.
 
         Raises:
-            FileNotFoundError: a local folder lacks a file.
+            FileNotFoundError: a local folder or the repository lacks a file, or the cache while offline.
             ValueError: the configuration or the weights are damaged or do not fit together.
+            OSError: the hub has no such repository or revision, or refuses.
         """
         folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            paths = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
-            missing = [name for name, path in paths.items() if not path.is_file()]
-            if missing:
-                raise FileNotFoundError(f"{folder} is no saved spigan model: it lacks {' and '.join(missing)}")
-        else:
-            name = str(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            name, _, given = str(pretrained_model_name_or_path).partition("@")
             if name.count("/") != 1 or name.startswith((".", "/", "~")):
                 raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
-            paths = {
-                file: Path(
-                    hf_hub_download(
-                        name,
-                        file,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        token=token,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                    )
+            if given and revision is not None and given != revision:
+                raise ValueError(f"{pretrained_model_name_or_path} names a revision, and revision is {revision!r}")
+            # A snapshot and not file by file, between which the branch may move on.
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=given or revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
                 )
-                for file in (CONFIG_NAME, WEIGHTS_NAME)
-            }
+            )
+        paths = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
+        if missing := [name for name, path in paths.items() if not path.is_file()]:
+            raise FileNotFoundError(
+                f"{pretrained_model_name_or_path} is no saved spigan model: it lacks {' and '.join(missing)}"
+            )
         model = cls(_read_config(paths[CONFIG_NAME]))
         load_weights(model, paths[WEIGHTS_NAME])
         return model.to(device or "cpu").eval()

@@ -23,6 +23,11 @@ def next_run_dir(parent: Path = Path("runs")) -> Path:
     return parent / f"{max(numbers, default=-1) + 1:05d}"
 
 
+def run_of(model: str | Path) -> Path | None:
+    """The run folder of a model, which may be given as its model/ or best/; None where it is of no run."""
+    return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
+
+
 def read_config(run_dir: Path) -> TrainConfig:
     """The configuration of a run.
 

@@ -1,4 +1,4 @@
-"""SPIGAN as a whole: saved, loaded, damaged, uploaded, compiled, exported."""
+"""SPIGAN as a whole: saved, loaded, damaged, compiled, exported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import hub_mixin
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -180,7 +178,7 @@ def test_missing_file(folder: Path, missing: str) -> None:
 def test_neither_a_folder_nor_a_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(spigan_module, "hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(spigan_module, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match=r"neither an existing folder nor a hub id|is no saved spigan model"):
         SPIGAN.from_pretrained(name)
 
@@ -285,99 +283,6 @@ def test_never_unpickles(folder: Path) -> None:
     assert not Bomb.exploded
     pickle.loads(bomb)
     assert Bomb.exploded  # so the bomb works
-
-
-# ---- The hub ----
-
-
-def test_hub_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(repo_id: str, filename: str, **options: Any) -> str:
-        asked.append((repo_id, filename, options))
-        return str(folder / filename)
-
-    monkeypatch.setattr(spigan_module, "hf_hub_download", download)
-    options = {
-        "revision": "v1",
-        "cache_dir": "cache",
-        "token": "secret",
-        "force_download": True,
-        "local_files_only": True,
-    }
-    loaded = SPIGAN.from_pretrained("user/name", **options)  # type: ignore[arg-type]
-    assert asked == [("user/name", name, options) for name in ("config.json", "model.safetensors")]
-    assert torch.equal(loaded(noise(loaded)), make()(noise(loaded)))
-
-
-def test_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*args: Any, **options: Any) -> str:
-        raise LocalEntryNotFoundError("cannot reach the hub")
-
-    monkeypatch.setattr(spigan_module, "hf_hub_download", download)
-    with pytest.raises(OSError, match="cannot reach the hub"):
-        SPIGAN.from_pretrained("user/name")
-
-
-class Hub:
-    """Stands for huggingface_hub.HfApi."""
-
-    uploads: list[dict[str, Any]]
-    broken = False
-
-    def __init__(self, token: str | None = None) -> None:
-        self.token = token
-
-    def create_repo(self, repo_id: str, **options: Any) -> Any:
-        return type("Repo", (), {"repo_id": f"user/{repo_id}" if "/" not in repo_id else repo_id})
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str, **options: Any) -> str:
-        if Hub.broken:
-            raise OSError("upload failed")
-        files = {path.name for path in Path(folder_path).iterdir()}
-        loaded = SPIGAN.from_pretrained(folder_path)
-        Hub.uploads.append({"repo_id": repo_id, "files": files, "message": commit_message, "model": loaded})
-        return f"https://hub/{repo_id}"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "uploads", [], raising=False)
-    monkeypatch.setattr(Hub, "broken", False)
-    return Hub
-
-
-def test_save_and_push(tmp_path: Path, hub: type[Hub]) -> None:
-    model = make()
-    link = model.save_pretrained(tmp_path / "digits", push_to_hub=True, commit_message="first")
-    assert link == "https://hub/user/digits"
-    assert {path.name for path in (tmp_path / "digits").iterdir()} == FILES
-    model.save_pretrained(tmp_path / "digits", push_to_hub=True, repo_id="me/other")
-    assert [upload["repo_id"] for upload in hub.uploads] == ["user/digits", "me/other"]
-    assert hub.uploads[0]["files"] == FILES and hub.uploads[0]["message"] == "first"
-    z = noise(model)
-    assert torch.equal(hub.uploads[0]["model"](z), model(z))
-
-
-def test_push_to_hub(hub: type[Hub]) -> None:
-    assert make().push_to_hub("me/model") == "https://hub/me/model"
-    assert hub.uploads[0]["files"] == FILES
-
-
-def test_saving_alone_does_not_push(tmp_path: Path, hub: type[Hub]) -> None:
-    assert make().save_pretrained(tmp_path, repo_id="me/model") is None
-    assert hub.uploads == []
-
-
-def test_failed_upload_leaves_a_complete_folder(
-    tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "broken", True)
-    with pytest.raises(OSError, match="upload failed"):
-        make().save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
-    assert SPIGAN.from_pretrained(tmp_path / "model").config == make().config
 
 
 # ---- Compilers ----
