@@ -32,7 +32,8 @@ MAX_COUNT = 64  # images of a batch
 STEPS = 9  # images of a strip
 
 _CSS = """
-.gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1000px !important; margin: 0 auto !important; }
+.gradio-container .html-container { padding: 0 !important; }
 .spigan-figure { margin: 0; text-align: center; }
 .spigan-figure img { display: block; margin: 0 auto 0.5rem; max-width: 100%; border-radius: 4px; }
 .spigan-figure a { font-size: var(--text-sm); }
@@ -104,7 +105,7 @@ class Page:
             raise ValueError(f"The last seed, {seeds[-1]}, is beyond {2**63 - 1}: begin with a smaller one.")
         return self._draw(
             name,
-            lambda model: Sampler(model, output="uint8")(seeds, to="cpu")[None],
+            lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[None],  # for one call
             f"seeds-{first}-{seeds[-1]}",
             f"{len(seeds)} images, seeds {first} to {seeds[-1]}",
             columns=max(1, round(len(seeds) ** 0.5)),
@@ -243,12 +244,12 @@ def build(page: Page) -> Blocks:
             "# SPI-GAN\nNoise becomes an image in one evaluation of the generator: t = 0 is noise, t = 1 the image."
         )
         model = gr.Dropdown(list(page.models), value=first, label="Model", interactive=True)
-        about = gr.HTML(page.about(first), padding=False)
+        about = gr.HTML(page.about(first))
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
         def output() -> list[Any]:
             with gr.Column(elem_classes="spigan-output"):
-                return [gr.HTML(padding=False), gr.HTML(padding=False)]
+                return [gr.HTML(), gr.HTML()]
 
         def draw_seeds(n: int) -> Callable[[], Any]:
             return lambda: [str(secrets.randbelow(1_000_000)) for _ in range(n)]

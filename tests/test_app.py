@@ -119,6 +119,14 @@ def test_refused(page: Page, method: str, arguments: tuple[Any, ...], message: s
         getattr(page, method)(*arguments)
 
 
+def test_a_model_without_time(tmp_path: Path) -> None:
+    SPIGAN(ModelConfig.model_validate(TINY | {"mapping": "mlp"})).save_pretrained(tmp_path / "mlp")
+    page, name = Page([tmp_path / "mlp"], device="cpu"), str(tmp_path / "mlp")
+    with pytest.raises(ValueError, match="has no time"):
+        page.time(name, "0")
+    assert pixels(page.between(name, "z", "0", "1", [0.5])[0]).shape == (8, 8, 3)
+
+
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
@@ -310,5 +318,11 @@ def test_no_request_leaves_this_machine_and_nothing_overflows(browser: Any, addr
     tab = Tab(browser, address, "Batch", width)
     assert len(tab.requests) > 10
     assert {urlsplit(url).hostname for url in tab.requests if not url.startswith("data:")} == {"127.0.0.1"}
-    assert tab.view.evaluate("document.documentElement.scrollWidth") <= width
+    widths = set()
+    for name in ("Batch", "Noise to image", "Interpolate"):
+        tab.view.get_by_role("tab", name=name, exact=True).click()
+        tab.view.get_by_role("tabpanel").filter(visible=True).locator("figure img").first.wait_for()
+        assert tab.view.evaluate("document.documentElement.scrollWidth") <= width
+        widths.add(tab.view.locator("main").bounding_box()["width"])
+    assert len(widths) == 1  # the page does not jump
     assert tab.problems == []
