@@ -324,19 +324,23 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
     gr = _require_gradio()
     blocks = build(page)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        footer_links=[],
-        ssr_mode=False,
-        mcp_server=False,
-        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
-        css=_CSS,
-    )
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            ssr_mode=False,
+            mcp_server=False,
+            theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
+            css=_CSS,
+        )
+    except OSError as error:
+        where = f"port {port}" if port else "any port from 7860 on"
+        raise OSError(f"cannot listen on {host}, {where}: taken, or no address of this machine") from error
     print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
     if block:
         blocks.block_thread()

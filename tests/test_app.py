@@ -199,8 +199,9 @@ def test_served_on_loopback_alone(address: str) -> None:
 
 
 def test_port_that_is_taken(page: Page, address: str) -> None:
-    with pytest.raises(OSError, match="port"):
-        launch(page, port=urlsplit(address).port, block=False)
+    port = urlsplit(address).port
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: taken"):
+        launch(page, port=port, block=False)
 
 
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
