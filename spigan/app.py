@@ -11,6 +11,7 @@ import io
 import ipaddress
 import re
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -322,25 +323,29 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
         OSError: the port is taken, or the address is none of this machine.
     """
     gr = _require_gradio()
+    try:  # gradio tries a hundred ports, for minutes where it is the address that is wrong
+        family, kind, _, _, where = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        at = f"{host}, port {port}" if port else host
+        raise OSError(f"cannot listen on {at}: {error.strerror or error}") from error
     blocks = build(page)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    try:
-        _, address, _ = blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            inbrowser=browser,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            ssr_mode=False,
-            mcp_server=False,
-            theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
-            css=_CSS,
-        )
-    except OSError as error:
-        where = f"port {port}" if port else "any port from 7860 on"
-        raise OSError(f"cannot listen on {host}, {where}: taken, or no address of this machine") from error
+    _, address, _ = blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
+        css=_CSS,
+    )
     print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
     if block:
         blocks.block_thread()

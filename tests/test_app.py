@@ -198,10 +198,12 @@ def test_served_on_loopback_alone(address: str) -> None:
         assert other.connect_ex(("127.0.0.2", urlsplit(address).port)) != 0
 
 
-def test_port_that_is_taken(page: Page, address: str) -> None:
+def test_where_nobody_can_listen(page: Page, address: str) -> None:
     port = urlsplit(address).port
-    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: taken"):
+    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
         launch(page, port=port, block=False)
+    with pytest.raises(OSError, match="cannot listen on 192.0.2.1: "):  # an address of documentation, nobody's
+        launch(page, host="192.0.2.1", block=False)
 
 
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
