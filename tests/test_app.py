@@ -202,7 +202,7 @@ def test_where_nobody_can_listen(page: Page, address: str) -> None:
     port = urlsplit(address).port
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
         launch(page, port=port, block=False)
-    with pytest.raises(OSError, match="cannot listen on 192.0.2.1: "):  # an address of documentation, nobody's
+    with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1: "):  # an address of documentation, nobody's
         launch(page, host="192.0.2.1", block=False)
 
 
