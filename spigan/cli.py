@@ -1,4 +1,4 @@
-"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | push | app | bench |
+"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | push | app | data | bench |
 info`.
 
 Heavy packages load inside the commands.
@@ -643,6 +643,144 @@ def demo(
         f"{trainer.device} (median of 5, first call left out)"
     )
     typer.echo(f"More images: spigan sample --model {run_dir} -n 100 --out digits.png")
+
+
+data_app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prepare and check images to train on.",
+)
+app.add_typer(data_app, name="data")
+
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Any source that `spigan train --data` takes.")]
+_Split = Annotated[str, typer.Option(help="Part of the source.")]
+_Column = Annotated[str | None, typer.Option(help="Column (parquet, hub) or extension (tar) of the images.")]
+_Channels = Annotated[int, typer.Option(help="3: RGB, or 1: grey.")]
+_Crop = Annotated[str, typer.Option(help="center: the largest centred square. none: images must be square.")]
+_Resize = Annotated[str, typer.Option(help="lanczos, bicubic, bilinear, box or nearest.")]
+_Workers = Annotated[int | None, typer.Option(help="Processes (default: one for each CPU core).", min=0)]
+
+
+@data_app.command("convert")
+def data_convert(
+    source: _Source,
+    out: Annotated[Path, typer.Option(help="Folder of the parquet files.", show_default=False)],
+    resolution: Annotated[int, typer.Option(help="Side of the images in pixels.", min=1, show_default=False)],
+    split: _Split = "train",
+    column: _Column = None,
+    channels: _Channels = 3,
+    crop: _Crop = "center",
+    resize: _Resize = "lanczos",
+    fmt: Annotated[str, typer.Option("--format", help="png (lossless), webp or jpeg.")] = "png",
+    quality: Annotated[int | None, typer.Option(help="Of webp and jpeg, 1 to 100 (default: 95).")] = None,
+    shard_size: Annotated[int, typer.Option(help="Images in a file.", min=1)] = 4096,
+    workers: _Workers = None,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken images out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Crop and resize images once, to parquet files: `spigan train --data OUT`.
+
+    After Ctrl-C or a kill the same command goes on; finished files are kept. Broken images end it with status 1, after
+    all files without them are written, unless --skip-broken.
+    """
+    from spigan.convert import convert
+
+    if fmt not in ("png", "webp", "jpeg"):
+        _fail(f"--format must be png, webp or jpeg, got {fmt}")
+    try:
+        config = _data_config(source, split, column, channels, crop, resize, resolution)
+        result = convert(
+            config,
+            out,
+            image_format=fmt,  # type: ignore[arg-type]  # checked above
+            quality=quality,
+            shard_size=shard_size,
+            workers=workers,
+            skip_broken=skip_broken,
+            progress=not quiet,
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: a worker was killed
+        _fail(error)
+    _list_broken(result["broken"])
+    size, rate = sum(file["bytes"] for file in result["files"]) / 1e6, result["converted"] / result["seconds"]
+    typer.echo(
+        f"{out}: {result['images']} images of {resolution} x {resolution} in {len(result['files'])} files, {size:.1f} "
+        f"MB; {result['converted']} converted now, {rate:.0f} images/s; {len(result['broken'])} broken"
+    )
+    if not result["complete"]:
+        _fail("files with broken images in them were not written: repair the images, or run again with --skip-broken")
+    if not result["images"]:
+        _fail("no image is left")
+
+
+@data_app.command("check")
+def data_check(
+    source: _Source,
+    split: _Split = "train",
+    column: _Column = None,
+    channels: _Channels = 3,
+    crop: _Crop = "center",
+    resize: _Resize = "lanczos",
+    resolution: Annotated[
+        int | None, typer.Option(help="Also crop and resize, as training at this resolution would.", min=1)
+    ] = None,
+    workers: _Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Decode every image and report counts, sizes, modes, broken images, duplicates and speed.
+
+    Ends with status 1 where an image is broken.
+    """
+    from spigan.convert import check
+
+    try:
+        config = _data_config(source, split, column, channels, crop, resize, resolution)
+        report = check(config, workers=workers, progress=not quiet)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _list_broken(report["broken"])
+        duplicates = report["duplicates"]
+        for name in ("sizes", "modes", "formats"):
+            counts = [f"{key} ({count})" for key, count in report[name].items()]
+            typer.echo(f"{name + ':':<12}{', '.join(counts[:8])}{', ...' if len(counts) > 8 else ''}")
+        if report["width"]:
+            ranges = " x ".join("{}..{}".format(*report[side]) for side in ("width", "height"))
+            typer.echo(f"{'range:':<12}{ranges}")
+        typer.echo(f"{'duplicates:':<12}{duplicates['images']} in {duplicates['groups']} groups of equal pixels")
+        for group in duplicates["examples"]:
+            typer.echo(f"{'':<12}{' = '.join(group)}")
+        core = report["images_per_second_core"]
+        typer.echo(
+            f"{'speed:':<12}{report['images_per_second']:.0f} images/s by {report['workers']} workers"
+            + (f"; a core decodes {core:.0f} images/s" if core else "")
+        )
+        typer.echo(f"{'images:':<12}{report['images']}, {len(report['broken'])} broken")
+    if report["broken"]:
+        raise typer.Exit(1)
+
+
+def _data_config(
+    source: str, split: str, column: str | None, channels: int, crop: str, resize: str, resolution: int | None
+) -> DataConfig:
+    from spigan.data import DataConfig
+
+    return DataConfig.model_validate(
+        {
+            "source": source, "split": split, "column": column, "channels": channels, "crop": crop, "resize": resize,
+            "resolution": resolution,
+        }
+    )  # fmt: skip
+
+
+def _list_broken(broken: list[dict[str, Any]]) -> None:
+    for row in broken[:20]:
+        typer.secho(f"broken: {row['error']}", fg=typer.colors.YELLOW, err=True)
+    if len(broken) > 20:
+        typer.secho(f"broken: {len(broken) - 20} more", fg=typer.colors.YELLOW, err=True)
 
 
 bench_app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""Images for training: uint8 tensors from folders, zips, parquet files, the CIFAR-10 archive or the Hugging Face hub.
+"""Images for training: uint8 tensors from folders, zips, parquet, LMDB, tar shards, the CIFAR-10 archive or the hub.
 
 `open_dataset` finds out what a source is and checks every image once; `loader` yields shuffled batches for ever, in an
 order that depends on the seed and on the number of images seen so far alone, so that a resumed run sees the very images
@@ -16,6 +16,7 @@ import math
 import os
 import pickletools
 import re
+import sys
 import tarfile
 import zipfile
 from bisect import bisect_right
@@ -35,7 +36,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 
-CACHE_BYTES = 2 << 30  # cache="auto" keeps a set decoded in memory up to this size
+CACHE_BYTES = 2 << 30  # cache="auto" keeps a set decoded in memory up to this size, and parquet files encoded
+ROW_GROUP_BYTES = 4 << 20  # parquet files beyond that are read in place where their row groups are not larger
 MAX_PIXELS = 1 << 26  # of one image as stored (8192 x 8192): what claims to be larger is taken for a decompression bomb
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # The same kinds as Pillow calls them. It must never try others (EPS would start Ghostscript) on data from anywhere.
@@ -52,15 +54,17 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     source: str = Field(
         min_length=1,
         description='"digits" (bundled with scikit-learn), "cifar10" (from the hub), a path, or a hub id such as '
-        '"uoft-cs/cifar10". A path is a folder or zip of images, a parquet file, a folder of parquet files, '
-        "cifar-10-python.tar.gz or its extracted folder. A local folder called digits is ./digits.",
+        '"uoft-cs/cifar10". A path is a folder or zip of images, a parquet file, a folder of parquet files, an LMDB '
+        "folder (LSUN's), a tar file or a folder of them (WebDataset's), cifar-10-python.tar.gz or its extracted "
+        "folder. A local folder called digits is ./digits.",
     )
     split: str = Field(
         "train",
         min_length=1,
         description="Part of the source. It chooses among parquet files by name (train-00000-of-00003.parquet), among "
-        "the top folders of an image folder or zip where they are all called train, test, val, valid or validation, "
-        "and among the splits of CIFAR-10 and of hub datasets. Other sources are all train.",
+        "tar files (train-000000.tar) and the top folders of an image folder or zip where they are all called train, "
+        "test, val, valid or validation, and among the splits of CIFAR-10 and of hub datasets. Other sources are all "
+        "train.",
     )
     resolution: int | None = Field(
         None, gt=0, description="Side of the square images in pixels. None: as stored, where all must be the same."
@@ -77,12 +81,20 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
         "center", description="center: cut out the largest centred square first. none: an image not square is an error."
     )
     column: str | None = Field(
-        None, description="Column that holds the images, for parquet and the hub. None: the only column of images."
+        None,
+        description="Column that holds the images, for parquet and the hub; for tar files the images' extension, all "
+        "after the first dot of their names. None: the only one.",
     )
     cache: Literal["auto", "memory", "none"] = Field(
         "auto",
         description="memory: decode every image once and keep it. none: check every header once, decode on demand. "
         "auto: memory where that takes at most 2 GiB.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that decode while the model trains, where images are not kept decoded. No image depends "
+        "on it. None: one for each CPU core, at most 8.",
     )
 
 
@@ -99,26 +111,29 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             file names and sizes relative to the source, so that a moved folder keeps its fingerprint.
     """
 
-    def __init__(self, source: _Source, config: DataConfig, *, progress: bool = True) -> None:
+    def __init__(self, source: _Source, config: DataConfig, *, progress: bool = True, check: bool = True) -> None:
         self._source, self._config = source, config
         self._images: Tensor | None = None  # [N, C, H, W] where cached
         self._count = len(source)
         self.name = re.sub(r"\.(zip|parquet|tar|tar\.gz|tgz)$", "", Path(config.source).resolve().name)
-        self.resolution = self.channels = 0  # not known yet: `_check` lets the first image have any
+        self.workers = min(8, _cores()) if config.workers is None else config.workers
+        # 0: not known yet, `_check` lets the first image have any.
+        self.resolution, self.channels = (0, 0) if check else (config.resolution or 0, config.channels or 0)
+        if not check:  # by who looks at every image anyway
+            return
         with self._opened(0) as first:
             self.resolution = config.resolution or min(first.size)
             self.channels = config.channels or _channels(first)
             # Threads fight over the GIL on tiny images: 50,000 CIFAR-10 PNGs took 3.9 s in a plain loop and 7 s in a
             # pool of two, 560 JPEGs of 256 x 256 0.30 s and 0.16 s (2 cores, Pillow 13.0). They break even at 64 x 64.
-            threads = min(8, os.cpu_count() or 1) if first.width * first.height >= 64 * 64 else 1
+            threads = min(8, _cores()) if first.width * first.height >= 64 * 64 else 1
         shape = (self._count, self.channels, self.resolution, self.resolution)
         if config.cache == "memory" or (config.cache == "auto" and math.prod(shape) <= CACHE_BYTES):
             self._images = torch.empty(shape, dtype=torch.uint8)
-            sizes = self._for_all(self._decode_into(self._images.numpy()), threads, "decoding", progress)
+            width, height = self._for_all(self._decode_into(self._images.numpy()), threads, "decoding", progress)
             del self._source  # what is encoded is not needed any more
         else:  # a wrong image must end a run at its start, not after hours
-            sizes = self._for_all(self._native_size, threads, "checking", progress)
-        widths, heights = zip(*sizes, strict=True)
+            width, height = self._for_all(self._native_size, threads, "checking", progress)
         self.description: dict[str, Any] = {
             "source": config.source,
             "split": config.split,
@@ -127,8 +142,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             "channels": self.channels,
             "resize": config.resize,
             "crop": config.crop,
-            "native_width": [min(widths), max(widths)],
-            "native_height": [min(heights), max(heights)],
+            "native_width": width,
+            "native_height": height,
         }
 
     @property
@@ -246,23 +261,24 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
 
     def _for_all(
         self, function: Callable[[int], tuple[int, int]], threads: int, what: str, progress: bool
-    ) -> list[tuple[int, int]]:
-        """[function(i) for every i], with a progress bar where that takes more than two seconds."""
+    ) -> tuple[list[int], list[int]]:
+        """[least, most] width and height of function(i) of every i, with a progress bar where it takes over 2 s."""
         from tqdm import tqdm
 
         def some(start: int) -> list[tuple[int, int]]:  # a task for each image would cost more than a small image
             return [function(index) for index in range(start, min(start + 64, self._count))]
 
-        results: list[tuple[int, int]] = []
+        width, height = [sys.maxsize, 0], [sys.maxsize, 0]
         starts = range(0, self._count, 64)
         with (
             ThreadPoolExecutor(threads) as pool,  # starts no thread before it is used
             tqdm(total=self._count, desc=f"{what} {self.name}", unit="img", delay=2, disable=not progress) as bar,
         ):
             for part in pool.map(some, starts) if threads > 1 else map(some, starts):
-                results += part
+                for range_, values in zip((width, height), zip(*part, strict=True), strict=True):
+                    range_[:] = min(range_[0], *values), max(range_[1], *values)
                 bar.update(len(part))
-        return results
+        return width, height
 
 
 def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
@@ -274,7 +290,7 @@ def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
     others.
     """
     _require("PIL.Image", "pillow")  # else its absence would be reported as an error of the first image
-    return ImageDataset(_find(config), config, progress=progress)
+    return ImageDataset(_find(config, progress), config, progress=progress)
 
 
 class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
@@ -327,10 +343,11 @@ def loader(
     """Shuffled batches for ever, uint8 [batch_size, C, H, W], in pinned memory where CUDA is available.
 
     `seed` and `start` (images consumed already) are those of `InfiniteShuffle`. `num_workers` changes no image; None:
-    no workers for a cached dataset, up to four for one that decodes. torch's global generator is not touched.
+    no workers for a cached dataset, those of its configuration for one that decodes. torch's global generator is not
+    touched.
     """
     if num_workers is None:
-        num_workers = 0 if dataset.cached else min(4, os.cpu_count() or 1)
+        num_workers = 0 if dataset.cached else dataset.workers
     batches = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=InfiniteShuffle(len(dataset), batch_size, seed=seed, start=start),
@@ -459,21 +476,17 @@ class _Rows:
 
     def open(self, index: int) -> Image.Image:
         _, column, row = self._locate(index)
-        value = column[row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if data is not None:
-            return _open_image(io.BytesIO(data))
-        if value is None or not value.get("path"):
-            raise _Unsuitable("holds no image: take the row out")
-        return _open_image(Path(value["path"]))  # hub datasets of loose files are downloaded as files
+        return _open_row(column[row].as_py())
 
     def identity(self) -> Iterator[bytes]:
         for title, column in self._columns:
             yield f"{Path(title).name}\0{len(column)}\0{column.nbytes}\0".encode()
 
 
-def _find(config: DataConfig) -> _Source:
+def _find(config: DataConfig, progress: bool) -> _Source:
     """Finds out what kind of source it is."""
+    from spigan import shards  # which builds on this module
+
     source, split = config.source, config.split
     if source == "digits":
         return _digits(split)
@@ -485,10 +498,16 @@ def _find(config: DataConfig) -> _Source:
             return _cifar_archive(path, split)
         if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
             return _parquet(_shards(path, split), config.column)
+        if (path / "data.mdb").is_file():
+            return shards.LMDB(path)
+        if any(path.glob("*.tar")):
+            return shards.Tar(shards.tar_files(path, split), config.column, progress)
         return _folder(path, split)
     if path.is_file():
-        if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        if path.name.endswith((".tar.gz", ".tgz")) or path.name == "cifar-10-python.tar":
             return _cifar_archive(path, split)
+        if path.suffix == ".tar":
+            return shards.Tar([path], config.column, progress)
         if path.suffix == ".parquet":
             if split not in ("train", _split_of(path)):
                 raise ValueError(f"{path} holds the split {_split_of(path)!r}, not {split!r}: give another file")
@@ -496,14 +515,14 @@ def _find(config: DataConfig) -> _Source:
         if path.suffix == ".zip":
             return _zip(path, split)
         raise ValueError(
-            f"{path} is no source of images: expected a folder, .zip, .parquet or cifar-10-python.tar.gz; "
+            f"{path} is no source of images: expected a folder, .zip, .parquet, .tar or cifar-10-python.tar.gz; "
             "for a single image give its folder"
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
         return _hub(source, split, config.column)
     raise FileNotFoundError(
-        f'source {source!r} does not exist: expected "digits", "cifar10", the path of a folder, .zip, .parquet or '
-        'cifar-10-python.tar.gz, or a hub dataset id "owner/name"'
+        f'source {source!r} does not exist: expected "digits", "cifar10", the path of a folder, .zip, .parquet, .tar '
+        'or cifar-10-python.tar.gz, or a hub dataset id "owner/name"'
     )
 
 
@@ -579,20 +598,47 @@ def _split_of(file: Path) -> str:
 
 
 def _parquet(files: list[Path], column: str | None) -> _Source:
-    # pyarrow rather than `datasets`: it reads the 50,000 encoded CIFAR-10 images in 0.3 to 0.7 s, imports included,
-    # against 1.2 s, and writes no second copy of the data to the user's cache. The encoded images stay in memory.
+    # Up to CACHE_BYTES the encoded images are held in memory, by pyarrow rather than `datasets`: it reads the 50,000
+    # encoded CIFAR-10 images in 0.3 to 0.7 s, imports included, against 1.2 s, and writes no second copy of the data to
+    # the user's cache.
     arrow, parquet = _require("pyarrow", "pyarrow"), _require("pyarrow.parquet", "pyarrow")
+    names, footers, size, groups = set(), [], 0, 0
     columns = []
     for file in files:
         try:
             with parquet.ParquetFile(file) as table:
                 name = _image_column(table.schema_arrow, column, str(file))
-                columns.append((str(file), table.read(columns=[name]).column(name)))
+                names.add(name)
+                footers.append(table.metadata)
+                size += _column_bytes(table.metadata, name)
+                groups += table.metadata.num_row_groups
+                if size <= CACHE_BYTES:
+                    columns.append((str(file), table.read(columns=[name]).column(name)))
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
-    if not any(len(rows) for _, rows in columns):
+    if not any(footer.num_rows for footer in footers):
         raise ValueError(f"{', '.join(map(str, files))} has no rows: expected images")
-    return _Rows(columns)
+    if size <= CACHE_BYTES:
+        return _Rows(columns)
+    del columns
+    if len(names) > 1:
+        raise ValueError(f"{files[0].parent} has files whose images are in different columns: {sorted(names)}")
+    if size <= groups * ROW_GROUP_BYTES:
+        from spigan.shards import RowGroups
+
+        return RowGroups(files, footers, name)
+    # An image would cost the reading of a large row group. `datasets` writes an Arrow file to its cache, once, which is
+    # mapped into memory.
+    datasets = _require("datasets", "datasets")
+    rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train", columns=[name])
+    return _Rows([(str(files[0].parent), rows.with_format("arrow")[:].column(name))])
+
+
+def _column_bytes(footer: Any, name: str) -> int:
+    """Bytes in memory of a column of a parquet file, as its footer tells."""
+    groups = map(footer.row_group, range(footer.num_row_groups))
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == name)
 
 
 def _hub(identifier: str, split: str, column: str | None) -> _Source:
@@ -705,20 +751,34 @@ def _cifar_batch(data: bytes, name: str) -> np.ndarray:
     return found[0]
 
 
+def _open_row(value: Any) -> Image.Image:
+    """The image of a row: bytes, or {bytes, path} as the hub stores images."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is not None:
+        return _open_image(io.BytesIO(data))
+    if value is None or not value.get("path"):
+        raise _Unsuitable("holds no image: take the row out")
+    return _open_image(Path(value["path"]))  # hub datasets of loose files are downloaded as files
+
+
 def _open_image(file: Path | io.BytesIO) -> Image.Image:
     from PIL import Image
 
     return Image.open(file, formats=PILLOW_FORMATS)
 
 
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _channels(image: Image.Image) -> int:
     return 1 if image.mode in ("1", "L", "LA") else 3
 
 
-def _require(module: str, package: str) -> Any:
+def _require(module: str, package: str, extra: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this source of images needs the package {package}: pip install {package}"
-        ) from error
+        wanted = f'"spigan[{extra}]"' if extra else package
+        raise ModuleNotFoundError(f"this source of images needs the package {package}: pip install {wanted}") from error
