@@ -9,6 +9,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,6 +72,8 @@ def convert(
         raise ValueError(f"shard_size must be 1 or more, got {shard_size}")
     if quality is not None and (image_format == "png" or not 1 <= quality <= 100):
         raise ValueError(f"quality is 1 to 100 for webp and jpeg and not for png, got {quality} for {image_format}")
+    if Path(config.source).resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out} is in the source itself: choose another folder")
     source = _find(config, progress)
     identity = hashlib.sha256()
     for part in source.identity():
@@ -203,7 +207,7 @@ def _counted(batches: Iterable[tuple[range, Any]], bar: tqdm[Any]) -> Iterator[t
 
 
 def _in_workers(dataset: _EachImage, chunks: list[range], workers: int | None) -> Iterator[list[Any]]:
-    """`dataset.__getitems__(chunk)` of every chunk, in order. DataLoader's workers end when this process is killed."""
+    """`dataset.__getitems__(chunk)` of every chunk, in order."""
     return iter(
         torch.utils.data.DataLoader(
             dataset,
@@ -211,8 +215,24 @@ def _in_workers(dataset: _EachImage, chunks: list[range], workers: int | None) -
             num_workers=_cores() if workers is None else workers,
             collate_fn=_unchanged,
             generator=torch.Generator(),
+            worker_init_fn=_end_with_parent,
         )
     )
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends this process soon after the one that started it is killed.
+
+    DataLoader's own watch ends the loop of a worker, which then waits for ever for somebody to read its last results.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _EachImage(torch.utils.data.Dataset[Any]):
