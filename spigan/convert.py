@@ -27,7 +27,7 @@ from spigan.images import atomic_path, to_pil
 ImageFormat = Literal["png", "webp", "jpeg"]
 
 _CHUNK = 32  # images that a worker hands over at a time
-_GROUP_BYTES = 1 << 20  # a row group ends with the image that fills it: to read one image at random is to read a group
+_GROUP_BYTES = 1 << 19  # a row group ends with the image that fills it: to read one image at random is to read a group
 _KEY = b"spigan.convert"  # in a file's metadata: what it was made from, and how
 
 

@@ -147,7 +147,7 @@ def test_splits_share_a_folder(tmp_path: Path, pictures: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the workers")
 def test_killed_conversion_goes_on(tmp_path: Path) -> None:
-    options = ["data", "convert", "digits", "--resolution", "96", "--channels", "1", "--shard-size", "64", "--quiet"]
+    options = ["data", "convert", "digits", "--resolution", "64", "--channels", "1", "--shard-size", "64", "--quiet"]
     command = [sys.executable, "-m", "spigan.cli", *options, "--workers", "2", "--out"]
     out = tmp_path / "out"
     with subprocess.Popen([*command, str(out)], start_new_session=True) as process:
@@ -165,11 +165,11 @@ def test_killed_conversion_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
-    result = convert(config_of("digits", resolution=96, channels=1), out, shard_size=64, workers=0, progress=False)
+    result = convert(config_of("digits", resolution=64, channels=1), out, shard_size=64, workers=0, progress=False)
     assert result["complete"] and result["converted"] == 1797 - 64 * len(kept)
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.iterdir()}.items()
     convert(
-        config_of("digits", resolution=96, channels=1), tmp_path / "whole", shard_size=64, workers=0, progress=False
+        config_of("digits", resolution=64, channels=1), tmp_path / "whole", shard_size=64, workers=0, progress=False
     )
     assert contents(out) == contents(tmp_path / "whole")  # nothing else is left either
 

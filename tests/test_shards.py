@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 
 import spigan.data
+from spigan.config import TrainConfig
 from spigan.data import DataConfig, ImageDataset, loader, open_dataset
 from spigan.shards import LMDB, RowGroups, Tar
+from spigan.training.trainer import Trainer
 
 
 def open_source(source: str | Path, **options: Any) -> ImageDataset:
@@ -144,16 +146,35 @@ def test_images_order_and_exact_resume(tmp_path: Path, kind: str, large: Callabl
     assert torch.equal(copied[7], expected[7])
 
 
+def test_training_on_an_lmdb_resumes_to_the_bit(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "model": {"resolution": 8, "dim_h": 8, "embed_channels": 2, "channel_base": 32, "channel_max": 4},
+        "data": {"source": str(lsun(tmp_path / "set", PICTURES)), "cache": "none", "workers": 2},
+        "batch": 8,
+        "device": "cpu",
+    }
+    runs = {}
+    for name, parts in (("whole", (0.08,)), ("stopped", (0.04, 0.08))):  # 0.04 kimg: in the midst of an epoch
+        trainer = Trainer(TrainConfig(**fields, total_kimg=parts[0]), tmp_path / name, progress=False)
+        trainer.fit()
+        for kimg in parts[1:]:
+            trainer = Trainer.resume(tmp_path / name, total_kimg=kimg, progress=False)
+            trainer.fit()
+        runs[name] = trainer
+    assert runs["whole"].images_drawn == runs["stopped"].images_drawn == 160
+    for expected, resumed in zip(runs["whole"].model.parameters(), runs["stopped"].model.parameters(), strict=True):
+        assert torch.equal(expected, resumed)
+
+
 @pytest.mark.parametrize("kind", ["lmdb", "tar", "row groups"])
 def test_fingerprint_tells_other_images_not_another_place(
     tmp_path: Path, kind: str, large: Callable[[str], None]
 ) -> None:
     large(kind)
-    one = open_source(KINDS[kind](tmp_path / "1" / "set" if kind != "lmdb" else tmp_path / "1", PICTURES), resolution=8)
-    two = open_source(KINDS[kind](tmp_path / "2" / "set" if kind != "lmdb" else tmp_path / "2", PICTURES), resolution=8)
     changed = [*PICTURES[:-1], picture(99, (13, 8), "WEBP")]
-    other = open_source(
-        KINDS[kind](tmp_path / "3" / "set" if kind != "lmdb" else tmp_path / "3", changed), resolution=8
+    one, two, other = (
+        open_source(KINDS[kind](tmp_path / name, images), resolution=8)
+        for name, images in (("one", PICTURES), ("two", PICTURES), ("other", changed))
     )
     assert one.fingerprint == two.fingerprint != other.fingerprint
 

@@ -1,0 +1,109 @@
+"""Images a second of the loader, by kind of source: python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096].
+
+Crops and reflections of the photographs in a folder become sets of `count` images of 256 x 256 in every layout: files,
+LSUN's LMDB, tar shards, parquet as the hub has it (100 images a row group), and what `spigan data convert` writes.
+Batches of 64 in the shuffled order of training, no decoded image kept, parquet read in place; the system's file cache
+holds the sets. A row: medians of three epochs, by the CPU time of one process, and by the clock with worker processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import statistics
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import lmdb
+import pyarrow
+import pyarrow.parquet
+import torch
+from PIL import Image
+
+import spigan.data
+from spigan.convert import convert
+from spigan.data import DataConfig, ImageDataset, loader, open_dataset
+
+FORMATS = {"webp": 75, "jpeg": 90}  # and their qualities
+BATCH = 64
+
+
+def picture(files: list[Path], number: int) -> Image.Image:
+    """A crop of one of the photographs, 256 x 256, another for every number."""
+    rng = random.Random(number)
+    image = Image.open(files[number % len(files)]).convert("RGB")
+    side = rng.randint(min(image.size) * 3 // 4, min(image.size))
+    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    image = image.resize((256, 256), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def write_sets(root: Path, images: list[bytes], kind: str) -> dict[str, Path]:
+    """The same encoded images in every layout."""
+    sets = {name: root / name for name in ("files", "lmdb", "tar", "hub", "converted")}
+    for name in ("files", "tar", "hub"):
+        sets[name].mkdir(parents=True)
+    with lmdb.open(str(sets["lmdb"]), map_size=1 << 34) as environment, environment.begin(write=True) as transaction:
+        for number, data in enumerate(images):
+            (sets["files"] / f"{number:06}.{kind}").write_bytes(data)
+            transaction.put(b"%040x" % number, data)
+    for start in range(0, len(images), 1000):
+        with tarfile.open(sets["tar"] / f"train-{start // 1000:06}.tar", "w") as archive:
+            for number, data in enumerate(images[start : start + 1000], start):
+                member = tarfile.TarInfo(f"{number:06}.{kind}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    table = pyarrow.table({"image": pyarrow.array([{"bytes": data, "path": None} for data in images])})
+    pyarrow.parquet.write_table(table, sets["hub"] / "train-00000-of-00001.parquet", row_group_size=100)
+    config = DataConfig(source=str(sets["files"]), resolution=256, channels=3)
+    convert(config, sets["converted"], image_format=kind, quality=FORMATS[kind], progress=False)  # type: ignore[arg-type]
+    return sets
+
+
+def rates(dataset: ImageDataset, workers: int) -> tuple[float, float]:
+    """Images a second of this process's CPU time and by the clock; medians of three epochs."""
+    measured = []
+    for epoch in range(3):
+        batches = loader(dataset, batch_size=BATCH, seed=epoch, num_workers=workers)
+        next(batches)  # workers start
+        busy, began = time.process_time(), time.perf_counter()
+        for _ in range(len(dataset) // BATCH):
+            next(batches)
+        count = len(dataset) // BATCH * BATCH
+        measured.append((count / (time.process_time() - busy), count / (time.perf_counter() - began)))
+    return statistics.median(rate for rate, _ in measured), statistics.median(rate for _, rate in measured)
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path)
+    parser.add_argument("--count", type=int, default=4096)
+    parser.add_argument("--workers", type=int, default=spigan.data._cores())
+    arguments = parser.parse_args()
+    files = sorted(file for file in arguments.photographs.iterdir() if file.suffix in spigan.data.IMAGE_SUFFIXES)
+    torch.set_num_threads(1)
+    spigan.data.CACHE_BYTES = 0
+    print(f"| images | source | open, s | a core, images/s | {arguments.workers} workers, images/s |")
+    print("| --- " * 5 + "|")
+    for kind, quality in FORMATS.items():
+        images = []
+        for number in range(arguments.count):
+            buffer = io.BytesIO()
+            picture(files, number).save(buffer, kind, quality=quality)
+            images.append(buffer.getvalue())
+        size = sum(map(len, images)) / len(images) / 1000
+        with tempfile.TemporaryDirectory() as root:
+            for name, path in write_sets(Path(root), images, kind).items():
+                began = time.perf_counter()
+                dataset = open_dataset(DataConfig(source=str(path)), progress=False)
+                opening = time.perf_counter() - began
+                core, clock = rates(dataset, 0)[0], rates(dataset, arguments.workers)[1]
+                print(f"| {kind}, {size:.1f} kB | {name} | {opening:.2f} | {core:.0f} | {clock:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
