@@ -74,7 +74,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images: a folder, zip, parquet file or folder of them, cifar-10-python.tar.gz, or a hub id."
+            help="Images: a folder, zip, parquet file or folder of them, LMDB, tar shards, cifar-10-python.tar.gz, "
+            "or a hub id."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run, new or empty (default: runs/NNNNN).")] = None,

@@ -313,8 +313,9 @@ def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, di
                 f"{file} is not of this conversion, but of other images or options: choose another folder, or delete it"
             )
         done[file.name] = record
-    for scratch in out.glob(f".{plan['split']}-*-of-*.parquet"):
-        scratch.unlink()
+    for pattern in (f".{plan['split']}-*-of-*.parquet", f".{plan['split']}-index.json-*"):
+        for scratch in out.glob(pattern):
+            scratch.unlink()
     return done
 
 

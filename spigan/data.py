@@ -106,6 +106,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         resolution: H = W in pixels.
         channels: C, 1 or 3.
         cached: whether all images are decoded in memory (else `dataset[i]` decodes).
+        workers: processes in which `loader` decodes where they are not.
         description: what a run records about its data; plain JSON values.
         fingerprint: sha256 (hex) of the data. Cached: of count, shape and pixels. Otherwise: of the description, and of
             file names and sizes relative to the source, so that a moved folder keeps its fingerprint.
@@ -119,7 +120,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         self.workers = min(8, _cores()) if config.workers is None else config.workers
         # 0: not known yet, `_check` lets the first image have any.
         self.resolution, self.channels = (0, 0) if check else (config.resolution or 0, config.channels or 0)
-        if not check:  # by who looks at every image anyway
+        if not check:  # spigan.convert goes through all images itself; there is no description then
             return
         with self._opened(0) as first:
             self.resolution = config.resolution or min(first.size)
@@ -275,8 +276,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             tqdm(total=self._count, desc=f"{what} {self.name}", unit="img", delay=2, disable=not progress) as bar,
         ):
             for part in pool.map(some, starts) if threads > 1 else map(some, starts):
-                for range_, values in zip((width, height), zip(*part, strict=True), strict=True):
-                    range_[:] = min(range_[0], *values), max(range_[1], *values)
+                for limits, values in zip((width, height), zip(*part, strict=True), strict=True):
+                    limits[:] = min(limits[0], *values), max(limits[1], *values)
                 bar.update(len(part))
         return width, height
 
