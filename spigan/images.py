@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,6 +72,50 @@ def display_scale(resolution: int) -> int:
 
 
 @contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent` for files that will be moved out of it; removed with what is left when the block ends.
+
+    A killed program cannot remove its own. So each is locked, which the end of a process undoes however it comes, and
+    `remove_stale` finds those that nobody has locked.
+    """
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
+        lock = _locked(folder)
+        try:
+            yield Path(folder)
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def remove_stale(parent: Path, prefix: str, age: float = 60.0) -> None:
+    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards.
+
+    Args:
+        parent: a folder; it need not exist.
+        prefix: of the scratch folders' names.
+        age: seconds since their last change, because a lock follows the creation of its folder by an instant.
+    """
+    for path in parent.glob(f"{prefix}????????"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _locked(path)) is not None:
+                shutil.rmtree(path)
+                os.close(lock)
+
+
+def _locked(folder: str | Path) -> int | None:
+    """Descriptor that holds the lock of a folder; None where another does, or the system has no such locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Path to write instead of `path`: moved there when the block ends well, removed otherwise.
 
@@ -75,22 +128,20 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is no regular file and would be replaced by one")
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
-    os.close(descriptor)
-    scratch = Path(name)
-    try:
+    if durable:  # not of each of 50,000 pictures: it lists the folder
+        remove_stale(path.parent, f".{glob.escape(path.name)}-")
+    # A folder, since some libraries (safetensors) write beside the path that they are given, too.
+    with scratch_folder(path.parent, f".{path.name}-") as folder:
+        scratch = folder / path.name
         yield scratch
         if durable:
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
-        # mkstemp's files are private; a written file should get the permissions that any new file gets.
+        # Some libraries make private files; a written file should get the permissions that any new file gets.
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)
         os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:

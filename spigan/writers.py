@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spigan.images import atomic_path, display_scale, make_grid, save_png, to_pil
+from spigan.images import atomic_path, display_scale, make_grid, remove_stale, save_png, to_pil
 
 Add = Callable[[Tensor], None]
 
@@ -88,6 +88,7 @@ def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: 
                 save_png(image, out / f"seed{seed:06d}{suffix}.png", durable=False)
 
     out.mkdir(parents=True, exist_ok=True)
+    remove_stale(out, ".seed*.png-")
     with _encoders() as submit:
         start = 0
 
@@ -135,30 +136,31 @@ def _grid(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[
 def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
     channels, height, width = shape
     size = (len(times), len(seeds), height, width, channels)
-    with atomic_path(out) as scratch, tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        # An .npy file first, which can be written in any order: the times are its first axis.
-        array: Any = np.lib.format.open_memmap(
-            f"{folder}/images.npy", mode="w+", dtype=np.uint8, shape=size if len(times) > 1 else size[1:]
-        )
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here; in mapped memory it would kill the process
-            with open(f"{folder}/images.npy", "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-        view, start = array.reshape(size), 0
+    # First into a nameless file (a kill leaves none) that can be written in any order: the times are its first axis.
+    with atomic_path(out) as scratch, tempfile.TemporaryFile(dir=out.parent) as file:
+        array: Any = np.memmap(file, np.uint8, "w+", shape=size) if 0 not in size else np.empty(size, np.uint8)
+        # A full disk is an error here; in mapped memory it would kill the process.
+        if hasattr(os, "posix_fallocate") and array.size:
+            os.posix_fallocate(file.fileno(), 0, array.size)
+        start = 0
 
         def add(images: Tensor) -> None:
             nonlocal start
-            view[:, start : start + images.shape[1]] = images.movedim(-3, -1).numpy()
+            array[:, start : start + images.shape[1]] = images.movedim(-3, -1).numpy()
             start += images.shape[1]
 
         yield add
         if start != len(seeds):
             raise ValueError(f"{len(seeds)} images were announced, {start} came")
-        array.flush()
+        values = {
+            "images": array if len(times) > 1 else array[0],
+            "seeds": np.array(seeds, dtype=np.int64),
+            "t": np.array(times, dtype=np.float64),
+        }
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write(f"{folder}/images.npy", "images.npy")
-            for name, values in (("seeds", np.array(seeds, dtype=np.int64)), ("t", np.array(times, dtype=np.float64))):
-                with archive.open(f"{name}.npy", "w") as entry:
-                    np.lib.format.write_array(entry, values)
+            for name, value in values.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:  # as NumPy's own savez
+                    np.lib.format.write_array(entry, value)
 
 
 @contextmanager

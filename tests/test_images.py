@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_atomic_path_replaces_when_the_block_ends_well(tmp_path: Path) -> None:
         before = path.read_text() if path.exists() else None
         with atomic_path(path) as scratch:
             scratch.write_text(text)
-            assert scratch.parent == path.parent and scratch.suffix == ".txt" and scratch.name.startswith(".")
+            assert scratch.name == path.name and scratch.parent.parent == path.parent
+            assert scratch.parent.name.startswith(".file.txt-")
             assert (path.read_text() if path.exists() else None) == before
         assert path.read_text() == text
         assert os.listdir(path.parent) == ["file.txt"]
@@ -129,6 +131,28 @@ def test_atomic_path_leaves_nothing_where_it_cannot_write(tmp_path: Path) -> Non
     with pytest.raises(OSError), atomic_path(tmp_path / "folder") as scratch:  # noqa: PT011  # which one: by platform
         scratch.write_text("text")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_scratch_of_killed_programs_is_removed(tmp_path: Path) -> None:
+    """Not that of a program that still writes, nor what only looks like it."""
+    pytest.importorskip("fcntl", reason="no locks of folders")
+    path, long_ago = tmp_path / "file.txt", time.time() - 3600
+    stale, young, other = (
+        tmp_path / f".{name}" for name in ("file.txt-12345678", "file.txt-abcdefgh", "file.txt-kept")
+    )
+    for folder in (stale, young, other):
+        folder.mkdir()
+        (folder / "file.txt").write_text("half")
+    for folder in (stale, other):
+        os.utime(folder, (long_ago, long_ago))
+    with atomic_path(path) as writing:
+        assert set(tmp_path.iterdir()) == {young, other, writing.parent}
+        writing.write_text("first")
+        os.utime(writing.parent, (long_ago, long_ago))
+        with atomic_path(path) as second:  # as another process would
+            second.write_text("second")
+        assert writing.read_text() == "first"
+    assert path.read_text() == "first" and set(tmp_path.iterdir()) == {path, young, other}
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spigan.config import ModelConfig, describe_problems
+from spigan.images import remove_stale, scratch_folder
 from spigan.models.generator import Generator
 from spigan.models.mapping import MLPMapping, ODEMapping, Times
 from spigan.ops.library import stage
@@ -96,11 +96,12 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
         folder = Path(save_directory)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None) or folder.name
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        remove_stale(folder, ".saving-")
+        with scratch_folder(folder, ".saving-") as scratch:
             super().save_pretrained(scratch)
             # safetensors makes its file private; all shall have the permissions that any new file gets.
-            (Path(scratch) / WEIGHTS_NAME).chmod((Path(scratch) / CONFIG_NAME).stat().st_mode)
-            for file in Path(scratch).iterdir():
+            (scratch / WEIGHTS_NAME).chmod((scratch / CONFIG_NAME).stat().st_mode)
+            for file in scratch.iterdir():
                 if file.name != "README.md" or not (folder / file.name).exists():
                     os.replace(file, folder / file.name)
         # Last: where the upload fails, the folder is complete.
