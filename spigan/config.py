@@ -89,6 +89,9 @@ class TrainConfig(BaseModel):
         0.05, description="half-life is at most this share of the images seen; None: never shortened"
     )
     mbstd_group: Positive = Field(4, description="group of D's minibatch standard deviation")
+    grad_norm_limit: Annotated[float, Field(gt=0)] | None = Field(
+        1e6, description="norm of a step's gradient that ends the run as diverged; None: only one that is not finite"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: convolutions in bfloat16 (autocast)")
 
     # Augmentation of what D sees
@@ -102,7 +105,7 @@ class TrainConfig(BaseModel):
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
     tick_kimg: Annotated[float, Field(gt=0)] = Field(4, description="kimg between lines of statistics")
     snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, grids and exported models")
-    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept")
+    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best model's is, too")
 
     # Metrics during training
     metric_features: str | None = Field(

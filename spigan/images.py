@@ -87,17 +87,12 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
                 os.close(lock)
 
 
-def remove_stale(parent: Path, prefix: str, age: float = 60.0) -> None:
-    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards.
-
-    Args:
-        parent: a folder; it need not exist.
-        prefix: of the scratch folders' names.
-        age: seconds since their last change, because a lock follows the creation of its folder by an instant.
-    """
+def remove_stale(parent: Path, prefix: str) -> None:
+    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards."""
     for path in parent.glob(f"{prefix}????????"):
         with contextlib.suppress(OSError):
-            if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _locked(path)) is not None:
+            # A lock follows the creation of its folder by an instant, hence the minute.
+            if path.is_dir() and time.time() - path.stat().st_mtime > 60 and (lock := _locked(path)) is not None:
                 shutil.rmtree(path)
                 os.close(lock)
 

@@ -36,21 +36,28 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def remove_scratch(run_dir: Path) -> None:
     """Delete the unfinished files that a kill in the middle of writing left behind."""
     patterns = (
-        *("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".*.jsonl-*", ".*.json-*"),
-        "best/.metrics.json-*",
+        *("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".*.jsonl-*", ".*.json-*", "failed/.*-*"),
+        *("best/.metrics.json-*", "best/.saving-*", "model/.saving-*"),
     )
-    for pattern in patterns:
-        for path in run_dir.glob(pattern):
+    for path in (path for pattern in patterns for path in run_dir.glob(pattern)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
-    for folder in (*run_dir.glob("model/.saving-*"), *run_dir.glob("best/.saving-*")):
-        shutil.rmtree(folder)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-serialisable state, whole or not at all."""
+    """Write tensors and a JSON-serialisable state, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
     metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}
     with atomic_path(path) as scratch:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, scratch, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

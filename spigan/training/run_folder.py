@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def next_run_dir(parent: Path = Path("runs")) -> Path:
 def run_of(model: str | Path) -> Path | None:
     """The run folder of a model, which may be given as its model/ or best/; None where it is of no run."""
     return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
+
+
+def unused(run_dir: Path) -> bool:
+    """Whether a run may begin in a folder: there is none, or at most what a run leaves that is killed as it begins."""
+    ours = re.compile(r"data\.json|\.(config|data)\.json-.{8}")
+    return not run_dir.is_dir() or all(ours.fullmatch(path.name) for path in run_dir.iterdir())
 
 
 def read_config(run_dir: Path) -> TrainConfig:

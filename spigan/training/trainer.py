@@ -3,17 +3,14 @@ draws a batch of clean images, noises them, and goes through the times t_1 < ...
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +26,14 @@ from spigan.sampling import resolve_device
 from spigan.sde import VPSDE
 from spigan.training import checkpoint
 from spigan.training.augment import ADA, make_augment
+from spigan.training.faults import StopSignals, check_writable, divergence, last_checkpoint, writing
 from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
-from spigan.training.measure import RunMetrics, keep_best
-from spigan.training.run_folder import StatsLog, next_run_dir, read_config, write_text
+from spigan.training.measure import RunMetrics, keep_best, read_best
+from spigan.training.run_folder import StatsLog, next_run_dir, read_config, read_metrics, unused, write_text
 
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
 _NOISE_STREAM = 2**32
+_SLOW = 1.0  # seconds; with iterations as long as this, a copy of the state is kept in case a signal comes within one
 _ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras et al. 2020a, section 3.1)
 
 
@@ -68,19 +67,23 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: str | Path | None = None, *, progress: bool = True) -> None:
         self.run_dir = next_run_dir() if run_dir is None else Path(run_dir)
-        if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+        if not unused(self.run_dir):
             raise FileExistsError(
                 f"{self.run_dir} exists and is not empty: choose another folder, or go on with it by "
                 f"`spigan train --resume {self.run_dir}`"
             )
+        check_writable(self.run_dir)
         self._build(config, progress)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
-        write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
+        with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
+            write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")  # last: now it is a run
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
         """Go on with a run from its newest checkpoint, exactly: on the CPU to the bit as if it had never stopped.
+
+        A run that was killed before its first checkpoint begins again.
 
         Args:
             run_dir: folder of the run.
@@ -88,16 +91,18 @@ class Trainer:
             progress: show a progress bar.
 
         Raises:
-            FileNotFoundError: no run, or no checkpoint in it.
+            FileNotFoundError: no run, or no checkpoint in it any more.
+            OSError: the folder cannot be written.
             ValueError: a damaged or foreign checkpoint, or images that are not those the run began with.
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
         if total_kimg is not None:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
+        check_writable(run_dir)
         checkpoint.remove_scratch(run_dir)
-        found = checkpoint.checkpoints(run_dir)
-        if not found:
+        newest = last_checkpoint(run_dir)
+        if newest is None and (run_dir / "stats.jsonl").exists():  # which a run makes after its first checkpoint
             raise FileNotFoundError(
                 f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
             )
@@ -110,7 +115,8 @@ class Trainer:
                 f"the images of {config.data.source!r} are not those that {run_dir} was trained on: an exact resume is "
                 "not possible; restore them, or start a new run"
             )
-        trainer._load(found[-1])
+        if newest is not None:
+            trainer._load(newest)
         if total_kimg is not None:
             write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
         return trainer
@@ -165,6 +171,9 @@ class Trainer:
         self.pl_mean = torch.zeros((), device=self.device)
         self.interrupted = False
         self._statistics: dict[str, list[Tensor]] = {}
+        self._unchecked: list[tuple[int, str, Tensor]] = []  # (iteration, name, value) not yet known to be finite
+        self._saved: int | None = None  # iteration of the last checkpoint
+        self._slowest = 0.0  # seconds of an iteration
         self._ada_signs: list[Tensor] = []
         self._elapsed = 0.0  # seconds of training in earlier sessions
 
@@ -269,7 +278,7 @@ class Trainer:
             (loss_real * share).backward()
             signs.append(logits.detach().sign().mean() * share)
             self._record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
-        self.optimizer_d.step()
+        self._step(self.optimizer_d, "d")
         return torch.stack(signs).sum()
 
     def _adapt_augmentation(self, sign: Tensor, images: int) -> None:
@@ -292,7 +301,7 @@ class Trainer:
             penalty = r1_penalty(self._logits(images, self._times_of(times, part.shape[1])), images)
             (penalty * (weight * part.shape[1] / real.shape[1])).backward()
             self._record(r1=penalty)
-        self.optimizer_d.step()
+        self._step(self.optimizer_d, "r1")
 
     def _generator_step(self, z: Tensor, times: list[float]) -> None:
         """Update mapping network and generator at the given times."""
@@ -305,7 +314,7 @@ class Trainer:
             loss = generator_loss(self._logits(generated, self._times_of(times, len(part))))
             (loss * (len(part) / len(z))).backward()
             self._record(loss_g=loss)
-        self.optimizer_g.step()
+        self._step(self.optimizer_g, "g")
 
     def _path_length_step(self, z: Tensor, times: list[float]) -> None:
         """Lazy path-length regularisation: penalise the distance of path lengths from their running mean."""
@@ -323,7 +332,16 @@ class Trainer:
             penalty = (lengths - self.pl_mean).square().mean()
             (penalty * (weight * len(part) / len(z))).backward()
             self._record(path_length=lengths.mean(), path_length_penalty=penalty)
-        self.optimizer_g.step()
+        self._step(self.optimizer_g, "pl")
+
+    def _step(self, optimizer: torch.optim.Adam, name: str) -> None:
+        """A step of an optimiser, unless the gradients or what led to them show that training has diverged."""
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._record(**{f"grad_norm_{name}": nn.utils.get_total_norm(gradients)})
+        if self.device.type == "cpu":  # a GPU would have to be waited for: there `_means` checks, once a tick
+            self._check()
+        optimizer.step()
 
     def _times_of(self, times: list[float], n: int) -> Tensor:
         """[n k] times of n images at k times each, in the order of `_interleave`."""
@@ -354,69 +372,103 @@ class Trainer:
             self.dataset, batch_size=self.config.batch, seed=self.config.seed, start=self.images_drawn
         )
         if self.iteration == 0:
-            self._save_reals()
+            with writing(self.run_dir, f"pictures in {self.run_dir}"):
+                self._save_reals()
             self._snapshot()
-        log = StatsLog(self.run_dir, self.iteration)
-        tick_images = self.config.tick_kimg * 1000
+        with writing(self.run_dir, f"statistics in {self.run_dir}"):
+            log = StatsLog(self.run_dir, self.iteration)
         began = time.perf_counter() - self._elapsed
         tick_began, tick_seen = time.perf_counter(), self.images_seen
         bar = tqdm(total=total, initial=self.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
-        with bar, _stop_on_signals() as stop:
+        with bar, StopSignals() as stop:
+            self._measure(log, stop)  # what a stop has left undone
             # The last generator iteration belongs to the last images seen.
             while (self.images_seen < total or self.iteration % 2) and not stop.is_set():
-                images = next(batches)
-                self.images_drawn += len(images)
-                before = self.images_seen
-                self.train_iteration(images)
+                iteration_began, before = time.perf_counter(), self.images_seen
+                self._elapsed = iteration_began - began
+                with stop.backed(self._copy_if_slow()):
+                    images = next(batches)
+                    self.images_drawn += len(images)
+                    self.train_iteration(images)
                 bar.update(self.images_seen - before)
-                # A tick ends with a generator iteration, so that both losses have been measured.
-                if (
-                    self.iteration % 2
-                    or self.images_seen // tick_images == (self.images_seen - len(images)) // tick_images
-                ):
-                    continue
                 now = time.perf_counter()
+                self._slowest = max(self._slowest, now - iteration_began)
+                if (tick := self._tick()) is None:
+                    continue
                 self._elapsed = now - began
                 row = self._tick_row((self.images_seen - tick_seen) / (now - tick_began))
-                log.write(row)
+                with writing(self.run_dir, f"statistics in {self.run_dir}"):
+                    log.write(row)
                 bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
-                tick, tick_began, tick_seen = int(self.images_seen // tick_images), now, self.images_seen
-                if tick % self.config.metric_ticks == 0:
-                    # Before the checkpoint: one that exists has its metrics, and a resumed run measures none again.
-                    self._measure(log)
-                    began += time.perf_counter() - now  # "seconds" are of training
-                    tick_began = time.perf_counter()
-                if tick % self.config.snapshot_ticks == 0 and self.images_seen < total:
-                    self._snapshot()
+                tick_began, tick_seen = now, self.images_seen
+                # Before the checkpoint, so that one that exists has its metrics: a resumed run measures none again.
+                best = self._measure(log, stop)
+                began += time.perf_counter() - now  # "seconds" are of training
+                tick_began = time.perf_counter()
+                if (best or tick % self.config.snapshot_ticks == 0) and self.images_seen < total:
+                    self._snapshot(stop)
             self._elapsed = time.perf_counter() - began
             self.interrupted = stop.is_set()
-            self._snapshot()
+            self._snapshot(stop)
         log.close()
         if self.interrupted:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
         return self.ema
 
-    def _measure(self, log: StatsLog) -> None:
-        """Metrics of the averaged model, where the run has any; keeps it where it is the best so far."""
-        if self._metrics is None:
-            return
-        values = self._metrics.measure(self.ema)
+    def _tick(self) -> int | None:
+        """Number of the tick that the last iteration has ended, None where it has not.
+
+        A tick ends with a generator iteration, so that both losses have been measured.
+        """
+        images = self.config.tick_kimg * 1000
+        tick, before = (int(seen // images) for seen in (self.images_seen, self.images_seen - self.config.batch))
+        return tick if self.iteration and self.iteration % 2 == 0 and tick != before else None
+
+    def _copy_if_slow(self) -> Callable[[], None] | None:
+        """A function that saves the state as it is now; None where it is saved, or iterations are soon over."""
+        if self._slowest < _SLOW or self._saved == self.iteration:
+            return None
+        self._check()
+        tensors, counters = self._state()
+        return partial(self._save, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters)
+
+    def _measure(self, log: StatsLog, stop: StopSignals) -> bool:
+        """Metrics of the averaged model where they are due and not in the log; keeps it where it is the best so far.
+
+        Returns:
+            Whether it is the best, so that its checkpoint has to be kept too.
+        """
+        tick = self._tick()
+        if self._metrics is None or tick is None or tick % self.config.metric_ticks:
+            return False
+        if any(row["iteration"] == self.iteration for row in read_metrics(self.run_dir)[-1:]):
+            return False
+        # The state does not change meanwhile, but for the random one, of which this is a copy.
+        with stop.backed(partial(self._save, *self._state())):
+            values = stop.attempt(partial(self._metrics.measure, self.ema))
+        if values is None:
+            return False
         row = {
             "iteration": self.iteration,
             "kimg": self.images_seen / 1000,
             "seconds": round(self._elapsed, 3),
             **values,
         }
-        log.write_metrics(row)
-        best = keep_best(self.run_dir, self.ema, row, self._metrics.distance)
+        with writing(self.run_dir, f"metrics in {self.run_dir}"):
+            # The row last: where it is missing, a resumed run does all of this again.
+            better = keep_best(self.run_dir, self.ema, row, self._metrics.distance)
+            log.write_metrics(row)
         if self.progress:
             distance = f"{self._metrics.distance} {values[self._metrics.distance]:.4g}"
-            tqdm.write(f"{self.images_seen / 1000:.1f} kimg: {distance}{', the best so far' if best else ''}")
+            tqdm.write(f"{self.images_seen / 1000:.1f} kimg: {distance}{', the best so far' if better else ''}")
+        best = read_best(self.run_dir)  # of this iteration also where an attempt that was killed has kept it
+        return best is not None and best["iteration"] == self.iteration
 
     def _record(self, **values: Tensor) -> None:
         for name, value in values.items():
             self._statistics.setdefault(name, []).append(value.detach().double())
+            self._unchecked.append((self.iteration, name, self._statistics[name][-1]))
 
     def _tick_row(self, images_per_sec: float) -> dict[str, float]:
         """Means since the last tick; starts the next."""
@@ -435,33 +487,73 @@ class Trainer:
         """Means since the last tick.
 
         Raises:
-            FloatingPointError: one of them is not finite, or a weight is not.
+            FloatingPointError: training has diverged.
         """
-        means = {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
-        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        self._check()
         for name, module in self._modules().items():
             if not all(parameter.isfinite().all() for parameter in module.parameters()):
-                bad.append(f"weights of {name}")
-        if bad:
-            raise FloatingPointError(
-                f"{', '.join(bad)} not finite at iteration {self.iteration}. The last checkpoint in {self.run_dir} is "
-                "from before; lower lr_g and lr_d, raise r1_gamma, or use precision fp32"
-            )
-        return means
+                self._diverged(f"weights of {name}", None, self.iteration)
+        return {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
 
-    def _snapshot(self) -> None:
-        """Checkpoint, grid of samples, exported model; the checkpoint last to be written is first to be complete.
+    def _check(self) -> None:
+        """Raises FloatingPointError where something recorded is not finite or a gradient's norm beyond the limit."""
+        values = torch.stack([value for *_, value in self._unchecked]).tolist() if self._unchecked else []
+        for (iteration, name, _), value in zip(self._unchecked, values, strict=True):
+            limit = self.config.grad_norm_limit if name.startswith("grad_norm_") else None
+            if not math.isfinite(value):
+                self._diverged(name, value, iteration)
+            if limit is not None and value > limit:
+                self._diverged(name, value, iteration, limit)
+        self._unchecked.clear()
+
+    def _diverged(self, what: str, value: float | None, iteration: int, limit: float | None = None) -> NoReturn:
+        """Save the state with the gradients to failed/, apart from the checkpoints, and raise FloatingPointError."""
+        kimg = (iteration + 1) // 2 * self.config.batch / 1000
+        text = divergence(what, value, iteration, kimg, limit, self.config.precision == "bf16")
+        failed, good = self.run_dir / "failed", last_checkpoint(self.run_dir)
+        try:
+            tensors, counters = self._state()
+            for name, module in self._modules().items():
+                gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
+                tensors.update({f"grad.{name}.{key}": gradient for key, gradient in gradients.items()})
+            checkpoint.save_checkpoint(failed / f"state-{self.iteration:08d}.safetensors", tensors, counters)
+            write_text(failed / "error.txt", f"{text}\n")
+            saved = f"the state of now, with gradients, is in {failed}"
+        except OSError as error:  # the divergence is what matters
+            saved = f"the state of now could not be saved ({error})"
+        raise FloatingPointError(
+            f"{text}, in {self.run_dir / 'config.json'}, and go on from the last good checkpoint, {good}, by "
+            f"`spigan train --resume {self.run_dir}`; unchanged, it would diverge again. {saved[0].upper()}{saved[1:]}"
+        )
+
+    def _snapshot(self, stop: StopSignals | None = None) -> None:
+        """Exported model, grid of samples, checkpoint; the last, which makes a resumed run go on from here, when all
+        else is complete. After a signal without the grid, which may take long.
 
         Raises:
             FloatingPointError: training has diverged; good checkpoints are not replaced.
+            OSError: the disk is full, or the like.
         """
         self._means()
-        checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.run_dir, self.iteration), *self._state())
-        for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
-            old.unlink()
-        name = f"samples-{self.images_seen // 1000:06d}.png"
-        save_png(self.sample_grid(), self.run_dir / name)
-        self.ema.save_pretrained(self.run_dir / "model")
+        with writing(self.run_dir, f"the checkpoint of iteration {self.iteration} in {self.run_dir}"):
+            self.ema.save_pretrained(self.run_dir / "model")
+            grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
+            if grid is not None:
+                save_png(grid, self.run_dir / f"samples-{self.images_seen // 1000:06d}.png")
+            self._save(*self._state())
+            best = read_best(self.run_dir)
+            kept = best and checkpoint.checkpoint_path(self.run_dir, int(best["iteration"]))
+            for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
+                if old != kept:
+                    old.unlink()
+
+    def _save(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Write a checkpoint, unless there is one of that iteration."""
+        if self._saved != counters["iteration"]:
+            checkpoint.save_checkpoint(
+                checkpoint.checkpoint_path(self.run_dir, counters["iteration"]), tensors, counters
+            )
+            self._saved = counters["iteration"]
 
     @torch.no_grad()
     def sample_grid(self) -> Tensor:
@@ -512,6 +604,7 @@ class Trainer:
             for name in self._COUNTERS:
                 setattr(self, name, int(state[name]))
             self._elapsed = float(state["elapsed"])
+            self._saved = self.iteration
             self.pl_mean.copy_(tensors["pl_mean"])
             self._ada_signs = list(tensors.get("ada_signs", torch.empty(0)).to(self.device).unbind(0))
             for key, values in tensors.items():
@@ -532,24 +625,3 @@ def _interleave(x: Tensor) -> Tensor:
     In this order the groups of the minibatch standard deviation, which are strided, hold images of one time.
     """
     return x.transpose(0, 1).flatten(0, 1)
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Event that SIGINT or SIGTERM sets, so that training stops between iterations; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

@@ -24,7 +24,7 @@ from spigan.training.run_folder import StatsLog, next_run_dir, read_config, read
 from spigan.training.trainer import Trainer
 
 ALWAYS = ["iteration", "kimg", "seconds", "images_per_sec"]
-MEANS = {"loss_d", "loss_g", "real_logit", "fake_logit", "real_sign"}
+MEANS = {"loss_d", "loss_g", "real_logit", "fake_logit", "real_sign", "grad_norm_d", "grad_norm_g"}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,9 @@ def test_stats(trained):
     for row in rows:
         assert list(row)[:4] == ALWAYS
         # Two rounds a tick, so penalties of every second round are due once a tick.
-        assert set(row) - set(ALWAYS) == MEANS | {"augment_p", "r1", "path_length", "path_length_penalty"}
+        assert set(row) - set(ALWAYS) == MEANS | {
+            "augment_p", "r1", "grad_norm_r1", "path_length", "path_length_penalty", "grad_norm_pl",
+        }  # fmt: skip
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in row.values())
         assert row["images_per_sec"] > 0 and -1 <= row["real_sign"] <= 1 and 0 <= row["augment_p"] <= 1
     assert [row["seconds"] for row in rows] == sorted({row["seconds"] for row in rows})
