@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,155 +231,6 @@ def test_sigint_and_sigterm_save_and_tell_how_to_go_on(tiny_config, tmp_path):
     assert_same_end(tmp_path / "SIGINT", tmp_path / "straight")
     state = load_checkpoint(checkpoints(tmp_path / "SIGTERM")[-1])[1]
     assert state["images_seen"] == pytest.approx(ends["SIGTERM"], abs=4)
-
-
-# A process that has loaded everything and forks one for each job: a fresh process for each session of a run without
-# the seconds that importing takes. Its threads: none, so that forking is safe. A job may name a place to be killed at.
-_FORKS = r"""
-import json, os, signal, sys
-import sklearn.datasets, torch, torch.utils.tensorboard
-torch.set_num_threads(1)
-from spigan.config import TrainConfig
-from spigan.training import checkpoint, run_folder, trainer
-from spigan.training.trainer import Trainer
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def arrange(place, count):
-    calls = [0]
-    def due(wanted=True):
-        calls[0] += wanted
-        return wanted and calls[0] == count
-    if place == "half a checkpoint":
-        whole = checkpoint.save_file
-        def save_file(tensors, path, metadata):
-            whole(tensors, path, metadata)
-            if due():
-                os.truncate(path, os.path.getsize(path) // 2)
-                die()
-        checkpoint.save_file = save_file
-    elif place == "half a line of statistics":
-        def write(self, row):
-            line = json.dumps(row) + "\n"
-            with self.path.open("a") as file:
-                file.write(line[: len(line) // 2] if due() else line)
-            if calls[0] == count:
-                die()
-        run_folder.StatsLog.write = write
-    elif place == "before a snapshot":
-        snapshot = Trainer._snapshot
-        def _snapshot(self):
-            if due():
-                die()
-            snapshot(self)
-        Trainer._snapshot = _snapshot
-    else:  # around the moment when a file gets its name
-        when, pattern = place.split(" ")
-        replace = os.replace
-        def patched(source, target):
-            ours = due(pattern in os.fspath(target))
-            if ours and when == "before":
-                die()
-            replace(source, target)
-            if ours:
-                die()
-        os.replace = patched
-
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        if job["place"]:
-            arrange(*job["place"])
-        if job["config"]:
-            run = Trainer(TrainConfig.model_validate(job["config"]), job["run_dir"], progress=False)
-        else:
-            run = Trainer.resume(job["run_dir"], progress=False)
-        run.fit()
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Forks:
-    """Runs sessions of a run, each in a process of its own."""
-
-    def __init__(self, to: IO[str], back: IO[str]) -> None:
-        self.to, self.back = to, back
-
-    def session(
-        self,
-        run_dir: Path,
-        config: TrainConfig | None = None,
-        place: tuple[str, int] | None = None,
-        after: float | None = None,
-    ) -> int:
-        """Exit code of a session that begins (with a config) or goes on; it is killed at a place, or after seconds."""
-        job = {"run_dir": str(run_dir), "config": config and config.model_dump(mode="json"), "place": place}
-        self.to.write(json.dumps(job) + "\n")
-        self.to.flush()
-        pid = int(self.back.readline())
-        if after is not None:
-            time.sleep(after)
-            os.kill(pid, signal.SIGKILL)
-        return int(self.back.readline())
-
-
-@pytest.fixture
-def forks() -> Iterator[Forks]:
-    if not hasattr(os, "fork"):
-        pytest.skip("needs os.fork")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin and process.stdout
-    with process:
-        yield Forks(process.stdin, process.stdout)
-        process.stdin.close()
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(tiny_config, tmp_path, forks):
-    """SIGKILL at the worst places and at random moments; each time the newest checkpoint is whole, and the run goes on
-    from it to the very end that it would have reached undisturbed."""
-    config = tiny_config(total_kimg=0.044, tick_kimg=0.004, snapshot_ticks=1, xflip=True, r1_interval=4, pl_weight=1.0)
-    straight, run_dir = tmp_path / "straight", tmp_path / "run"
-    Trainer(config, straight, progress=False).fit()
-
-    places = [
-        ("half a checkpoint", 3),
-        ("before checkpoint-", 2),
-        ("after checkpoint-", 2),
-        ("half a line of statistics", 2),
-        ("after model.safetensors", 2),
-        ("before a snapshot", 1),
-        ("before stats.jsonl", 1),  # while resuming
-    ]
-    assert forks.session(run_dir, config, place=places[0]) == -signal.SIGKILL
-    assert list((run_dir / "checkpoints").glob(".checkpoint-*")), "the kill did not hit the writing of a checkpoint"
-    last = 0
-    for place in [*places[1:], None, None]:
-        whole = checkpoints(run_dir)
-        assert 1 <= len(whole) <= config.keep_checkpoints + 1
-        tensors, state = load_checkpoint(whole[-1])
-        assert whole[-1] == checkpoint_path(run_dir, state["iteration"]) and state["iteration"] >= last
-        assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
-        last = state["iteration"]
-        delay = random.Random(last).uniform(0.1, 0.4)
-        ended = forks.session(run_dir, place=place, after=None if place else delay)
-        assert ended == -signal.SIGKILL or (place is None and ended == 0)
-    assert last >= 10, "no session got further"
-
-    assert forks.session(run_dir) == 0
-    assert_same_end(run_dir, straight)
-    assert len(rows(run_dir)) == 11
-    assert not [path for path in run_dir.rglob(".*")], "scratch files of killed sessions are left"
-    assert (run_dir / "model" / "model.safetensors").read_bytes() == (
-        straight / "model" / "model.safetensors"
-    ).read_bytes()
 
 
 # ---- Writing ----
