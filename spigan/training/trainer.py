@@ -49,8 +49,8 @@ class Trainer:
 
     The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN:
     kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`; with `config.metric_features`
-    also metrics.jsonl and best/, the averaged weights with the lowest Frechet distance. Construction seeds torch's
-    global generator, which training draws from.
+    also metrics.jsonl and best/, the averaged weights with the lowest Frechet distance; after a divergence failed/.
+    Construction seeds torch's global generator, which training draws from.
 
     Args:
         config: what to train and how.
@@ -366,6 +366,10 @@ class Trainer:
 
         Returns:
             The averaged model, in eval mode.
+
+        Raises:
+            FloatingPointError: training has diverged; says where, and what to change.
+            OSError: the disk is full, or the like; says what is safe.
         """
         total = math.ceil(self.config.total_kimg * 1000)
         batches = image_loader(
@@ -377,11 +381,11 @@ class Trainer:
             self._snapshot()
         with writing(self.run_dir, f"statistics in {self.run_dir}"):
             log = StatsLog(self.run_dir, self.iteration)
-        began = time.perf_counter() - self._elapsed
-        tick_began, tick_seen = time.perf_counter(), self.images_seen
         bar = tqdm(total=total, initial=self.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
         with bar, StopSignals() as stop:
             self._measure(log, stop)  # what a stop has left undone
+            began = time.perf_counter() - self._elapsed
+            tick_began, tick_seen = time.perf_counter(), self.images_seen
             # The last generator iteration belongs to the last images seen.
             while (self.images_seen < total or self.iteration % 2) and not stop.is_set():
                 iteration_began, before = time.perf_counter(), self.images_seen
@@ -444,10 +448,12 @@ class Trainer:
             return False
         if any(row["iteration"] == self.iteration for row in read_metrics(self.run_dir)[-1:]):
             return False
-        # The state does not change meanwhile, but for the random one, of which this is a copy.
-        with stop.backed(partial(self._save, *self._state())):
+        state = self._state()  # does not change meanwhile, but for the random one, of which this is a copy
+        with stop.backed(partial(self._save, *state)):
             values = stop.attempt(partial(self._metrics.measure, self.ema))
-        if values is None:
+        if values is None:  # abandoned anywhere, perhaps while the random state was being put back
+            with writing(self.run_dir, f"the checkpoint of iteration {self.iteration} in {self.run_dir}"):
+                self._save(*state)
             return False
         row = {
             "iteration": self.iteration,
@@ -528,7 +534,7 @@ class Trainer:
 
     def _snapshot(self, stop: StopSignals | None = None) -> None:
         """Exported model, grid of samples, checkpoint; the last, which makes a resumed run go on from here, when all
-        else is complete. After a signal without the grid, which may take long.
+        else is complete. After a signal the checkpoint is first, and there is no grid, which may take long.
 
         Raises:
             FloatingPointError: training has diverged; good checkpoints are not replaced.
@@ -536,6 +542,8 @@ class Trainer:
         """
         self._means()
         with writing(self.run_dir, f"the checkpoint of iteration {self.iteration} in {self.run_dir}"):
+            if stop is not None and stop.is_set():
+                self._save(*self._state())
             self.ema.save_pretrained(self.run_dir / "model")
             grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
             if grid is not None:

@@ -119,7 +119,7 @@ def arrange(place, count):
                 die()
         os.replace = patched
 
-for line in sys.stdin:
+while line := sys.stdin.readline():
     job = json.loads(line)
     pid = os.fork()
     if pid == 0:
@@ -134,6 +134,7 @@ for line in sys.stdin:
         run.fit()
         os._exit(130 if run.interrupted else 0)
     print(pid, flush=True)
+    sys.stdin.readline()  # until then the process keeps its number, ended or not, and no other can be killed by it
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -155,6 +156,8 @@ class Forks:
 
     def wait(self) -> int:
         """Exit code of the session."""
+        self.to.write("\n")
+        self.to.flush()
         return int(self.back.readline())
 
     def wait_for(self, condition: Callable[[], Any]) -> float:
