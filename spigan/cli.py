@@ -7,6 +7,7 @@ Heavy packages load inside the commands.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -36,8 +37,14 @@ def _fail(error: Exception | str) -> NoReturn:
         from spigan.config import describe_problems
 
         error = describe_problems(error)
-    typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+    where = f" in process {os.environ.get('RANK')} of {_processes()}" if _processes() > 1 else ""
+    typer.secho(f"error{where}: {error}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1)
+
+
+def _processes() -> int:
+    """How many a launcher (torchrun, accelerate launch) has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _show_version(value: bool) -> None:
@@ -50,11 +57,13 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand in ("ablate", "demo") and _processes() > 1:
+        _fail(f"{context.invoked_subcommand} runs in one process; `spigan train` is what several can do together")
 
 
 @app.command()
@@ -103,6 +112,8 @@ def train(
 
     The run folder gets config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN: kimg),
     checkpoints and the exported model. With --set metric_features=... also metrics.jsonl and best/.
+
+    On several GPUs or machines: torchrun --nproc-per-node 4 -m spigan train ... (needs the extra `distributed`).
     """
     from spigan.ops import BackendUnavailable
     from spigan.training.trainer import Trainer
@@ -127,14 +138,18 @@ def train(
                 typer.echo(settings.model_dump_json(indent=2))
                 return
             trainer = Trainer(settings, out, progress=not quiet)
-        length = f"{trainer.config.total_kimg:g} kimg on {trainer.device}, K = {trainer.config.intervals}"
-        typer.echo(f"{trainer.run_dir}: {length}")
+        count, main = trainer.processes.count, trainer.processes.main
+        where = f"{count} processes on {trainer.device.type}" if count > 1 else str(trainer.device)
+        if main:
+            length = f"{trainer.config.total_kimg:g} kimg on {where}, K = {trainer.config.intervals}"
+            typer.echo(f"{trainer.run_dir}: {length}")
         trainer.fit()
     except errors as error:
         _fail(error)
     if trainer.interrupted:
         raise typer.Exit(130)
-    typer.echo(f"Done: {trainer.run_dir / 'model'} holds the model; try: spigan sample --model {trainer.run_dir}")
+    if main:
+        typer.echo(f"Done: {trainer.run_dir / 'model'} holds the model; try: spigan sample --model {trainer.run_dir}")
 
 
 def _train_config(

@@ -305,9 +305,10 @@ class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
         batch_size: indices in a batch, at least 1; may exceed `count`.
         seed: not negative.
         start: images consumed already, not negative.
+        part: which indices of each batch to yield; default: all.
     """
 
-    def __init__(self, count: int, batch_size: int, *, seed: int, start: int = 0) -> None:
+    def __init__(self, count: int, batch_size: int, *, seed: int, start: int = 0, part: slice = slice(None)) -> None:
         for name, value, least in (
             ("count", count, 1),
             ("batch_size", batch_size, 1),
@@ -316,7 +317,7 @@ class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or more")
-        self.count, self.batch_size, self.seed, self.start = count, batch_size, seed, start
+        self.count, self.batch_size, self.seed, self.start, self.part = count, batch_size, seed, start, part
 
     def permutation(self, epoch: int) -> np.ndarray:
         """The order of the images in `epoch` (from 0), int64 [count]."""
@@ -335,23 +336,29 @@ class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
                 order = self.permutation(epoch)
                 position = min(self.batch_size - len(batch), self.count)
                 batch += order[:position].tolist()
-            yield batch
+            yield batch[self.part]
 
 
 def loader(
-    dataset: ImageDataset, *, batch_size: int, seed: int, start: int = 0, num_workers: int | None = None
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    part: slice = slice(None),
+    num_workers: int | None = None,
 ) -> Iterator[Tensor]:
     """Shuffled batches for ever, uint8 [batch_size, C, H, W], in pinned memory where CUDA is available.
 
-    `seed` and `start` (images consumed already) are those of `InfiniteShuffle`. `num_workers` changes no image; None:
-    no workers for a cached dataset, those of its configuration for one that decodes. torch's global generator is not
-    touched.
+    `seed`, `start` (images consumed already) and `part` are those of `InfiniteShuffle`. `num_workers` changes no image;
+    None: no workers for a cached dataset, those of its configuration for one that decodes. torch's global generator is
+    not touched.
     """
     if num_workers is None:
         num_workers = 0 if dataset.cached else dataset.workers
     batches = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=InfiniteShuffle(len(dataset), batch_size, seed=seed, start=start),
+        batch_sampler=InfiniteShuffle(len(dataset), batch_size, seed=seed, start=start, part=part),
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),

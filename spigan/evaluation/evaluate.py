@@ -129,8 +129,11 @@ class Evaluator:
             ValueError: too few images, or other than `count`; features that are not finite.
         """
         self.check_count(count)
-        reference = self.reference
-        features, probabilities = self._features(batches, count)
+        return self.compare(*self.features(batches, count))
+
+    def compare(self, features: Tensor, probabilities: Tensor | None) -> Measured:
+        """Metrics of images by what `features` found of them."""
+        count, reference = len(features), self.reference
         metrics.check_features(features, "features of the samples")
         mean, covariance = metrics.mean_and_covariance(features)
         name = self.net.metric
@@ -166,7 +169,7 @@ class Evaluator:
         shape = (len(self.dataset), self.net.dim)
         found = cache.load(path, key)
         if found is None or found["features"].shape != shape:
-            features, _ = self._features(self._reference_batches(), len(self.dataset), reference=True)
+            features, _ = self.features(self._reference_batches(), len(self.dataset), reference=True)
             metrics.check_features(features, "features of the reference")
             mean, covariance = metrics.mean_and_covariance(features)
             found = {"features": features, "mean": mean, "covariance": covariance}
@@ -195,8 +198,13 @@ class Evaluator:
             workers = {"num_workers": min(4, torch.get_num_threads()), "generator": torch.Generator()}
             yield from torch.utils.data.DataLoader(self.dataset, batch_size=_BATCH, collate_fn=_same, **workers)  # type: ignore[arg-type]
 
-    def _features(self, batches: Iterable[Tensor], count: int, reference: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Features [count, D] and, of samples, class probabilities, on the network's device."""
+    def features(self, batches: Iterable[Tensor], count: int, reference: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Features [count, D] and, of samples, class probabilities, on the network's device.
+
+        Args:
+            batches, count: as of `measure`.
+            reference: whether the images are the reference.
+        """
         from tqdm.auto import tqdm
 
         features = torch.empty(count, self.net.dim, device=self.net.device)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype, frozen_state
 from spigan.ops import backends, fir_bias_act, modulated_conv2d
-from spigan.ops.fir_bias_act import upsample2d, wide
+from spigan.ops.fir_bias_act import draw_noise, upsample2d, wide
 from spigan.ops.library import why_transformed
 from spigan.ops.modulated_conv2d import (
     LayerWeight,
@@ -60,17 +60,17 @@ class SynthesisLayer(nn.Module):
         self.register_buffer("noise_const", torch.randn(resolution, resolution))
         self.register_buffer("resample_filter", fir_filter(), persistent=False)
 
-    def forward(self, x: Tensor, h: Tensor, noise: str, seed: Tensor | None) -> Tensor:
-        """x [N, I, H, W], h [N, D], seed int64 [] of random noise -> [N, O, up H, up W]."""
+    def forward(self, x: Tensor, h: Tensor, noise: str, source: Tensor | None) -> Tensor:
+        """x [N, I, H, W], h [N, D] -> [N, O, up H, up W]. source: int64 [] seed of "random" noise, or "given" noise."""
         return modulated_conv2d(
             x,
             self.weight,
             self.affine(h),
             up=self.up,
             resample_filter=self.resample_filter,
-            noise=self.noise_const[None, None] if noise == "const" else None,
+            noise=self.noise_const[None, None] if noise == "const" else source if noise == "given" else None,
             noise_strength=None if noise == "none" else self.noise_strength,
-            noise_seed=seed,
+            noise_seed=source if noise == "random" else None,
             bias=self.bias,
             activation="lrelu",
             gain=LRELU_GAIN,
@@ -144,18 +144,18 @@ class SynthesisBlock(nn.Module):
         h: Iterator[Tensor],
         h_rgb: Tensor,
         noise: str,
-        seeds: Iterator[Tensor | None],
+        sources: Iterator[Tensor | None],
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """x [N, I, H/2, W/2] and img [N, C, H/2, W/2], None in the first block -> (x [N, O, H, W], img [N, C, H, W]).
 
-        h yields the [N, D] latent of each layer, seeds the int64 [] seed of its random noise; h_rgb [N, D] is ToRGB's.
+        h yields the [N, D] latent of each layer, sources what its noise comes from; h_rgb [N, D] is ToRGB's.
         """
         if x is None:
             x = self.const.to(dtype).expand(h_rgb.shape[0], -1, -1, -1)
         else:
-            x = self.conv0(x, next(h), noise, next(seeds))
-        x = self.conv1(x, next(h), noise, next(seeds))
+            x = self.conv0(x, next(h), noise, next(sources))
+        x = self.conv1(x, next(h), noise, next(sources))
         rgb = self.torgb(x, h_rgb).to(h_rgb.dtype)
         return x, rgb if img is None else upsample2d(img, self.resample_filter, add=rgb)
 
@@ -220,7 +220,19 @@ class Generator(nn.Module):
             in_channels = out_channels
         self._prepared = _Prepared()
 
-    def forward(self, h: Tensor, noise: str | None = None) -> Tensor:
+    def draw_noise(self, n: int, device: torch.device | str | None = None) -> list[Tensor]:
+        """Random noise of n images: float32 [n, 1, H, W] for each layer, the numbers that `forward` would draw now."""
+        seeds = zip(self._seeds(device), self._layer_sizes(), strict=True)
+        return [draw_noise(seed.reshape(1), n, (size, size)) for seed, size in seeds]
+
+    def _layer_sizes(self) -> list[int]:
+        return [self.block_resolutions[(index + 1) // 2] for index in range(self.num_ws - 1)]
+
+    def _seeds(self, device: torch.device | str | None) -> Tensor:
+        # From 2**32 on: no stream of `sample`'s small seeds, nor of the trainer's.
+        return torch.randint(2**33, 2**63 - 1, (self.num_ws - 1,), device=device)
+
+    def forward(self, h: Tensor, noise: str | list[Tensor] | None = None) -> Tensor:
         """Image of a latent vector.
 
         Under `torch.autocast` the convolutions run in its dtype; the image is accumulated in the dtype of h.
@@ -228,36 +240,46 @@ class Generator(nn.Module):
         Args:
             h: [N, D], or [N, num_ws, D] with one latent for each layer (ToRGB shares that of the next layer).
             noise: per-pixel noise, "random" (drawn anew), "const" (the stored one: the same image every time) or
-                "none"; default: "random" in training mode, "const" in eval mode.
+                "none"; or the noise itself, [N or 1, 1, H, W] for each layer, as of `draw_noise`; default: "random" in
+                training mode, "const" in eval mode.
 
         Returns:
             [N, C, H, W], about [-1, 1].
         """
-        noise = ("random" if self.training else "const") if noise is None else noise
-        if noise not in NOISE_MODES:
-            raise ValueError(f"noise must be one of {', '.join(NOISE_MODES)}, got {noise!r}")
+        sources: list[Tensor | None] = [None] * (self.num_ws - 1)
+        if isinstance(noise, list):
+            shapes, sides = [tuple(x.shape) for x in noise], self._layer_sizes()
+            if len(shapes) != len(sides) or any(
+                shape not in ((h.shape[0], 1, side, side), (1, 1, side, side))
+                for shape, side in zip(shapes, sides, strict=True)
+            ):
+                raise ValueError(f"noise must be [N or 1, 1, H, W] for layers of the sizes {sides}, got {shapes}")
+            noise, sources = "given", [*noise]
+        else:
+            noise = ("random" if self.training else "const") if noise is None else noise
+            if noise not in NOISE_MODES:
+                raise ValueError(f"noise must be one of {', '.join(NOISE_MODES)}, got {noise!r}")
         if h.ndim not in (2, 3) or h.shape[-1] != self.dim_h or (h.ndim == 3 and h.shape[1] != self.num_ws):
             raise ValueError(
                 f"h must have shape [N, {self.dim_h}] or [N, {self.num_ws}, {self.dim_h}], got {list(h.shape)}"
             )
         dtype = compute_dtype(h)
         with torch.autocast(h.device.type, enabled=False):
-            seeds = None
-            if noise == "random":  # from 2**32 on: no stream of `sample`'s small seeds, nor of the trainer's
-                seeds = torch.randint(2**33, 2**63 - 1, (self.num_ws - 1,), device=h.device)
+            if noise == "random":
+                sources = [*self._seeds(h.device)]
             # Compilers first: they would guard on the state, and compile anew whenever a parameter has changed.
             if not torch.compiler.is_compiling() and self._prepared.state and self._current() is None:
                 self._prepared = _Prepared()
             if (backend := self._kernels(h, dtype)) is not None:
-                return self._infer(h, noise, seeds, dtype, backend)
+                return self._infer(h, noise, sources, dtype, backend)
             layers = [h] * self.num_ws if h.ndim == 2 else list(h.unbind(1))
             x: Tensor | None = None
             img: Tensor | None = None
-            index, seed = 0, iter([None] * self.num_ws if seeds is None else seeds)
+            index, source = 0, iter(sources)
             for res in self.block_resolutions:
                 count = 1 if res == 4 else 2
                 convs, rgb = layers[index : index + count], layers[index + count]
-                x, img = getattr(self, f"b{res}")(x, img, iter(convs), rgb, noise, seed, dtype)
+                x, img = getattr(self, f"b{res}")(x, img, iter(convs), rgb, noise, source, dtype)
                 index += count
         assert img is not None
         return img
@@ -293,7 +315,7 @@ class Generator(nn.Module):
             self._prepared = _Prepared(state)
         return self._prepared
 
-    def _infer(self, h: Tensor, noise: str, seeds: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+    def _infer(self, h: Tensor, noise: str, sources: list[Tensor | None], dtype: torch.dtype, backend: str) -> Tensor:
         kept = self._current()
         prepared = _Prepared() if kept is None else kept
         blocks: list[SynthesisBlock] = [getattr(self, f"b{res}") for res in self.block_resolutions]
@@ -328,6 +350,8 @@ class Generator(nn.Module):
                 weight = prepare_weight(normalized_weight(layer.weight) if half else layer.weight, form, dtype, backend)
                 if kept is not None:
                     kept.weights[key] = weight
+            source = sources[index]
+            given = layer.noise_const[None, None] if noise == "const" else source if noise == "given" else None
             x, rgb = convolve(
                 backend,
                 x,
@@ -337,9 +361,9 @@ class Generator(nn.Module):
                 up=layer.up,
                 padding=1,
                 filter=layer.resample_filter.float(),  # the module's dtype may be another
-                noise=wide(layer.noise_const[None, None], dtype) if noise == "const" else None,
+                noise=wide(given, dtype),
                 strength=None if noise == "none" else wide(layer.noise_strength, dtype),
-                seed=None if seeds is None else seeds[index : index + 1],
+                seed=source.reshape(1) if source is not None and noise == "random" else None,
                 bias=wide(layer.bias, dtype),
                 activation="lrelu",
                 gain=LRELU_GAIN,

@@ -6,7 +6,8 @@ blitting, geometric and colour transformations of its appendix B, with p steered
 
 Images are float [N, C, H, W] in about [-1, 1], with C = 1 or 3 and H = W >= 8. Both modules are linear or affine in the
 image, so that their second derivatives (R1 differentiates through them twice) exist on every device. Random numbers
-come from torch's global generator of the image's device, in float32, and as many of them whatever ``p`` or ``policy``.
+come from torch's global generator of the image's device, in float32, and as many of them whatever ``p`` or ``policy``;
+where ``rows`` says that the images are part of a minibatch that several processes share, for all of it.
 Half-precision images are computed in float32, also under autocast, and returned in their own dtype.
 
 Geometric transformations are [N, 3, 3] homogeneous matrices acting on (x right, y down, 1), in pixels from the centre.
@@ -19,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from spigan.training.processes import ALL_ROWS
 
 # The lowpass filter of the least asymmetric wavelet with 6 vanishing moments: Daubechies, "Ten lectures on wavelets"
 # (1992), table 6.3, divided by sqrt(2); the digits are PyWavelets' `pywt.Wavelet("sym6").rec_lo`.
@@ -85,6 +88,7 @@ class DiffAugment(nn.Module):
     """
 
     POLICIES = ("color", "translation", "cutout")
+    rows = ALL_ROWS
 
     def __init__(self, policy: Collection[str] = POLICIES) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class DiffAugment(nn.Module):
         """x: [N, C, H, W]; returns the same shape and dtype. Raises ValueError or TypeError for anything else."""
         _check(x)
         n, size = x.shape[0], x.shape[-1]
-        random = torch.rand(7, n, device=x.device, dtype=torch.float32)
+        random = self.rows.own(torch.rand(7, self.rows.joint(n), device=x.device, dtype=torch.float32), dim=1)
         y = x.to(_compute_dtype(x))
         if "color" in self.policy:
             brightness, saturation, contrast = random[:3].to(y.dtype).view(3, n, 1, 1, 1)
@@ -315,6 +319,7 @@ class ADA(nn.Module):
     """
 
     p: Tensor
+    rows = ALL_ROWS
 
     def __init__(self, p: float = 0.0, *, target: float = 0.6, kimg: float = 500.0) -> None:
         super().__init__()
@@ -349,9 +354,11 @@ class ADA(nn.Module):
         """x: [N, C, H, W]; returns the same shape and dtype, x itself while p = 0. Raises ValueError or TypeError."""
         _check(x)
         n, size = x.shape[0], x.shape[-1]
-        gate = torch.rand(13, n, device=x.device, dtype=torch.float32)
-        uniform = torch.rand(8, n, device=x.device, dtype=torch.float32)
-        normal = torch.randn(7, n, device=x.device, dtype=torch.float32)
+        joint = self.rows.joint(n)
+        gate = torch.rand(13, joint, device=x.device, dtype=torch.float32)
+        uniform = torch.rand(8, joint, device=x.device, dtype=torch.float32)
+        normal = torch.randn(7, joint, device=x.device, dtype=torch.float32)
+        gate, uniform, normal = (self.rows.own(random, dim=1) for random in (gate, uniform, normal))
         p = float(self.p)
         if p == 0.0 or n == 0:
             return x

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spigan.config import TrainConfig
     from spigan.data import ImageDataset
     from spigan.models import SPIGAN
+    from spigan.training.processes import Processes
 
 BEST_RECORD = "metrics.json"
 
@@ -26,22 +27,23 @@ class RunMetrics:
     Args:
         config: of the run; its `metric_features` is set.
         dataset: what it trains on (flips are not applied).
-        device: where it trains.
+        processes: those that train; each measures on its device, and draws its share of the samples.
         progress: show progress bars.
 
     Raises:
         FileNotFoundError, ValueError: the feature network cannot be loaded, or there are too few images.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device, progress: bool) -> None:
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, processes: Processes, progress: bool) -> None:
         from spigan.evaluation.evaluate import Evaluator
         from spigan.evaluation.features import load_features
 
         assert config.metric_features is not None
-        self.samples, self._device = config.metric_samples, device
+        self.samples, self._processes, device = config.metric_samples, processes, processes.device
+        self._device = device
         self._evaluator = Evaluator(dataset, load_features(config.metric_features, device=device), progress=progress)
         self._evaluator.check_count(self.samples)
-        for doubt in self._evaluator.doubts(self.samples):
+        for doubt in self._evaluator.doubts(self.samples) if processes.main else []:
             warnings.warn(doubt, stacklevel=2)
 
     @property
@@ -50,13 +52,25 @@ class RunMetrics:
         return self._evaluator.distance
 
     def measure(self, model: SPIGAN) -> dict[str, float]:
-        """Metrics of the images of seeds 0, 1, ..., drawn in float32: a model's values depend on its weights alone."""
+        """Metrics of the images of seeds 0, 1, ..., drawn in float32: a model's values depend on its weights alone.
+
+        Returns:
+            The metrics, in the main process; nothing in others.
+        """
         from spigan.evaluation.evaluate import draw
 
         # Sampling and metrics have generators of their own; a TorchScript network may not.
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            images = draw(Sampler(model, output="uint8"), self.samples)
-            return self._evaluator.measure(images, self.samples).values
+            # Shares of one size: the last may draw some more than are counted.
+            share = -(-self.samples // self._processes.count)
+            images = draw(Sampler(model, output="uint8"), share, seed=self._processes.rank * share)
+            found = self._evaluator.features(images, share)
+            features, probabilities = (
+                None if part is None else self._processes.gather(part)[: self.samples] for part in found
+            )
+            if not self._processes.main or features is None:
+                return {}
+            return self._evaluator.compare(features, probabilities).values
 
 
 def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) -> bool:

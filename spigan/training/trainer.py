@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from spigan._version import __version__
 from spigan.config import TrainConfig
 from spigan.data import loader as image_loader
 from spigan.data import open_dataset
@@ -29,6 +31,7 @@ from spigan.training.augment import ADA, make_augment
 from spigan.training.faults import StopSignals, check_writable, divergence, last_checkpoint, writing
 from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
 from spigan.training.measure import RunMetrics, keep_best, read_best
+from spigan.training.processes import Processes
 from spigan.training.run_folder import StatsLog, next_run_dir, read_config, read_metrics, unused, write_text
 
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
@@ -52,12 +55,16 @@ class Trainer:
     also metrics.jsonl and best/, the averaged weights with the lowest Frechet distance; after a divergence failed/.
     Construction seeds torch's global generator, which training draws from.
 
+    Started by torchrun or accelerate launch, each process trains on its share of every minibatch: see
+    `spigan.training.processes`. Every process calls the same methods; the main one alone prints and writes files.
+
     Args:
         config: what to train and how.
         run_dir: folder of the run, new or empty; default the next free runs/NNNNN.
         progress: show a progress bar.
 
     Attributes:
+        processes: those that train together.
         model: generator side being trained.
         ema: average of its weights, which samples.
         discriminator: the discriminator.
@@ -74,10 +81,13 @@ class Trainer:
             )
         check_writable(self.run_dir)
         self._build(config, progress)
-        with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
-            write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")  # last: now it is a run
+        self._check_agreement()
+        if self.processes.main:
+            with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
+                # Last: now it is a run.
+                write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
@@ -100,7 +110,6 @@ class Trainer:
         if total_kimg is not None:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
         check_writable(run_dir)
-        checkpoint.remove_scratch(run_dir)
         newest = last_checkpoint(run_dir)
         if newest is None and (run_dir / "stats.jsonl").exists():  # which a run makes after its first checkpoint
             raise FileNotFoundError(
@@ -109,6 +118,8 @@ class Trainer:
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
         trainer._build(config, progress)
+        if trainer.processes.main:
+            checkpoint.remove_scratch(run_dir)
         record = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
         if record["fingerprint"] != trainer.dataset.fingerprint:
             raise ValueError(
@@ -117,13 +128,22 @@ class Trainer:
             )
         if newest is not None:
             trainer._load(newest)
-        if total_kimg is not None:
+        trainer._check_agreement()
+        if total_kimg is not None and trainer.processes.main:
             write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool) -> None:
-        self.config, self.progress = config, progress
-        self.device = resolve_device(config.device)
+        self.processes = Processes(resolve_device(config.device))
+        self.config, self.progress, self.device = config, progress and self.processes.main, self.processes.device
+        progress = self.progress
+        share, rest = divmod(config.batch, self.processes.count * (config.batch_gpu or 1))
+        if rest:
+            raise ValueError(
+                f"batch must be a multiple of the number of processes times batch_gpu, {self.processes.count} x "
+                f"{config.batch_gpu or 1}, got {config.batch}"
+            )
+        self._at_a_time = config.batch_gpu or share
         self.dataset = open_dataset(
             config.data.model_copy(update={"resolution": config.model.resolution}), progress=progress
         )
@@ -133,12 +153,12 @@ class Trainer:
                 f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
             )
         # A group that divides the images at a time: of one time then, also where `_interleave` stacks several.
-        at_a_time = config.batch_gpu or config.batch
-        mbstd_group = next(g for g in range(min(config.mbstd_group, at_a_time), 0, -1) if at_a_time % g == 0)
+        groups = range(min(config.mbstd_group, self._at_a_time), 0, -1)
+        mbstd_group = next(group for group in groups if self._at_a_time % group == 0)
         for op in backends.operations():
             backends.choose(op, None, self.device)  # a backend that cannot run is told before anything is written
         self._metrics = (
-            None if config.metric_features is None else RunMetrics(config, self.dataset, self.device, progress)
+            None if config.metric_features is None else RunMetrics(config, self.dataset, self.processes, progress)
         )
         torch.manual_seed(config.seed)
         self.model = SPIGAN(config.model).to(self.device).train()
@@ -187,25 +207,24 @@ class Trainer:
         """One iteration of Algorithm 1: even ones update the discriminator, odd ones mapping network and generator.
 
         Args:
-            images: uint8 [N, C, H, W] clean images.
+            images: uint8 [N, C, H, W] clean images, of several processes this one's rows of the minibatch.
         """
         images = images.to(self.device, non_blocking=True)
-        flips = torch.rand(images.shape[0], device=self.device) < 0.5 if self.config.xflip else None
+        rows = self.processes.rows()
+        joint = rows.joint(len(images))
+        flips = rows.own(torch.rand(joint, device=self.device) < 0.5) if self.config.xflip else None
         times = self._draw_times()
-        x_T, i = path_interpolate(
-            images,
-            times,
-            seed=_NOISE_STREAM + self.config.seed,
-            offset=self.noise_offset,
-            flips=flips,
-            sde=self.sde,
-        )
-        self.noise_offset += images.numel()
+        seed, offset, noise = _NOISE_STREAM + self.config.seed, self.noise_offset, None
+        if rows.processes > 1:  # the rows lie apart in the stream
+            shape = (joint, *images.shape[1:])
+            noise = rows.own(philox_normal(shape, seed=seed, offset=offset, device=self.device))
+        x_T, i = path_interpolate(images, times, seed=seed, offset=offset, noise=noise, flips=flips, sde=self.sde)
+        self.noise_offset += rows.joint(images.numel())
         # z is the noisy end of the same images' path; StyleGAN2's mapping has a z of its own shape.
         z = (
             x_T
             if self.config.model.mapping == "ode"
-            else torch.randn(len(images), self.config.model.dim_h, device=self.device)
+            else rows.own(torch.randn(joint, self.config.model.dim_h, device=self.device))
         )
         groups = [list(range(len(times)))] if self.config.updates == "joint" else [[k] for k in range(len(times))]
         # Lazy penalties are counted in iterations, not in steps: a count of steps would meet the same t_k every time
@@ -220,8 +239,8 @@ class Trainer:
                 signs.append(self._discriminator_step(i[group], h[group], group_times))
                 if self.config.r1_gamma and round_ % self.config.r1_interval == 0:
                     self._r1_step(i[group], group_times)
-            self._adapt_augmentation(torch.stack(signs).mean(), len(images))
-            self.images_seen += len(images)
+            self._adapt_augmentation(torch.stack(signs).mean(), joint)
+            self.images_seen += joint
         else:
             for group in groups:
                 group_times = [times[k] for k in group]
@@ -229,7 +248,7 @@ class Trainer:
                 self._generator_step(z, group_times)
                 if self.config.pl_weight and round_ % self.config.pl_interval == 0:
                     self._path_length_step(z, group_times)
-            self._update_ema(len(images))
+            self._update_ema(joint)
         self.iteration += 1
 
     def _draw_times(self) -> list[float]:
@@ -244,17 +263,38 @@ class Trainer:
 
     def _chunks(self, *tensors: Tensor, dim: int) -> Iterator[tuple[Tensor, ...]]:
         """Split a minibatch into pieces of `batch_gpu` images, whose gradients accumulate."""
-        size = self.config.batch_gpu or self.config.batch
-        return zip(*(tensor.split(size, dim=dim) for tensor in tensors), strict=True)
+        return zip(*(tensor.split(self._at_a_time, dim=dim) for tensor in tensors), strict=True)
+
+    def _step(self, optimizer: torch.optim.Adam, name: str) -> None:
+        """A step of an optimiser by the gradients of the joint minibatch, unless they or what led to them show that
+        training has diverged."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.processes.average_gradients(parameters)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._record(**{f"grad_norm_{name}": nn.utils.get_total_norm(gradients)})
+        if self.device.type == "cpu":  # a GPU would have to be waited for: there `_means` checks, once a tick
+            self._check()
+        optimizer.step()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _logits(self, images: Tensor, t: Tensor) -> Tensor:
-        """[N, C, H, W] images, real or generated, at [N] times -> [N] logits of their augmented versions."""
+    def _generate(self, h: Tensor, times: list[float]) -> Tensor:
+        """[n k, D] latents, or [n k, num_ws, D] -> [n k, C, H, W] images."""
+        rows = self.processes.rows(len(times))
+        noise = None
+        if rows.processes > 1:
+            noise = [rows.own(x) for x in self.model.generator.draw_noise(rows.joint(len(h)), self.device)]
+        with self._autocast():
+            return self.model.generator(h, noise)
+
+    def _logits(self, images: Tensor, times: list[float]) -> Tensor:
+        """[n k, C, H, W] images, real or generated, at k times each -> [n k] logits of their augmented versions."""
+        if not isinstance(self.augment, nn.Identity):
+            self.augment.rows = self.processes.rows(len(times))
         images = self.augment(images)
         with self._autocast():
-            return self.discriminator(images, t)
+            return self.discriminator(images, self._times_of(times, len(images) // len(times)))
 
     def _discriminator_step(self, real: Tensor, h: Tensor, times: list[float]) -> Tensor:
         """Update the discriminator on real [k, N, C, H, W] = i(t) and latents h [k, N, D] of k times.
@@ -267,13 +307,13 @@ class Trainer:
         signs = []
         for real_part, h_part in self._chunks(real, h, dim=1):
             share = real_part.shape[1] / real.shape[1]
-            images, t = _interleave(real_part), self._times_of(times, real_part.shape[1])
-            with torch.no_grad(), self._autocast():
-                generated = self.model.generator(_interleave(h_part))
-            fake = self._logits(generated, t)
+            images = _interleave(real_part)
+            with torch.no_grad():
+                generated = self._generate(_interleave(h_part), times)
+            fake = self._logits(generated, times)
             loss_fake = fake_loss(fake)
             (loss_fake * share).backward()
-            logits = self._logits(images, t)
+            logits = self._logits(images, times)
             loss_real = real_loss(logits)
             (loss_real * share).backward()
             signs.append(logits.detach().sign().mean() * share)
@@ -286,7 +326,7 @@ class Trainer:
         self._record(real_sign=sign)
         if not isinstance(self.augment, ADA):
             return
-        self._ada_signs.append(sign)
+        self._ada_signs.append(self.processes.mean(sign))
         if len(self._ada_signs) == _ADA_INTERVAL:
             mean = torch.stack(self._ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
             self.augment.adapt(mean.item(), _ADA_INTERVAL * images)
@@ -298,7 +338,7 @@ class Trainer:
         weight = 0.5 * self.config.r1_gamma * self.config.r1_interval
         for (part,) in self._chunks(real, dim=1):
             images = _interleave(part).detach().requires_grad_(True)
-            penalty = r1_penalty(self._logits(images, self._times_of(times, part.shape[1])), images)
+            penalty = r1_penalty(self._logits(images, times), images)
             (penalty * (weight * part.shape[1] / real.shape[1])).backward()
             self._record(r1=penalty)
         self._step(self.optimizer_d, "r1")
@@ -308,10 +348,8 @@ class Trainer:
         self.discriminator.requires_grad_(False)
         self.optimizer_g.zero_grad(set_to_none=True)
         for (part,) in self._chunks(z, dim=0):
-            h = _interleave(self.model.mapping(part, times))
-            with self._autocast():
-                generated = self.model.generator(h)
-            loss = generator_loss(self._logits(generated, self._times_of(times, len(part))))
+            generated = self._generate(_interleave(self.model.mapping(part, times)), times)
+            loss = generator_loss(self._logits(generated, times))
             (loss * (len(part) / len(z))).backward()
             self._record(loss_g=loss)
         self._step(self.optimizer_g, "g")
@@ -324,24 +362,13 @@ class Trainer:
         for (part,) in self._chunks(z, dim=0):
             h = _interleave(self.model.mapping(part, times))
             h = h[:, None].expand(-1, self.model.generator.num_ws, -1)  # a latent for each layer, as in StyleGAN2
-            with self._autocast():
-                generated = self.model.generator(h)
-            lengths = path_lengths(generated, h)
+            lengths = path_lengths(self._generate(h, times), h, self.processes.rows(len(times)))
             with torch.no_grad():
-                self.pl_mean.lerp_(lengths.mean(), self.config.pl_decay)
+                self.pl_mean.lerp_(self.processes.mean(lengths.mean()), self.config.pl_decay)
             penalty = (lengths - self.pl_mean).square().mean()
             (penalty * (weight * len(part) / len(z))).backward()
             self._record(path_length=lengths.mean(), path_length_penalty=penalty)
         self._step(self.optimizer_g, "pl")
-
-    def _step(self, optimizer: torch.optim.Adam, name: str) -> None:
-        """A step of an optimiser, unless the gradients or what led to them show that training has diverged."""
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self._record(**{f"grad_norm_{name}": nn.utils.get_total_norm(gradients)})
-        if self.device.type == "cpu":  # a GPU would have to be waited for: there `_means` checks, once a tick
-            self._check()
-        optimizer.step()
 
     def _times_of(self, times: list[float], n: int) -> Tensor:
         """[n k] times of n images at k times each, in the order of `_interleave`."""
@@ -373,26 +400,33 @@ class Trainer:
         """
         total = math.ceil(self.config.total_kimg * 1000)
         batches = image_loader(
-            self.dataset, batch_size=self.config.batch, seed=self.config.seed, start=self.images_drawn
+            self.dataset,
+            batch_size=self.config.batch,
+            seed=self.config.seed,
+            start=self.images_drawn,
+            part=slice(self.processes.rank, None, self.processes.count),
         )
         if self.iteration == 0:
-            with writing(self.run_dir, f"pictures in {self.run_dir}"):
-                self._save_reals()
+            if self.processes.main:
+                with writing(self.run_dir, f"pictures in {self.run_dir}"):
+                    self._save_reals()
             self._snapshot()
-        with writing(self.run_dir, f"statistics in {self.run_dir}"):
-            log = StatsLog(self.run_dir, self.iteration)
+        log = None
+        if self.processes.main:
+            with writing(self.run_dir, f"statistics in {self.run_dir}"):
+                log = StatsLog(self.run_dir, self.iteration)
         bar = tqdm(total=total, initial=self.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
         with bar, StopSignals() as stop:
             self._measure(log, stop)  # what a stop has left undone
             began = time.perf_counter() - self._elapsed
             tick_began, tick_seen = time.perf_counter(), self.images_seen
             # The last generator iteration belongs to the last images seen.
-            while (self.images_seen < total or self.iteration % 2) and not stop.is_set():
+            while (self.images_seen < total or self.iteration % 2) and not self.processes.any(stop.is_set()):
                 iteration_began, before = time.perf_counter(), self.images_seen
                 self._elapsed = iteration_began - began
                 with stop.backed(self._copy_if_slow()):
                     images = next(batches)
-                    self.images_drawn += len(images)
+                    self.images_drawn += self.config.batch
                     self.train_iteration(images)
                 bar.update(self.images_seen - before)
                 now = time.perf_counter()
@@ -401,8 +435,9 @@ class Trainer:
                     continue
                 self._elapsed = now - began
                 row = self._tick_row((self.images_seen - tick_seen) / (now - tick_began))
-                with writing(self.run_dir, f"statistics in {self.run_dir}"):
-                    log.write(row)
+                if log is not None:
+                    with writing(self.run_dir, f"statistics in {self.run_dir}"):
+                        log.write(row)
                 bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
                 tick_began, tick_seen = now, self.images_seen
                 # Before the checkpoint, so that one that exists has its metrics: a resumed run measures none again.
@@ -412,10 +447,11 @@ class Trainer:
                 if (best or tick % self.config.snapshot_ticks == 0) and self.images_seen < total:
                     self._snapshot(stop)
             self._elapsed = time.perf_counter() - began
-            self.interrupted = stop.is_set()
+            self.interrupted = self.processes.any(stop.is_set())
             self._snapshot(stop)
-        log.close()
-        if self.interrupted:
+        if log is not None:
+            log.close()
+        if self.interrupted and self.processes.main:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
         return self.ema
@@ -430,14 +466,15 @@ class Trainer:
         return tick if self.iteration and self.iteration % 2 == 0 and tick != before else None
 
     def _copy_if_slow(self) -> Callable[[], None] | None:
-        """A function that saves the state as it is now; None where it is saved, or iterations are soon over."""
-        if self._slowest < _SLOW or self._saved == self.iteration:
+        """A function that saves the state as it is now; None where it is saved, or iterations are soon over, or several
+        processes train: a copy would cost them a message every iteration."""
+        if self._slowest < _SLOW or self._saved == self.iteration or self.processes.count > 1:
             return None
         self._check()
         tensors, counters = self._state()
         return partial(self._save, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters)
 
-    def _measure(self, log: StatsLog, stop: StopSignals) -> bool:
+    def _measure(self, log: StatsLog | None, stop: StopSignals) -> bool:
         """Metrics of the averaged model where they are due and not in the log; keeps it where it is the best so far.
 
         Returns:
@@ -446,15 +483,25 @@ class Trainer:
         tick = self._tick()
         if self._metrics is None or tick is None or tick % self.config.metric_ticks:
             return False
-        if any(row["iteration"] == self.iteration for row in read_metrics(self.run_dir)[-1:]):
+        known = self.processes.main and any(
+            row["iteration"] == self.iteration for row in read_metrics(self.run_dir)[-1:]
+        )
+        if self.processes.any(known):
             return False
         state = self._state()  # does not change meanwhile, but for the random one, of which this is a copy
+        measure = partial(self._metrics.measure, self.ema)
         with stop.backed(partial(self._save, *state)):
-            values = stop.attempt(partial(self._metrics.measure, self.ema))
+            # Of several processes none may leave the others alone.
+            values = measure() if self.processes.count > 1 else stop.attempt(measure)
         if values is None:  # abandoned anywhere, perhaps while the random state was being put back
             with writing(self.run_dir, f"the checkpoint of iteration {self.iteration} in {self.run_dir}"):
                 self._save(*state)
             return False
+        return self.processes.any(log is not None and self._keep_metrics(values, log))
+
+    def _keep_metrics(self, values: dict[str, float], log: StatsLog) -> bool:
+        """Log metrics of now; keep the averaged model where it is the best so far, which is returned."""
+        assert self._metrics is not None
         row = {
             "iteration": self.iteration,
             "kimg": self.images_seen / 1000,
@@ -499,7 +546,9 @@ class Trainer:
         for name, module in self._modules().items():
             if not all(parameter.isfinite().all() for parameter in module.parameters()):
                 self._diverged(f"weights of {name}", None, self.iteration)
-        return {name: torch.stack(values).mean().item() for name, values in self._statistics.items()}
+        return {
+            name: self.processes.mean(torch.stack(values).mean()).item() for name, values in self._statistics.items()
+        }
 
     def _check(self) -> None:
         """Raises FloatingPointError where something recorded is not finite or a gradient's norm beyond the limit."""
@@ -517,8 +566,10 @@ class Trainer:
         kimg = (iteration + 1) // 2 * self.config.batch / 1000
         text = divergence(what, value, iteration, kimg, limit, self.config.precision == "bf16")
         failed, good = self.run_dir / "failed", last_checkpoint(self.run_dir)
+        if not self.processes.main:  # gradients are joint, so the main process comes here too
+            raise FloatingPointError(text)
         try:
-            tensors, counters = self._state()
+            tensors, counters = self._state(joint=False)
             for name, module in self._modules().items():
                 gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
                 tensors.update({f"grad.{name}.{key}": gradient for key, gradient in gradients.items()})
@@ -541,14 +592,18 @@ class Trainer:
             OSError: the disk is full, or the like.
         """
         self._means()
+        self._check_agreement()
+        state = self._state()
+        if not self.processes.main:
+            return
         with writing(self.run_dir, f"the checkpoint of iteration {self.iteration} in {self.run_dir}"):
             if stop is not None and stop.is_set():
-                self._save(*self._state())
+                self._save(*state)
             self.ema.save_pretrained(self.run_dir / "model")
             grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
             if grid is not None:
                 save_png(grid, self.run_dir / f"samples-{self.images_seen // 1000:06d}.png")
-            self._save(*self._state())
+            self._save(*state)
             best = read_best(self.run_dir)
             kept = best and checkpoint.checkpoint_path(self.run_dir, int(best["iteration"]))
             for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
@@ -556,8 +611,8 @@ class Trainer:
                     old.unlink()
 
     def _save(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Write a checkpoint, unless there is one of that iteration."""
-        if self._saved != counters["iteration"]:
+        """Write a checkpoint in the main process, unless there is one of that iteration."""
+        if self.processes.main and self._saved != counters["iteration"]:
             checkpoint.save_checkpoint(
                 checkpoint.checkpoint_path(self.run_dir, counters["iteration"]), tensors, counters
             )
@@ -587,8 +642,12 @@ class Trainer:
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, "ema": self.ema, "discriminator": self.discriminator, "augment": self.augment}
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that training depends on: tensors, and counters."""
+    def _state(self, joint: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that training depends on: tensors, and counters.
+
+        Args:
+            joint: with the statistics of all processes, each of which must call this then; otherwise this one's alone.
+        """
         tensors = {"pl_mean": self.pl_mean, "rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -596,11 +655,28 @@ class Trainer:
             tensors.update(checkpoint.module_tensors(name, module))
         tensors.update(checkpoint.optimizer_tensors("optimizer_g", self.optimizer_g))
         tensors.update(checkpoint.optimizer_tensors("optimizer_d", self.optimizer_d))
-        tensors.update({f"statistics.{name}": torch.stack(values) for name, values in self._statistics.items()})
+        own = {name: torch.stack(values) for name, values in self._statistics.items()}
+        statistics = {name: self.processes.mean(values) for name, values in own.items()} if joint else own
+        tensors.update({f"statistics.{name}": values for name, values in statistics.items()})
         if self._ada_signs:
             tensors["ada_signs"] = torch.stack(self._ada_signs)
         counters: dict[str, Any] = {name: getattr(self, name) for name in self._COUNTERS}
         return tensors, {**counters, "elapsed": self._elapsed}
+
+    def _check_agreement(self) -> None:
+        """See that all processes do the same run and are in the same state; ValueError otherwise."""
+        if self.processes.count == 1:
+            return
+        texts = {
+            "configuration": self.config.model_dump_json(),
+            "run folder": str(self.run_dir),
+            "images": self.dataset.fingerprint,
+            "versions of spigan and torch": f"{__version__} {torch.__version__}",
+            "statistics": str({name: len(values) for name, values in self._statistics.items()}),
+        }
+        facts = {name: zlib.crc32(text.encode()) for name, text in texts.items()}
+        self.processes.check_agreement(facts | {name: getattr(self, name) for name in self._COUNTERS})
+        self.processes.check_agreement(self._state()[0])
 
     def _load(self, path: Path) -> None:
         tensors, state = checkpoint.load_checkpoint(path)

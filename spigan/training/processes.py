@@ -1,0 +1,171 @@
+"""Several processes that train one model, each on its share of every minibatch, through Hugging Face accelerate.
+
+A launcher (torchrun, accelerate launch) starts them and sets WORLD_SIZE, RANK and LOCAL_RANK; with WORLD_SIZE unset or
+1 accelerate is not even imported. Every process draws the random numbers of the whole minibatch and keeps those of its
+own images. So all generators stay in step, and any number of processes does what one would do, up to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# How long processes wait for one that measures or saves; one that has ended is found out at once.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the joint minibatch are this process's: those of images rank, rank + processes, ...
+
+    Images are dealt out in turn, because the groups of the minibatch standard deviation are strided: those of a process
+    are then groups of the joint minibatch.
+
+    Attributes:
+        processes, rank: their number, and which one this is.
+        times: rows of an image, side by side.
+    """
+
+    processes: int = 1
+    rank: int = 0
+    times: int = 1
+
+    def joint(self, n: int) -> int:
+        """Rows of all processes, where this one has n."""
+        return n * self.processes
+
+    def own(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This process's rows of a joint tensor, which lie along `dim` (not negative)."""
+        if self.processes == 1:
+            return x
+        parts = x.unflatten(dim, (-1, self.processes, self.times))
+        return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
+
+
+ALL_ROWS = Rows()
+
+
+class Processes:
+    """The processes that train together, as seen from one of them; a single one talks to nobody.
+
+    Args:
+        device: of the run; "cuda" without a number where there are several processes.
+
+    Attributes:
+        count, rank: number of processes, and which one this is.
+        main: whether this is the one that prints and writes files.
+        device: the device of this process: of several on a machine each takes a GPU of its own.
+
+    Raises:
+        ImportError: several processes without accelerate.
+        ValueError: a device that they cannot share.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.count, self.rank, self.device = int(os.environ.get("WORLD_SIZE") or 1), 0, device
+        if self.count > 1:
+            self._join()
+        self.main = self.rank == 0
+
+    def _join(self) -> None:
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise ImportError(
+                f"several processes (WORLD_SIZE is {self.count}) train through accelerate: "
+                f'pip install "spigan[distributed]" ({error})'
+            ) from error
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"WORLD_SIZE is {self.count} but {', '.join(missing)} not set: start the processes by torchrun or "
+                "accelerate launch, or unset WORLD_SIZE to train in one"
+            )
+        if self.device.type == "cuda":
+            gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+            if self.device.index is not None:
+                raise ValueError(f"several processes take a GPU each: use the device cuda or auto, not {self.device}")
+            if local >= gpus:
+                raise ValueError(
+                    f"process {local} of this machine has no GPU of its own, there are {gpus}: start fewer processes"
+                )
+        state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
+        if (state.num_processes, state.device.type) != (self.count, self.device.type):
+            raise ValueError(
+                f"accelerate was started before, for {state.num_processes} process(es) on {state.device.type}; the run "
+                f"is for {self.count} on {self.device}: make them agree, or leave starting it to spigan"
+            )
+        self.rank, self.device = state.process_index, state.device
+
+    def rows(self, times: int = 1) -> Rows:
+        """Which rows of the joint minibatch are this process's, with `times` of them an image."""
+        return Rows(self.count, self.rank, times)
+
+    # ---- What processes tell one another; every process must call these, in the same order ----
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of every process's x."""
+        return x if self.count == 1 else self._call("reduce", x)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in one of them."""
+        return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[N, ...] of the same shape everywhere -> [processes N, ...], in the order of their ranks."""
+        return x if self.count == 1 else self._call("gather", x.contiguous())
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients of the joint minibatch, each a mean over images, from those of every process's share of it."""
+        if self.count == 1:
+            return
+        # One message, after all backward passes: hooks that average while a gradient is computed do not go with R1's
+        # derivatives of derivatives, nor with the several passes of a step.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
+
+    def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
+        """See that every process has the same: averages of gradients of different models would mean nothing.
+
+        Args:
+            facts: by name; of a tensor its bytes' sum is compared, which rounds nothing.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.count == 1:
+            return
+        values = [
+            fact.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).to(self.device)
+            if isinstance(fact, Tensor)
+            else torch.tensor(fact, device=self.device)
+            for fact in facts.values()
+        ]
+        found = self.gather(torch.stack(values)[None])
+        differing = (found != found[0]).any(0).tolist()
+        if any(differing):
+            names = [name for name, differs in zip(facts, differing, strict=True) if differs]
+            raise ValueError(
+                f"the processes differ in {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}: start all of them "
+                "with the same arguments, versions, images and run folder"
+            )
+
+    def _call(self, name: str, x: Tensor) -> Tensor:
+        from accelerate import utils
+
+        function: Callable[[Tensor], Any] = getattr(utils, name)
+        try:
+            return function(x)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(
+                f"another of the {self.count} processes has ended; its own error says why ({reason})"
+            ) from error
