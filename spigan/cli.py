@@ -144,6 +144,7 @@ def train(
             length = f"{trainer.config.total_kimg:g} kimg on {where}, K = {trainer.config.intervals}"
             typer.echo(f"{trainer.run_dir}: {length}")
         trainer.fit()
+        trainer.processes.close()
     except errors as error:
         _fail(error)
     if trainer.interrupted:

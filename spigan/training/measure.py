@@ -64,11 +64,11 @@ class RunMetrics:
             # Shares of one size: the last may draw some more than are counted.
             share = -(-self.samples // self._processes.count)
             images = draw(Sampler(model, output="uint8"), share, seed=self._processes.rank * share)
-            found = self._evaluator.features(images, share)
-            features, probabilities = (
-                None if part is None else self._processes.gather(part)[: self.samples] for part in found
-            )
-            if not self._processes.main or features is None:
+            features, probabilities = self._evaluator.features(images, share)
+            features = self._processes.gather(features)[: self.samples]
+            if probabilities is not None:
+                probabilities = self._processes.gather(probabilities)[: self.samples]
+            if not self._processes.main:
                 return {}
             return self._evaluator.compare(features, probabilities).values
 

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Of launchers that accelerate knows.
+_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How long processes wait for one that measures or saves; one that has ended is found out at once.
 _PATIENCE = timedelta(hours=2)
 
@@ -68,7 +71,7 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.count, self.rank, self.device = int(os.environ.get("WORLD_SIZE") or 1), 0, device
+        self.count, self.rank, self.device = max(int(os.environ.get(name) or 1) for name in _COUNTS), 0, device
         if self.count > 1:
             self._join()
         self.main = self.rank == 0
@@ -78,14 +81,14 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise ImportError(
-                f"several processes (WORLD_SIZE is {self.count}) train through accelerate: "
-                f'pip install "spigan[distributed]" ({error})'
+                f'{self.count} processes train through accelerate: pip install "spigan[distributed]" ({error})'
             ) from error
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        missing = [name for name in ("WORLD_SIZE", *_LAUNCHED) if name not in os.environ]
         if missing:
+            given = next(name for name in _COUNTS if int(os.environ.get(name) or 1) == self.count)
             raise ValueError(
-                f"WORLD_SIZE is {self.count} but {', '.join(missing)} not set: start the processes by torchrun or "
-                "accelerate launch, or unset WORLD_SIZE to train in one"
+                f"{given} says {self.count} processes, but {', '.join(missing)} is not set: start them by torchrun or "
+                f"accelerate launch, or unset {given} to train in one"
             )
         if self.device.type == "cuda":
             gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
@@ -117,6 +120,10 @@ class Processes:
         """Whether `flag` is set in one of them."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def wait(self) -> None:
+        """Until every process is here, or has ended, which is an error."""
+        self.any(False)
+
     def gather(self, x: Tensor) -> Tensor:
         """[N, ...] of the same shape everywhere -> [processes N, ...], in the order of their ranks."""
         return x if self.count == 1 else self._call("gather", x.contiguous())
@@ -131,6 +138,13 @@ class Processes:
         flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
+
+    def close(self) -> None:
+        """End the communication, at the end of a program."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
 
     def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
         """See that every process has the same: averages of gradients of different models would mean nothing.

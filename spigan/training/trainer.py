@@ -451,6 +451,7 @@ class Trainer:
             self._snapshot(stop)
         if log is not None:
             log.close()
+        self.processes.wait()  # until the files are there
         if self.interrupted and self.processes.main:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
