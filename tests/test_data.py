@@ -643,6 +643,17 @@ def test_order_depends_on_seed_and_epoch() -> None:
     assert images_of(10, 12, 4, seed=0) == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4, 7, 3]
 
 
+def test_parts_make_the_batches() -> None:
+    """What processes that share a batch load: each its images of the same batches."""
+    dataset = open_source("digits")
+    whole = loader(dataset, batch_size=12, seed=3, start=1795)
+    parts = [loader(dataset, batch_size=12, seed=3, start=1795, part=slice(rank, None, 3)) for rank in range(3)]
+    for _ in range(3):
+        batch = next(whole)
+        for rank, part in enumerate(parts):
+            assert torch.equal(next(part), batch[rank::3])
+
+
 @pytest.mark.parametrize("name", ["count", "batch_size", "seed", "start"])
 def test_shuffle_refuses(name: str) -> None:
     values: dict[str, Any] = {"count": 3, "batch_size": 2, "seed": 0, "start": 0} | {name: -1}

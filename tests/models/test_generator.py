@@ -85,6 +85,30 @@ def test_default_noise_follows_the_mode() -> None:
     assert torch.equal(drawn, generator(h, "random"))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_given_noise(grad: bool) -> None:
+    """`draw_noise` is what "random" draws; any rows of it make any images of a batch."""
+    generator, h = make(), latents()
+    with torch.set_grad_enabled(grad):
+        torch.manual_seed(1)
+        random = generator(h, "random")
+        torch.manual_seed(1)
+        noise = generator.draw_noise(len(h), h.device)
+        state = torch.get_rng_state()
+        torch.testing.assert_close(generator(h, noise), random, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(generator(h[1:2], [x[1:2] for x in noise]), random[1:2], rtol=1e-5, atol=1e-5)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (generator(h, [x.flip(0) for x in noise]) - random).abs().max() > 1e-2
+
+
+def test_given_noise_of_wrong_shape() -> None:
+    generator, h = make(), latents()
+    noise = generator.draw_noise(len(h))
+    for wrong in (noise[:-1], [x[:, 0] for x in noise], generator.draw_noise(len(h) + 1), noise[::-1]):
+        with pytest.raises(ValueError, match=r"noise must be \[N or 1, 1, H, W\] for layers of the sizes"):
+            generator(h, wrong)
+
+
 def test_one_latent_for_each_layer() -> None:
     generator, h = make(), latents()
     each = h[:, None].expand(-1, generator.num_ws, -1)

@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) do what one does, go on with what one began and the other way round, and end together."""
+"""Two processes (gloo, on the CPU) do what one does, go on with what one began, and end together."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def runs(config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_do_what_one_does(runs, name):
-    """Gradients of D, R1, G and path length, EMA, ADA's p, the data, noise and random numbers of every kind, metrics."""
+    """Gradients of D, R1, G and path length, EMA, ADA's p, data, noise, random numbers of every kind, metrics."""
     folder, found, _ = runs
     assert [found[rank][name] for rank in (0, 1)] == [{"iteration": 12, "interrupted": False}] * 2
     assert_same_run(folder / name, folder / f"{name} by one")
