@@ -43,14 +43,14 @@ def measure(model: SPIGAN, scripts: Path, **changes: Any) -> dict[str, Any]:
 def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of images that features are computed of, as they are."""
     counts = []
-    plain = Evaluator._features
+    plain = Evaluator.features
 
     def counted(self: Evaluator, batches: Any, count: int, reference: bool = False) -> Any:
         if reference:
             counts.append(count)
         return plain(self, batches, count, reference)
 
-    monkeypatch.setattr(Evaluator, "_features", counted)
+    monkeypatch.setattr(Evaluator, "features", counted)
     return counts
 
 
