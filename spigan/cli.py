@@ -1,5 +1,5 @@
-"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | push | app | data | bench |
-info`.
+"""The command line: `spigan demo | train | sample | evaluate | interpolate | ablate | export | push | app | data |
+bench | info`.
 
 Heavy packages load inside the commands.
 """

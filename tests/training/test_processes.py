@@ -68,9 +68,15 @@ for name, job in json.load(open(sys.argv[1])).items():
             if rank == 1 and trainer.iteration == job.get("stop"):
                 signal.raise_signal(signal.SIGTERM)
         trainer.train_iteration = train_iteration
+        if rank == 0 and job.get("stop") == "measuring":
+            measure = trainer._metrics.measure
+            def measure_signalled(model):
+                signal.raise_signal(signal.SIGTERM)
+                return measure(model)
+            trainer._metrics.measure = measure_signalled
         trainer.fit()
         found[name] = {"iteration": trainer.iteration, "interrupted": trainer.interrupted}
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         found[name] = {"error": str(error)}
 json.dump(found, open(f"{sys.argv[1]}.{rank}", "w"))
 """
@@ -178,6 +184,8 @@ def runs(config: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         everything = jobs["everything"]["config"]
         jobs["from two to one"] = {"run": str(folder / "from two to one"), "config": everything, "stop": 5}
         jobs["from one to two"] = {"run": str(folder / "from one to two"), "resume": True}
+        jobs["stopped measuring"] = {"run": str(folder / "stopped"), "config": everything, "stop": "measuring"}
+        jobs["diverged"] = {"run": str(folder / "diverged"), "config": everything | {"grad_norm_limit": 1e-9}}
         jobs["other seeds"] = {"run": str(folder / "other seeds"), "config": everything, "differ": 1}
         jobs["odd batch"] = {"run": str(folder / "odd batch"), "config": everything | {"batch": 9, "mbstd_group": 1}}
         (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -222,7 +230,30 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, name):
     # The signal came to process 1 alone: both stopped after that iteration, and process 0 saved.
     interrupted = {"iteration": 5, "interrupted": True}
     assert [found[rank]["from two to one"] for rank in (0, 1)] == [interrupted] * 2
-    assert output.count("Stopped and saved at 0.0 kimg") == 1
+    assert output.count(f"spigan train --resume {folder / 'from two to one'}") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_while_measuring_leaves_no_process_alone(runs):
+    """The measurement, in which all talk to one another, is ended, then all stop and the state is saved."""
+    folder, found, _ = runs
+    interrupted = {"iteration": 4, "interrupted": True}
+    assert [found[rank]["stopped measuring"] for rank in (0, 1)] == [interrupted] * 2
+    assert len(read_metrics(folder / "stopped")) == 1
+    assert [path.name for path in checkpoints(folder / "stopped")][-1] == "checkpoint-00000004.safetensors"
+
+
+@pytest.mark.slow
+def test_all_processes_find_the_same_divergence_and_the_main_one_saves_it(runs):
+    folder, found, _ = runs
+    told = [found[rank]["diverged"]["error"] for rank in (0, 1)]
+    assert all(error.startswith("training has diverged: grad_norm_d (") for error in told)
+    assert told[0].startswith(told[1]) and "The state of now, with gradients, is in" in told[0]
+    assert [path.name for path in checkpoints(folder / "diverged")] == ["checkpoint-00000000.safetensors"]
+    assert {path.name for path in (folder / "diverged" / "failed").iterdir()} == {
+        "state-00000000.safetensors",
+        "error.txt",
+    }
 
 
 @pytest.mark.slow
