@@ -32,12 +32,13 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BUILT_IN = Path(__file__).parent / "assets" / "grids"
 """The grid files that come with the package: the paper's Table 5, and a small one of digits."""
 
-Curve = list[tuple[float, float]]  # (kimg, metric)
+Curve = list[tuple[float, float, float]]  # (kimg, hours of training, metric)
 
 # ---- The grid file ----
 
@@ -292,10 +293,12 @@ def write_report(study: Study, out: Path) -> list[Path]:
 
 
 def read_curve(folder: Path, metric: str) -> Curve:
-    """(kimg, metric) of a run, from metrics.jsonl or, where that lacks it, from stats.jsonl; [] where both do."""
+    """Points of a run, from metrics.jsonl or, where that lacks the metric, from stats.jsonl; [] where both do."""
     for file in _STATISTICS:
         points = [
-            (row["kimg"], row[metric]) for row in read_rows(folder / file) if isinstance(row.get(metric), (int, float))
+            (row["kimg"], row["seconds"] / 3600, row[metric])
+            for row in read_rows(folder / file)
+            if isinstance(row.get(metric), (int, float))
         ]
         if points:
             return points
@@ -307,28 +310,30 @@ _STATISTICS = ("metrics.jsonl", "stats.jsonl")
 
 def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
     """A line of the table."""
-    config, stats = study.arms[name], read_rows(out / name / "stats.jsonl")
+    config, folder = study.arms[name], out / name
+    stats = read_rows(folder / "stats.jsonl")
+    reached = (stats or read_rows(folder / "metrics.jsonl") or [{"kimg": 0.0, "seconds": 0.0}])[-1]
     best = None
     if study.better is not None:
-        best = (min if study.better == "lower" else max)(curve, key=lambda point: point[1], default=None)
-    kimg = stats[-1]["kimg"] if stats else 0.0
-    if _has_ended(out / name, config):
+        best = (min if study.better == "lower" else max)(curve, key=lambda point: point[2], default=None)
+    if _has_ended(folder, config):
         state = "ended"
     elif _error_file(out, name).is_file():
         state = f"failed: {_error_file(out, name).read_text(encoding='utf-8').splitlines()[0]}"
     else:
-        state = f"at {kimg:g} of {config.total_kimg:g} kimg" if checkpoints(out / name) else "not started"
+        begun = reached["kimg"] > 0 or checkpoints(folder)
+        state = f"at {reached['kimg']:g} of {config.total_kimg:g} kimg" if begun else "not started"
     return {
         "arm": name,
         "intervals": config.intervals,
         "fixed_t": config.fixed_t,
         "mapping": config.model.mapping,
         "updates": config.updates,
-        "kimg": kimg,
-        "last": curve[-1][1] if curve else None,
-        "best": best[1] if best else None,
+        "kimg": reached["kimg"],
+        "last": curve[-1][2] if curve else None,
+        "best": best[2] if best else None,
         "best_kimg": best[0] if best else None,
-        "seconds": stats[-1]["seconds"] if stats else 0.0,
+        "seconds": reached["seconds"],
         # The median, because some ticks hold a checkpoint or a measurement.
         "images_per_sec": statistics.median(row["images_per_sec"] for row in stats) if stats else None,
         "state": state,
@@ -379,33 +384,38 @@ def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
 
 
 def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
-    """Metric against thousands of images seen: random beside fixed t of the same K (Fig. 8), and all arms."""
+    """Metric against thousands of images seen: random beside fixed t of the same K (Fig. 8), and all arms; then all
+    arms against hours."""
     from matplotlib.figure import Figure
 
     pairs = _fixed_pairs(study)
-    figure = Figure(figsize=(6.0 * (1 + bool(pairs)), 4.5), layout="constrained")
-    axes = figure.subplots(1, 1 + bool(pairs), squeeze=False)[0]
-    looks = {}  # the two arms of a pair look alike in both panels
+    panels = 2 + bool(pairs)
+    figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
+    *fig8, images, hours = figure.subplots(1, panels)
+    looks = {}  # an arm looks alike in all panels
     for (random, fixed), style in zip(pairs, ["-", "--", ":", "-."] * len(pairs), strict=False):
         k = study.arms[random].intervals
         for name, kind, colour in ((random, "random", "tab:blue"), (fixed, "fixed", "tab:orange")):
             looks[name] = {"color": colour, "linestyle": style}
-            axes[0].plot(*_columns(curves[name]), marker=".", label=f"{kind} t, K = {k} ({name})", **looks[name])
-        axes[0].set_title("Random against fixed t (the paper's Fig. 8)")
+            _draw(fig8[0], curves[name], 0, f"{kind} t, K = {k} ({name})", looks[name])
+        fig8[0].set_title("Random against fixed t (the paper's Fig. 8)")
     others = [name for name in curves if name not in looks]
     for name, curve in curves.items():
-        if curve:
-            look = looks.get(name) or {"color": f"C{2 + others.index(name) % 8}"}
-            axes[-1].plot(*_columns(curve), marker=".", label=name, **look)
-    axes[-1].set_title("All arms")
-    for ax in axes:
-        ax.set(xlabel="images seen, thousands", ylabel=study.metric)
+        look = looks.get(name) or {"color": f"C{2 + others.index(name) % 8}"}
+        _draw(images, curve, 0, name, look)
+        _draw(hours, curve, 1, name, look)
+    images.set_title("All arms against images")
+    hours.set_title("All arms against time")
+    for ax in figure.axes:
+        ax.set(xlabel="hours of training" if ax is hours else "images seen, thousands", ylabel=study.metric)
         ax.legend(fontsize=8)
     return figure
 
 
-def _columns(curve: Curve) -> tuple[list[float], list[float]]:
-    return [x for x, _ in curve], [y for _, y in curve]
+def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, str]) -> None:
+    """Draw a curve against its column `x`, where it has a point."""
+    if curve:
+        ax.plot([point[x] for point in curve], [point[2] for point in curve], marker=".", label=label, **look)
 
 
 def _fixed_pairs(study: Study) -> list[tuple[str, str]]:

@@ -344,8 +344,8 @@ def test_table(tmp_path: Path) -> None:
     lines = (out / "table.md").read_text().splitlines()
     assert lines[0] == "Preset `digits`, FD-ResNet56 (lower is better). Written by `spigan ablate`."
     assert lines[2].startswith("| arm | K | fixed t | mapping | updates | kimg | last FD-ResNet56 | best FD-ResNet56")
-    assert lines[4] == "| k2 | 2 | no | ode | sequential | 3 | 4.25 | 3.5 (2) | 15 | 200 | not started |"
-    assert lines[5] == "| fixed | 2 | yes | ode | sequential | 3 | 10 | 10 (2) | 15 | 200 | not started |"
+    assert lines[4] == "| k2 | 2 | no | ode | sequential | 3 | 4.25 | 3.5 (2) | 15 | 200 | at 3 of 0.024 kimg |"
+    assert lines[5] == "| fixed | 2 | yes | ode | sequential | 3 | 10 | 10 (2) | 15 | 200 | at 3 of 0.024 kimg |"
     assert lines[6] == "| mlp | 1 | no | mlp | sequential | 0 |  |  | 0 |  | not started |"
     report = json.loads((out / "table.json").read_text())
     assert (report["preset"], report["metric"], report["better"]) == ("digits", "FD-ResNet56", "lower")
@@ -369,14 +369,14 @@ def test_neither_may_be_better(tmp_path: Path) -> None:
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert lines[0] == "Preset `digits`, loss_g. Written by `spigan ablate`."
     assert lines[2] == "| arm | K | fixed t | mapping | updates | kimg | last loss_g | seconds | images/s | state |"
-    assert lines[4] == "| k2 | 2 | no | ode | sequential | 3 | 4 | 15 | 200 | not started |"
+    assert lines[4] == "| k2 | 2 | no | ode | sequential | 3 | 4 | 15 | 200 | at 3 of 0.024 kimg |"
     assert json.loads((tmp_path / "out" / "table.json").read_text())["rows"][0]["best"] is None
 
 
 def test_statistics_stand_in_for_metrics(tmp_path: Path) -> None:
     write_run(tmp_path / "a", measured(9.0))
-    assert read_curve(tmp_path / "a", "FD-ResNet56") == [(1.0, 9.0)]
-    assert read_curve(tmp_path / "a", "loss_g") == [(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
+    assert read_curve(tmp_path / "a", "FD-ResNet56") == [(1.0, 0.0, 9.0)]
+    assert read_curve(tmp_path / "a", "loss_g") == [(i, 5.0 * i / 3600, 1.0 + i) for i in (1.0, 2.0, 3.0)]
     assert read_curve(tmp_path / "a", "FID") == read_curve(tmp_path / "nothing", "loss_g") == []
 
 
@@ -389,18 +389,32 @@ def test_a_metric_that_no_run_has(tmp_path: Path) -> None:
     assert "No run has measured FID; there are: FD-ResNet56, images_per_sec, loss_g, recall." in text
 
 
+def test_metrics_alone_make_a_report(tmp_path: Path) -> None:
+    """As benchmarks/results keeps them, without the statistics of every tick."""
+    study, out = read_grid(grid(tmp_path, GRID.replace("loss_g", "FD-ResNet56"))), tmp_path / "out"
+    write_run(out / "k2", measured(9.0, 3.5), stats=0)
+    assert (out / "k2" / "stats.jsonl").read_text() == ""
+    write_report(study, out)
+    row = (out / "table.md").read_text().splitlines()[4]
+    assert row == "| k2 | 2 | no | ode | sequential | 2 | 3.5 | 4 |  | at 2 of 0.024 kimg |"
+
+
 def test_curves(tmp_path: Path) -> None:
     study = read_grid(grid(tmp_path))
-    curves = {"k2": [(1.0, 9.0), (2.0, 3.0)], "fixed": [(1.0, 20.0)], "mlp": []}
-    left, right = curve_figure(study, curves).axes
-    assert [line.get_label() for line in left.lines] == ["random t, K = 2 (k2)", "fixed t, K = 2 (fixed)"]
-    assert [line.get_color() for line in left.lines] == ["tab:blue", "tab:orange"]
-    assert left.lines[0].get_xydata().tolist() == [[1.0, 9.0], [2.0, 3.0]]
-    assert [line.get_label() for line in right.lines] == ["k2", "fixed"]
-    assert left.get_xlabel() == "images seen, thousands" and left.get_ylabel() == "loss_g"
+    curves = {"k2": [(1.0, 0.5, 9.0), (2.0, 1.5, 3.0)], "fixed": [(1.0, 0.75, 20.0)], "mlp": []}
+    fig8, images, hours = curve_figure(study, curves).axes
+    assert [line.get_label() for line in fig8.lines] == ["random t, K = 2 (k2)", "fixed t, K = 2 (fixed)"]
+    assert [line.get_color() for line in fig8.lines] == ["tab:blue", "tab:orange"]
+    assert fig8.lines[0].get_xydata().tolist() == images.lines[0].get_xydata().tolist() == [[1.0, 9.0], [2.0, 3.0]]
+    assert [line.get_xydata().tolist() for line in hours.lines] == [[[0.5, 9.0], [1.5, 3.0]], [[0.75, 20.0]]]
+    for ax in (images, hours):
+        assert [line.get_label() for line in ax.lines] == ["k2", "fixed"]
+        assert [line.get_color() for line in ax.lines] == ["tab:blue", "tab:orange"]
+    assert [ax.get_xlabel() for ax in (fig8, images)] == 2 * ["images seen, thousands"]
+    assert hours.get_xlabel() == "hours of training" and hours.get_ylabel() == fig8.get_ylabel() == "loss_g"
     del study.arms["fixed"], curves["fixed"]
-    (only,) = curve_figure(study, curves).axes
-    assert [line.get_label() for line in only.lines] == ["k2"]
+    images, hours = curve_figure(study, curves).axes
+    assert [text.get_text() for ax in (images, hours) for text in ax.get_legend().get_texts()] == ["k2", "k2"]
 
 
 # ---- The command ----
