@@ -412,7 +412,7 @@ def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
     return figure
 
 
-def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, str]) -> None:
+def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, Any]) -> None:
     """Draw a curve against its column `x`, where it has a point."""
     if curve:
         ax.plot([point[x] for point in curve], [point[2] for point in curve], marker=".", label=label, **look)
