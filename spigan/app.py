@@ -23,12 +23,11 @@ from torch import Tensor
 from spigan import interpolation
 from spigan.images import display_scale, make_grid, to_pil
 from spigan.ops import BackendUnavailable, backends
-from spigan.sampling import Sampler, count_evaluations, load_model, resolve_device
+from spigan.sampling import BUNDLED_MODELS, Sampler, count_evaluations, load_model, resolve_device
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
-BUNDLED = "digits (bundled)"
 MAX_COUNT = 64  # images of a batch
 STEPS = 9  # images of a strip
 
@@ -51,11 +50,11 @@ class Page:
     """What the controls of the page do, without the page.
 
     Args:
-        models: run folders, saved models or hub ids to choose from, beside the bundled model.
+        models: run folders, saved models or hub ids to choose from, beside the bundled models.
         device: default: cuda where there is one, else the CPU.
 
     Attributes:
-        models: by the name that the page shows: first those that were given, last the bundled one.
+        models: by the name that the page shows: first those that were given, then the bundled ones.
 
     Raises:
         FileNotFoundError, ValueError: a model cannot be loaded.
@@ -64,8 +63,10 @@ class Page:
 
     def __init__(self, models: Sequence[str | Path] = (), device: str | None = None) -> None:
         self.device = resolve_device(device)
-        self.models = {str(model): load_model(model, self.device) for model in models}
-        self.models[BUNDLED] = load_model(None, self.device)
+        self.models = {
+            f"{model} (bundled)" if model in BUNDLED_MODELS else str(model): load_model(model, self.device)
+            for model in (*models, *BUNDLED_MODELS)
+        }
         self._lock = threading.Lock()  # samplers are for one thread at a time, and times for an idle device
         self._nfe = {}
         for name, model in self.models.items():

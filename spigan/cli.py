@@ -29,6 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_MODEL_HELP = (
+    "A run folder, a saved model, a hub id, or a model that comes with spigan: digits (default), cifar10-small."
+)
+
 
 def _fail(error: Exception | str) -> NoReturn:
     from pydantic import ValidationError
@@ -199,9 +203,7 @@ def _train_config(
 @app.command()
 def sample(
     n: Annotated[int | None, typer.Option("-n", help="Number of images (default: 16).", min=1)] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A run folder, a saved model or a hub id (default: the bundled digits).")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
     seed: Annotated[
         list[int] | None,
         typer.Option(help="Image i uses seed + i (default: 0); or give one --seed for each image.", min=0),
@@ -274,9 +276,7 @@ def interpolate(
             "h: between their h(1) (Fig. 11). path: real images to noise, along the SDE and straight (Fig. 4)."
         ),
     ] = "time",
-    model: Annotated[
-        str | None, typer.Option(help="A run folder, a saved model or a hub id (default: the bundled digits).")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
     seeds: Annotated[
         list[int] | None,
         typer.Option(
@@ -389,9 +389,7 @@ def ablate(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="A run folder, a saved model or a hub id [default: the bundled digits].")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -472,15 +470,17 @@ def evaluate(
 
 
 def _reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
-    """The reference of an evaluation: --data, else what the run in the folder `model` was trained on."""
+    """The reference of an evaluation: --data, else what the bundled model or the run in the folder was trained on."""
     from spigan.data import DataConfig
+    from spigan.presets import preset_fields
+    from spigan.sampling import BUNDLED_MODELS
     from spigan.training.run_folder import read_config, run_of
 
     fields: dict[str, Any] = {}
     if data is not None:
         fields = {"source": data}
-    elif model is None:
-        fields = {"source": "digits"}
+    elif model is None or model in BUNDLED_MODELS:
+        fields = preset_fields(model or BUNDLED_MODELS[0])["data"]
     else:
         run = run_of(model)
         if run is None:
@@ -493,9 +493,7 @@ def _reference_config(model: str | None, data: str | None, changes: dict[str, An
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="The file.", show_default=False)],
-    model: Annotated[
-        str | None, typer.Option(help="A run folder, a saved model or a hub id [default: the bundled digits].")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
     fmt: Annotated[
         str | None,
         typer.Option("--format", help="onnx (needs the extra `export`) or pt2 (for PyTorch) [default: by --out]."),
@@ -559,7 +557,7 @@ def push(
     try:
         if not Path(model).is_dir():
             raise FileNotFoundError(f"{model} is no folder: give a run or a saved model")
-        network = load_model(model)
+        network = load_model(Path(model))
         about: dict[str, Any] = {"run": run_of(model), "metrics": metrics, "license": license}
         if local is not None:
             folder = hub.write_folder(network, local, repo, **about)
@@ -579,7 +577,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--model",
-            help="A run folder, a saved model or a hub id to choose from, beside the bundled digits; several: "
+            help="A run folder, a saved model or a hub id to choose from, beside the bundled models; several: "
             "--model A --model B.",
         ),
     ] = None,

@@ -26,16 +26,17 @@ from spigan.ops.library import stage
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "digits"
-"""The model of `sample(model=None)`: digits, 16x16 grey, trained by this project (docs/training.md)."""
+BUNDLED_MODELS = ("digits", "cifar10-small")
+"""Names of the models that come with spigan, trained by this project from the presets of these names (docs/models.md);
+the first is that of `sample(model=None)`."""
 
 Model = SPIGAN | str | Path | None
 OutputType = Literal["pt", "np", "pil"]
 
 
 @cache
-def _bundled_model() -> SPIGAN:
-    return SPIGAN.from_pretrained(BUNDLED_MODEL).requires_grad_(False)
+def _bundled_model(name: str) -> SPIGAN:
+    return SPIGAN.from_pretrained(Path(__file__).parent / "assets" / name).requires_grad_(False)
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
@@ -61,12 +62,16 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
     """The model that an argument `model` means.
 
     Args:
-        model: a SPIGAN; a folder or hub id for `SPIGAN.from_pretrained`; a run folder, whose exported model is taken;
-            None for the bundled model.
+        model: a SPIGAN; the name of a bundled model, which comes before a folder of that name in the working directory
+            (`./name` and a `Path` are always folders); a folder or hub id for `SPIGAN.from_pretrained`; a run folder,
+            whose exported model is taken; None for the bundled digits.
         device: where it shall be; default: where a SPIGAN is, else cuda where there is one, else the CPU.
 
     Returns:
         The model; the one that was passed where it is on `device` already, else a copy.
+
+    Raises:
+        FileNotFoundError: no such model; the bundled ones are listed.
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device
@@ -75,10 +80,16 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
             return model
         return copy.deepcopy(model).to(resolve_device(device))
     device = resolve_device(device)
-    if model is None:
-        return load_model(_bundled_model(), device)
-    exported = Path(model) / "model"
-    return SPIGAN.from_pretrained(exported if exported.is_dir() else model, device=device).requires_grad_(False)
+    name = BUNDLED_MODELS[0] if model is None else str(model)
+    if name in BUNDLED_MODELS and not isinstance(model, Path):
+        return load_model(_bundled_model(name), device)
+    if "/" not in name and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"model {name!r} is neither an existing folder nor a hub id such as user/name nor a bundled model "
+            f"({', '.join(BUNDLED_MODELS)})"
+        )
+    exported = Path(name) / "model"
+    return SPIGAN.from_pretrained(exported if exported.is_dir() else name, device=device).requires_grad_(False)
 
 
 def default_batch_size(resolution: int) -> int:
@@ -96,7 +107,8 @@ class Sampler:
     To be used by one thread at a time.
 
     Args:
-        model: a SPIGAN, a folder (a saved model or a training run), a hub id; None for the bundled model of digits.
+        model: a SPIGAN; a folder (a saved model or a training run); a hub id; the name of a bundled model, "digits" or
+            "cifar10-small"; None for the digits.
         batch_size: images evaluated at once, at all K times; default by resolution and K. Memory depends on it, not on
             the number of images.
         dtype: float32 (default), bfloat16 or float16, in which the convolutions run.
@@ -398,7 +410,8 @@ def sample(
 
     Args:
         n: number of images; default 16, or as many as there are seeds or z.
-        model: a SPIGAN, a folder (a saved model or a training run), a hub id; None for the bundled model of digits.
+        model: a SPIGAN; a folder (a saved model or a training run); a hub id; the name of a bundled model, "digits" or
+            "cifar10-small"; None for the digits.
         seed: an int s, image i uses s + i; or a list of ints, one for each image.
         z: [N, *model.config.z_shape] noise to use instead of drawing it from seeds.
         t: time in [0, 1] on the straight path, 1 is the clean image; or a list of K times.

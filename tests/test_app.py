@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 import spigan
 from spigan import SPIGAN, ModelConfig
 from spigan import app as app_module
-from spigan.app import BUNDLED, MAX_COUNT, Page, build, is_loopback, launch, read_seed
+from spigan.app import MAX_COUNT, Page, build, is_loopback, launch, read_seed
 from spigan.cli import app as command_line
 from spigan.images import make_grid, to_uint8
 from spigan.interpolation import interpolate_h, interpolate_time, interpolate_z
 
+BUNDLED, CIFAR = "digits (bundled)", "cifar10-small (bundled)"
 TINY = {"resolution": 8, "img_channels": 3, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 
 
@@ -55,7 +56,9 @@ def as_shown(images: torch.Tensor) -> np.ndarray:
 
 
 def test_models_to_choose_from(page: Page, saved: Path) -> None:
-    assert list(page.models) == [str(saved), BUNDLED]
+    assert list(page.models) == [str(saved), BUNDLED, CIFAR]
+    assert "32 x 32, RGB" in page.about(CIFAR)
+    assert list(Page(["cifar10-small"], device="cpu").models) == [CIFAR, BUNDLED]
     assert "8 x 8, RGB" in page.about(str(saved)) and "on cpu" in page.about(str(saved))
     assert "16 x 16, grey" in page.about(BUNDLED) and "322,128 parameters" in page.about(BUNDLED)
 
@@ -151,7 +154,7 @@ def test_command_binds_to_loopback(launched: list[dict[str, Any]], saved: Path) 
     result = CliRunner().invoke(command_line, ["app", "--model", str(saved), "--model", str(saved), "--device", "cpu"])
     assert result.exit_code == 0 and result.stderr == ""
     (call,) = launched
-    assert list(call.pop("page").models) == [str(saved), BUNDLED]
+    assert list(call.pop("page").models) == [str(saved), BUNDLED, CIFAR]
     assert call == {"host": "127.0.0.1", "port": None, "browser": False}
 
 

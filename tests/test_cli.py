@@ -229,9 +229,16 @@ def test_sample_bundled_model_by_default(tmp_path: Path, monkeypatch: pytest.Mon
         assert image.mode == "L" and image.size == ((4 * 17 - 1) * 4, (4 * 17 - 1) * 4)
 
 
+def test_sample_another_bundled_model(tmp_path: Path) -> None:
+    run("sample", "--model", "cifar10-small", "-n", "1", "--seed", "3", "--device", "cpu", "--out", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["images"].shape == (1, 32, 32, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "ciphar10"], "nor a bundled model (digits, cifar10-small)"),
         (["--model", "nothing/at/all"], "model 'nothing/at/all' is neither an existing folder nor a hub id"),
         (["--model", "{tmp}"], "{tmp} is no saved spigan model: it lacks config.json and model.safetensors"),
         (["--dtype", "float64"], "--dtype must be float32, bfloat16 or float16, got float64"),

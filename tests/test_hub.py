@@ -26,7 +26,7 @@ import spigan
 from spigan import SPIGAN, ModelConfig, Trainer
 from spigan.cli import app
 from spigan.evaluation.evaluate import weights_sha256
-from spigan.hub import write_folder
+from spigan.hub import card, write_folder
 from spigan.training.run_folder import read_stats
 
 TINY = {"resolution": 8, "img_channels": 1, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
@@ -233,6 +233,13 @@ def test_folder_and_card_of_a_run(run: Path, tmp_path: Path) -> None:
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])  # type: ignore[index]
     assert settings["batch"] == 16 and settings["model"] == model.config.model_dump()
     assert "{{" not in text and "{%" not in text and "None" not in text.replace("None of", "")
+
+
+@pytest.mark.parametrize(("intervals", "told"), [(1, "trained at t = 1 alone (K = 1)"), (2, "`t=0.5` stops halfway")])
+def test_a_card_tells_which_times_were_trained(intervals: int, told: str) -> None:
+    config = spigan.preset("digits", intervals=intervals)
+    text = card(make(), training={"kimg": 1.0, "hours": 1.0, "config": config.model_dump()}).text
+    assert [told] == re.findall(r"trained at t = 1 alone \(K = 1\)|`t=0.5` stops halfway", text)
 
 
 def test_a_model_alone(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import spigan
 from spigan import SPIGAN, ModelConfig, sampling
+from spigan.evaluation.evaluate import weights_sha256
 from spigan.ops import BackendUnavailable, backends, philox_normal, use_backend
 from spigan.sampling import Sampler, count_evaluations, default_batch_size, load_model, resolve_device, resolve_seeds
 
@@ -375,7 +376,6 @@ def test_bundled_model() -> None:
     """`spigan.sample()` works right after install, without network: digits, which look like the data they come from."""
     config = load_model(device="cpu").config
     assert config.z_shape == (1, 16, 16)
-    assert {path.name for path in sampling.BUNDLED_MODEL.iterdir()} >= {"config.json", "model.safetensors"}
     images = pt(64, device="cpu")
     assert images.shape == (64, 1, 16, 16)
     assert torch.equal(pt(64, device="cpu"), images)
@@ -387,8 +387,41 @@ def test_bundled_model() -> None:
     assert distances.min() > 0.5
 
 
-def test_bundled_model_is_loaded_once() -> None:
-    assert load_model(None, "cpu") is load_model(None, "cpu")
+def test_bundled_models_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    assert load_model(None, "cpu") is load_model("digits", "cpu")  # loaded once
+    images = pt(8, model="cifar10-small", device="cpu")
+    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32
+    assert torch.equal(pt(8, model="cifar10-small", device="cpu"), images)
+    distances = torch.cdist(images.flatten(1), images.flatten(1)) + 100 * torch.eye(8)
+    assert distances.min() > 5  # every seed another image; white noise over the whole range is 22.6 apart
+    # Photographs are smooth, in colour, and neither dark nor bright throughout.
+    assert (images[..., 1:] - images[..., :-1]).abs().mean() < 0.1
+    assert (images[:, 0] - images[:, 2]).abs().mean() > 0.01
+    assert 0.3 < images.mean() < 0.7 and images.std() > 0.15
+
+
+def test_card_of_a_bundled_model_is_of_its_weights() -> None:
+    """Who replaces the weights has to measure them again."""
+    folder = Path(sampling.__file__).parent / "assets" / "cifar10-small"
+    assert (folder / "model.safetensors").stat().st_size < 10e6
+    model = load_model("cifar10-small", "cpu")
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert weights_sha256(model) in text
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in text
+
+
+def test_a_folder_with_a_bundled_name(model: SPIGAN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is the bundled model whatever the working directory holds; ./name and a Path are the folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_model("./digits", "cpu")
+    model.save_pretrained("digits")
+    assert load_model("digits", "cpu").config.resolution == 16
+    for folder in ("./digits", Path("digits"), str(tmp_path / "digits")):
+        assert load_model(folder, "cpu").config == model.config
+    with pytest.raises(FileNotFoundError, match=r"'digit' is neither .* nor a bundled model \(digits, cifar10-small\)"):
+        load_model("digit", "cpu")
 
 
 # ---- Sampler ----

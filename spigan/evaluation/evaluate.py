@@ -278,7 +278,7 @@ def evaluate(
     """Metrics of a model, and all that they depend on, as a dictionary that JSON can hold; see docs/evaluation.md.
 
     Args:
-        model: a SPIGAN, a folder (a saved model or a training run), a hub id; None for the bundled model of digits.
+        model: as in `spigan.sample`.
         data: reference images; they are brought to the model's resolution.
         features: what images are compared by: see `spigan.evaluation.features.load_features`.
         samples: number of images drawn.

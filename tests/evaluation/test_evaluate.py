@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import spigan
 from spigan import SPIGAN, DataConfig, ModelConfig
-from spigan.cli import app
+from spigan.cli import _reference_config, app
 from spigan.data import open_dataset
 from spigan.evaluation import evaluate as module
 from spigan.evaluation import metrics
@@ -298,6 +298,15 @@ def test_command_line_warns(scripts: Path) -> None:
     assert result.exit_code == 0, result.output  # the bundled model, against what it was trained on
     assert "warning: 20 samples are no more than the 48 features" in result.stderr
     assert "FD-pixels" in result.stdout
+
+
+def test_reference_of_a_bundled_model() -> None:
+    """What it was trained on, unless --data says others."""
+    none = {"split": None, "channels": None, "resize": None}
+    assert [_reference_config(name, None, none).source for name in (None, "digits", "cifar10-small")] == [
+        "digits", "digits", "cifar10"
+    ]  # fmt: skip
+    assert _reference_config("cifar10-small", "elsewhere", none | {"split": "test"}).source == "elsewhere"
 
 
 @pytest.mark.parametrize(
