@@ -26,9 +26,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "model": ModelConfig(
             resolution=16, img_channels=1, dim_h=128, embed_channels=32, channel_base=384, channel_max=48
         ),
-        "total_kimg": 28,
+        "total_kimg": 32,
         "batch": 32,
-        "r1_gamma": 0.1,
+        "r1_gamma": 1.0,
         "ema_kimg": 1,
         "ema_rampup": None,
         "tick_kimg": 1,
