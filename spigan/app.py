@@ -38,6 +38,7 @@ _CSS = """
 .spigan-figure img { display: block; margin: 0 auto 0.5rem; max-width: 100%; border-radius: 4px; }
 .spigan-figure a { font-size: var(--text-sm); }
 .spigan-output { gap: 0.25rem !important; }
+.spigan-output:has(.spigan-error) img { opacity: 0.3; } /* the picture of what was asked before */
 .spigan-note, .spigan-error, .spigan-about { font-size: var(--text-sm); }
 .spigan-note, .spigan-error { text-align: center; }
 .spigan-note, .spigan-about { color: var(--body-text-color-subdued); }
@@ -100,16 +101,17 @@ class Page:
             ValueError: a seed that is none, or a count out of range.
         """
         first = read_seed(seed)
-        if not 1 <= count <= MAX_COUNT:
-            raise ValueError(f"The number of images must be from 1 to {MAX_COUNT}, got {count}.")
+        if count not in range(1, MAX_COUNT + 1):
+            shown = "nothing" if count is None else count
+            raise ValueError(f"The number of images must be a whole number from 1 to {MAX_COUNT}, got {shown}.")
         seeds = range(first, first + int(count))
         if seeds[-1] >= 2**63:
             raise ValueError(f"The last seed, {seeds[-1]}, is beyond {2**63 - 1}: begin with a smaller one.")
         return self._draw(
             name,
             lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[None],  # for one call
-            f"seeds-{first}-{seeds[-1]}",
-            f"{len(seeds)} images, seeds {first} to {seeds[-1]}",
+            f"seeds-{first}-{seeds[-1]}" if len(seeds) > 1 else f"seed-{first}",
+            f"{len(seeds)} images, seeds {first} to {seeds[-1]}" if len(seeds) > 1 else f"seed {first}",
             columns=max(1, round(len(seeds) ** 0.5)),
         )
 
@@ -171,7 +173,7 @@ class Page:
         count = len(images)
         each = f" ({elapsed / count:.2g} ms each)" if count > 1 else ""
         note = f"{caption}: {elapsed:.3g} ms{each} · NFE = {self._nfe[name]} · {self._backend} on {self.device}"
-        stem = re.sub(r"[^\w.=-]+", "-", f"{Path(name).name.removesuffix(' (bundled)')}-{title}")
+        stem = re.sub(r"[^\w.-]+", "-", f"{Path(name).name.removesuffix(' (bundled)')}-{title}")
         # A strip is as wide as the page, others as the column beside the controls.
         width, columns = (912, count) if columns is None and count > 1 else (384, columns or 1)
         picture = figure(images, columns, f"{stem}.png", caption, width)
@@ -248,13 +250,15 @@ def build(page: Page) -> Blocks:
         model = gr.Dropdown(list(page.models), value=first, label="Model", interactive=True)
         about = gr.HTML(page.about(first))
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+        # What a slider's box holds while somebody types is for `Page` to refuse, by a message in its place.
+        quick["preprocess"] = False
 
         def output() -> list[Any]:
             with gr.Column(elem_classes="spigan-output"):
                 return [gr.HTML(), gr.HTML()]
 
-        def draw_seeds(n: int) -> Callable[[], Any]:
-            return lambda: [str(secrets.randbelow(1_000_000)) for _ in range(n)]
+        def new_seed() -> str:
+            return str(secrets.randbelow(1_000_000))
 
         with gr.Tab("Batch"), gr.Row():
             with gr.Column(scale=1, min_width=240):
@@ -265,7 +269,7 @@ def build(page: Page) -> Blocks:
                 batch = output()
         changed = [blocks.load, model.change, seed.change]
         gr.on([*changed, count.change], shown(page.batch), [model, seed, count], batch, **quick)
-        other.click(draw_seeds(1), None, [seed], **quick)
+        other.click(new_seed, None, seed, **quick)
 
         with gr.Tab("Noise to image"):
             with gr.Row():
@@ -280,7 +284,7 @@ def build(page: Page) -> Blocks:
         changed = [blocks.load, model.change, seed.change]
         gr.on([*changed, t.change], at, [model, seed, t], image, **quick)
         gr.on(changed, shown(page.time), [model, seed], strip, **quick)
-        other.click(draw_seeds(1), None, [seed], **quick)
+        other.click(new_seed, None, seed, **quick)
 
         with gr.Tab("Interpolate"):
             with gr.Row():
@@ -299,7 +303,7 @@ def build(page: Page) -> Blocks:
         changed = [blocks.load, model.change, kind.change, *(end.change for end in ends)]
         gr.on([*changed, a.change], at, [model, kind, *ends, a], image, **quick)
         gr.on(changed, shown(page.between), [model, kind, *ends], strip, **quick)
-        other.click(draw_seeds(2), None, ends, **quick)
+        other.click(lambda: [new_seed(), new_seed()], None, ends, **quick)
 
         model.change(page.about, model, about, **quick)
     return blocks
@@ -329,9 +333,9 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
         at = f"{host}, port {port}" if port else host
-        raise OSError(f"cannot listen on {at}: {error.strerror or error}") from error
+        raise OSError(f"cannot listen on {at}: {getattr(error, 'strerror', None) or error}") from error
     blocks = build(page)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, address, _ = blocks.launch(
@@ -362,7 +366,17 @@ def is_loopback(host: str) -> bool:
 
 
 def _places(symbol: str, steps: interpolation.Steps) -> str:
-    return f"{symbol} = 0 to 1" if isinstance(steps, int) else f"{symbol} = {', '.join(f'{a:.2f}' for a in steps)}"
+    """How a caption calls them.
+
+    Raises:
+        ValueError: one that is no number in [0, 1].
+    """
+    if isinstance(steps, int):
+        return f"{symbol} = 0 to 1"
+    for place in steps:
+        if not (isinstance(place, (int, float)) and 0 <= place <= 1):
+            raise ValueError(f"{symbol} must be a number from 0 to 1, got {'nothing' if place is None else place}.")
+    return f"{symbol} = {', '.join(f'{place:.2f}' for place in steps)}"
 
 
 def _require_gradio() -> Any:

@@ -69,7 +69,8 @@ def test_batch_is_what_sample_draws(page: Page, saved: Path) -> None:
     np.testing.assert_array_equal(pixels(figure), as_shown(make_grid(expected, columns=2, scale=4)))
     assert 'download="digits-seeds-7-9.png"' in figure
     assert re.search(r"3 images, seeds 7 to 9: [\d.e+]+ ms \([\d.e+]+ ms each\) · NFE = 1 · \w+ on cpu", note)
-    figure, _ = page.batch(str(saved), "7", 1)
+    figure, note = page.batch(str(saved), "7", 1)
+    assert 'download="tiny-b--seed-7.png"' in figure and "seed 7: " in note
     assert pixels(figure).shape == (8, 8, 3)  # one image is downloaded as it is
     assert "image-rendering: pixelated; width: 384px" in figure  # 48 screen pixels to a pixel
     assert "<b>" not in figure
@@ -79,6 +80,7 @@ def test_time_is_the_interpolation_of_time(page: Page) -> None:
     figure, note = page.time(BUNDLED, "3", [0.25])
     np.testing.assert_array_equal(pixels(figure), as_shown(interpolate_time([3], [0.25], device="cpu")[0, 0]))
     assert "seed 3, t = 0.25: " in note and "NFE = 1" in note
+    assert 'download="digits-seed-3-t-0.25.png"' in figure
     figure, _ = page.time(BUNDLED, "3")
     strip = interpolate_time([3], 9, device="cpu")[0]
     np.testing.assert_array_equal(pixels(figure), as_shown(make_grid(strip, columns=9, scale=4)))
@@ -108,11 +110,14 @@ def test_seeds() -> None:
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("batch", (BUNDLED, "0", 0), f"images must be from 1 to {MAX_COUNT}, got 0"),
-        ("batch", (BUNDLED, "0", MAX_COUNT + 1), f"images must be from 1 to {MAX_COUNT}, got {MAX_COUNT + 1}"),
+        ("batch", (BUNDLED, "0", 0), f"images must be a whole number from 1 to {MAX_COUNT}, got 0"),
+        ("batch", (BUNDLED, "0", MAX_COUNT + 1), f"a whole number from 1 to {MAX_COUNT}, got {MAX_COUNT + 1}"),
+        ("batch", (BUNDLED, "0", 2.5), f"a whole number from 1 to {MAX_COUNT}, got 2.5"),
+        ("batch", (BUNDLED, "0", None), f"a whole number from 1 to {MAX_COUNT}, got nothing"),
         ("batch", (BUNDLED, str(2**63 - 2), 3), "The last seed, 9223372036854775808, is beyond"),
         ("batch", ("nothing", "0", 1), "There is no model nothing: choose one of "),
-        ("time", (BUNDLED, "0", [1.5]), "a list of some values in [0, 1], got [1.5]"),
+        ("time", (BUNDLED, "0", [1.5]), "t must be a number from 0 to 1, got 1.5"),
+        ("between", (BUNDLED, "z", "0", "1", [None]), "a must be a number from 0 to 1, got nothing"),
         ("between", (BUNDLED, "z", "5", "05"), "Both seeds are 5"),
         ("between", (BUNDLED, "w", "5", "6"), "must be of z or of h, got w"),
     ],
@@ -207,6 +212,8 @@ def test_where_nobody_can_listen(page: Page, address: str) -> None:
         launch(page, port=port, block=False)
     with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1: "):  # an address of documentation, nobody's
         launch(page, host="192.0.2.1", block=False)
+    with pytest.raises(OSError, match=r"cannot listen on a\.\.b: "):
+        launch(page, host="a..b", block=False)
 
 
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +307,19 @@ def test_invalid_seed_shows_a_message(browser: Any, address: str, text: str) -> 
     assert tab.alert.count() == 0 and "seeds 5 to 20" in tab.notes.first.inner_text()
 
 
+def test_what_is_typed_beside_a_slider(browser: Any, address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Out of range or empty while somebody types: a message, and then the picture of what the box is put right to."""
+    tab = Tab(browser, address, "Batch")
+    box = tab.panel.locator("input[type=number]").first
+    for text, shown in (("", "nothing"), ("100", "100")):
+        box.fill(text)
+        tab.alert.filter(has_text=f"a whole number from 1 to {MAX_COUNT}, got {shown}.").wait_for()
+    box.press("Tab")
+    tab.notes.filter(has_text=f"{MAX_COUNT} images, seeds 0 to {MAX_COUNT - 1}").wait_for()
+    assert tab.view.locator(".toast-body").count() == 0 and tab.problems == []
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
 def test_download_is_the_picture(browser: Any, address: str) -> None:
     tab = Tab(browser, address, "Batch")
     with tab.view.expect_download() as waiting:
@@ -309,12 +329,20 @@ def test_download_is_the_picture(browser: Any, address: str) -> None:
         assert image.format == "PNG" and image.size == (280, 280)  # 4 x 9 - 1 pixels, enlarged 8 times
 
 
-def test_interpolation_and_other_seeds(browser: Any, address: str) -> None:
+@pytest.mark.parametrize("name", ["Batch", "Noise to image", "Interpolate"])
+def test_other_seeds(browser: Any, address: str, name: str) -> None:
+    tab = Tab(browser, address, name)
+    tab.changed(lambda: tab.panel.get_by_role("button", name="Other seed").click())
+    assert tab.alert.count() == 0
+    shown = tab.panel.get_by_role("textbox", name=re.compile("seed", re.IGNORECASE)).first.input_value()
+    assert f" {shown} " in tab.notes.first.inner_text().replace(",", " ")
+
+
+def test_interpolation(browser: Any, address: str) -> None:
     tab = Tab(browser, address, "Interpolate")
     tab.changed(lambda: tab.panel.get_by_label("h(1), the latent").check(), image=1)
     assert "h of seeds 0 and 1, a = 0 to 1" in tab.notes.nth(1).inner_text()
     tab.changed(lambda: tab.panel.get_by_label("To seed").fill("9"))
-    tab.changed(lambda: tab.panel.get_by_role("button", name="Other seeds").click())
     assert tab.alert.count() == 0
     assert tab.problems == []
 
