@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import ipaddress
+import os
 import re
 import secrets
 import socket
@@ -336,10 +337,13 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
     except (OSError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
         at = f"{host}, port {port}" if port else host
         raise OSError(f"cannot listen on {at}: {getattr(error, 'strerror', None) or error}") from error
+    # Gradio asks the page that it has started for its state, which a proxy of HTTP_PROXY could not reach.
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", "::1", host]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
     blocks = build(page)
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     _, address, _ = blocks.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         share=False,
         inbrowser=browser,

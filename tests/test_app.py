@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import re
 import shutil
@@ -214,6 +215,22 @@ def test_where_nobody_can_listen(page: Page, address: str) -> None:
         launch(page, host="192.0.2.1", block=False)
     with pytest.raises(OSError, match=r"cannot listen on a\.\.b: "):
         launch(page, host="a..b", block=False)
+
+
+def test_served_through_a_proxy_and_on_ipv6(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy is for other machines: gradio asks this one."""
+    pytest.importorskip("gradio")
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "example.org")
+    hosts = ["127.0.0.1"]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:  # machines without IPv6
+        probe.bind(("::1", 0))
+        hosts.append("::1")
+    for host in hosts:
+        blocks, url = launch(page, host=host, block=False)
+        blocks.close()
+        assert urlsplit(url).hostname == host
 
 
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
