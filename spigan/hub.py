@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from spigan.images import display_scale, make_grid, save_png
 
@@ -81,8 +82,9 @@ def write_folder(
 
     Raises:
         FileExistsError: the folder is not empty.
-        FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`.
+        FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`, or a name that the hub does not take.
     """
+    validate_repo_id(repo_id)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: give a new or empty folder")
@@ -141,7 +143,7 @@ def card(
         front,
         template_path=str(_TEMPLATE),
         name=name,
-        repo_id=repo_id or "path or hub id of this model",
+        repo_id=repo_id or "PATH-OR-HUB-ID",
         size=f"{config.resolution}x{config.resolution} {'grey' if config.img_channels == 1 else 'RGB'}",
         model=config,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -194,9 +196,9 @@ def describe(
         if missing := _DATA - data.keys():
             raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
         data["source"] = _public(data["source"])
-        if stats:
-            last = stats[-1]
-            fields["training"] = {"kimg": last["kimg"], "hours": last["seconds"] / 3600, "config": settings}
+        training = fields["training"] = {"config": settings}
+        if stats:  # none before the first tick
+            training |= {"kimg": stats[-1]["kimg"], "hours": stats[-1]["seconds"] / 3600}
     if metrics is not None:
         fields["metrics"] = _evaluated(Path(metrics), model)
     elif best is not None:

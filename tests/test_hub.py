@@ -250,6 +250,17 @@ def test_a_model_alone(tmp_path: Path) -> None:
     assert "None were measured of these weights." in text and "has stated none" in text
 
 
+def test_a_run_before_its_first_tick(run: Path, tmp_path: Path) -> None:
+    early = tmp_path / "run"
+    shutil.copytree(run, early)
+    (early / "stats.jsonl").unlink()
+    (early / "best" / "metrics.json").unlink()
+    text = (write_folder(SPIGAN.from_pretrained(early / "model"), tmp_path / "out", "me/x", run=early)
+            / "README.md").read_text()  # fmt: skip
+    assert "## Training\n\n| | |\n| --- | --- |\n| intervals K | 2" in text and '"batch": 16' in text
+    assert "| time |" not in text
+
+
 def test_metrics_of_other_weights_are_not_told(run: Path, tmp_path: Path) -> None:
     """best/ is not the model that is pushed."""
     other = SPIGAN.from_pretrained(run / "model")
@@ -312,6 +323,13 @@ def test_what_is_local_stays_local(run: Path, tmp_path: Path) -> None:
     content = (write_folder(model, tmp_path / "out", "me/x", run=private) / "README.md").read_text()
     assert "| source | faces, train |" in content
     assert "someone" not in content and "secret" not in content and "device" not in content
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "with space", "../up", "me/x@v2", ""])
+def test_names_that_the_hub_does_not_take(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Repo id must"):
+        write_folder(make(), tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
