@@ -7,6 +7,8 @@ discriminator, an optimiser's state or a checkpoint, and of local paths no more 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -47,10 +49,10 @@ def push_to_hub(
         raise ValueError(f"a pull request is against the main branch: leave out create_pr or the branch {branch!r}")
     fields = describe(model, run=run, metrics=metrics, license=license)  # what is wrong with it is told first
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if branch is not None:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, connection():
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
         _write(model, Path(scratch), repo_id, fields)
         # Not upload_folder, which may make several commits: config.json and weights must change together.
         commit = api.create_commit(
@@ -61,6 +63,18 @@ def push_to_hub(
             create_pr=create_pr,
         )
     return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def connection() -> Iterator[None]:
+    """A connection to the hub that fails inside the block raises OSError, which those of HTTP libraries are not."""
+    try:
+        yield
+    except Exception as error:
+        # By name: huggingface_hub talks by httpx or httpx2, which are no dependencies of ours.
+        if isinstance(error, OSError) or not type(error).__module__.startswith("httpx"):
+            raise
+        raise OSError(f"the hub cannot be reached: {error or type(error).__name__}") from error
 
 
 def write_folder(

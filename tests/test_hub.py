@@ -437,6 +437,27 @@ def test_offline(hub: Hub, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.log == []
 
 
+def test_a_hub_that_is_down_or_breaks_off(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An OSError, which every command tells without a traceback; huggingface_hub itself lets httpx's errors through."""
+    make().push_to_hub("me/tiny")
+
+    def too_long(handler: _Handler, name: str, text: str) -> None:
+        length = name == "Content-Length" and "/resolve/" in handler.path
+        BaseHTTPRequestHandler.send_header(handler, name, str(int(text) + 1) if length else text)
+
+    monkeypatch.setattr(_Handler, "send_header", too_long)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between attempts
+    with pytest.raises(OSError, match="the hub cannot be reached: peer closed"):
+        SPIGAN.from_pretrained("me/tiny", cache_dir=tmp_path / "broken")
+    hub.shutdown()
+    hub.server_close()
+    huggingface_hub.close_session()
+    with pytest.raises(OSError, match="the hub cannot be reached: "):
+        make().push_to_hub("me/tiny")
+    result = CliRunner().invoke(app, ["sample", "--model", "me/never-seen"])
+    assert result.exit_code == 1 and result.stderr.startswith("error: ")
+
+
 def test_what_the_hub_lacks(hub: Hub) -> None:
     make().push_to_hub("me/tiny")
     with pytest.raises(RepositoryNotFoundError):

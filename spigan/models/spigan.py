@@ -198,18 +198,21 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
                 raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
             if given and revision is not None and given != revision:
                 raise ValueError(f"{pretrained_model_name_or_path} names a revision, and revision is {revision!r}")
+            from spigan import hub
+
             # A snapshot and not file by file, between which the branch may move on.
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=given or revision,
-                    cache_dir=cache_dir,
-                    token=token,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+            with hub.connection():
+                folder = Path(
+                    snapshot_download(
+                        name,
+                        revision=given or revision or None,
+                        cache_dir=cache_dir,
+                        token=token,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
+                    )
                 )
-            )
         paths = {name: folder / name for name in (CONFIG_NAME, WEIGHTS_NAME)}
         if missing := [name for name, path in paths.items() if not path.is_file()]:
             raise FileNotFoundError(
