@@ -23,12 +23,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SDIST = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
-SDIST_FOLDERS = {
-    "csrc": {".h", ".cpp", ".cu"},
-    "kernels": {".py"},
-    "spigan": {".py", ".typed", ".json", ".toml", ".md"},
-}
-WEIGHTS = {f"spigan/assets/{name}/model.safetensors" for name in ("digits", "cifar10-small")}
+SDIST_FOLDERS = {"csrc": {".h", ".cpp", ".cu"}, "kernels": {".py"}, "spigan": {".py", ".typed", ".json", ".toml"}}
+MODELS = [f"spigan/assets/{name}" for name in ("digits", "cifar10-small")]
+ASSETS = {"spigan/assets/model_card.md", f"{MODELS[1]}/README.md", *(f"{model}/model.safetensors" for model in MODELS)}
 
 
 def run(*command: str | Path, **options: object) -> str:
@@ -48,9 +45,9 @@ def check_sdist(path: Path) -> None:
     for name in names:
         top, _, rest = name.partition("/")
         known = Path(name).suffix in SDIST_FOLDERS.get(top, ()) if rest else top in SDIST
-        if name not in WEIGHTS and (not known or name.startswith("csrc/testing/")):
+        if name not in ASSETS and (not known or name.startswith("csrc/testing/")):
             sys.exit(f"{path.name} holds {name}: leave it out by sdist.exclude of pyproject.toml")
-    if missing := (SDIST | WEIGHTS | {"csrc/bindings.cpp", "kernels/rk4_mlp.py", "spigan/py.typed"}) - names:
+    if missing := (SDIST | ASSETS | {"csrc/bindings.cpp", "kernels/rk4_mlp.py", "spigan/py.typed"}) - names:
         sys.exit(f"{path.name} lacks {', '.join(missing)}")
 
 
@@ -106,6 +103,7 @@ images = spigan.sample(3, seed=0)
 assert images.shape == (3, 1, 16, 16) and 0 <= images.min() < 0.1 and 0.9 < images.max() <= 1, images
 assert (images - spigan.sample(3, seed=0, backend="reference")).abs().max() < 1e-4
 assert spigan.sample(2, model="cifar10-small").shape == (2, 3, 32, 32)
+spigan.sampling.load_model("digits").save_pretrained("saved")  # with its model card
 openmp = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
 assert any("/spigan.libs/" in path for path in openmp), f"the wheel does not bring OpenMP: {openmp}"
 """
