@@ -69,7 +69,8 @@ def register_backend(
         auto: types of device ("cpu", "cuda", ...) on which "auto" takes it before all others.
 
     Raises:
-        TypeError, ValueError: a name that is taken, an operation that does not exist, or no function for it.
+        TypeError, ValueError: a name that is taken, an operation that does not exist, no function for it, or an `auto`
+            that is no list of types.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a backend's name must be an identifier, got {name!r}")
@@ -82,6 +83,8 @@ def register_backend(
             raise ValueError(f"there is no operation {op!r}; there are {', '.join(_implementations)}")
         if not callable(function):
             raise TypeError(f"the backend {name!r} needs a function for {op}, got {type(function).__name__}")
+    if isinstance(auto, str) or not all(isinstance(kind, str) and kind.isidentifier() for kind in auto):
+        raise ValueError(f'auto must be a list of types of device, such as ["cpu", "cuda"], got {auto!r}')
     for op in _implementations:
         _implementations[op].pop(name, None)
         _functions[op].pop(name, None)

@@ -433,6 +433,15 @@ def test_backends_that_are_refused(name, functions, error, message, added_backen
         ops.philox_normal((1,), seed=0, backend="mine")
 
 
+@pytest.mark.parametrize("auto", ["cpu", ["cuda:0"], [torch.device("cpu")]])
+def test_automatic_on_what_is_no_type_of_device(auto, added_backends):
+    """As a list, "cpu" would be the devices c, p and u, which are never met."""
+    before = dict(backends._auto_order)
+    with pytest.raises(ValueError, match="auto must be a list of types of device"):
+        ops.register_backend("mine", {OP: print}, auto=auto)
+    assert backends._auto_order == before and backends.function(OP, "mine") is None
+
+
 SABOTAGE = {
     "missing": "import sys; sys.modules['spigan._C'] = None",
     "damaged": """
