@@ -59,8 +59,8 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig
+    model: ModelConfig = Field(ModelConfig(), description="the networks that sample")
+    data: DataConfig = Field(description="the images")
 
     # The straight path
     intervals: Positive = Field(2, description="K, number of times t_1 < ... < t_K = 1 per iteration")
