@@ -203,16 +203,19 @@ def describe(
         if config.model != model.config:
             raise ValueError(f"{run} trained a model of another architecture than the one to push")
         best = _best(run, model)
-        stats = [row for row in read_stats(run) if best is None or row["iteration"] <= best["iteration"]]
         settings = config.model_dump(exclude=_PRIVATE)
         settings["data"]["source"] = _public(config.data.source)
         data = fields["data"] = _read_json(run / "data.json")
         if missing := _DATA - data.keys():
             raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
-        data["source"] = _public(data["source"])
+        data["source"] = _public(str(data["source"]))
         training = fields["training"] = {"config": settings}
-        if stats:  # none before the first tick
-            training |= {"kimg": stats[-1]["kimg"], "hours": stats[-1]["seconds"] / 3600}
+        try:
+            stats = [row for row in read_stats(run) if best is None or row["iteration"] <= best["iteration"]]
+            if stats:  # none before the first tick
+                training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{run / 'stats.jsonl'} is damaged: {type(error).__name__} {error}") from error
     if metrics is not None:
         fields["metrics"] = _evaluated(Path(metrics), model)
     elif best is not None:

@@ -261,6 +261,14 @@ def test_a_run_before_its_first_tick(run: Path, tmp_path: Path) -> None:
     assert "| time |" not in text
 
 
+@pytest.mark.parametrize("rows", ["{}", "[1]", '{"iteration": 1, "kimg": null, "seconds": 1}', "\xff"])
+def test_a_run_with_damaged_statistics(rows: str, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "stats.jsonl").write_bytes(rows.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"stats\.jsonl is damaged"):
+        write_folder(SPIGAN.from_pretrained(run / "model"), tmp_path / "out", "me/x", run=tmp_path / "run")
+
+
 def test_metrics_of_other_weights_are_not_told(run: Path, tmp_path: Path) -> None:
     """best/ is not the model that is pushed."""
     other = SPIGAN.from_pretrained(run / "model")
