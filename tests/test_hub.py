@@ -250,6 +250,12 @@ def test_a_model_alone(tmp_path: Path) -> None:
     assert "None were measured of these weights." in text and "has stated none" in text
 
 
+def test_a_stylegan2_is_called_one(tmp_path: Path) -> None:
+    model = SPIGAN(ModelConfig.model_validate(TINY | {"mapping": "mlp"}))
+    text = (write_folder(model, tmp_path / "out", "me/x") / "README.md").read_text()
+    assert "(NFE = 1): a StyleGAN2, trained with `spigan`.\n" in text and "SPI-GAN" not in text and "t=0.5" not in text
+
+
 def test_a_run_before_its_first_tick(run: Path, tmp_path: Path) -> None:
     early = tmp_path / "run"
     shutil.copytree(run, early)
