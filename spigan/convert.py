@@ -6,11 +6,10 @@ Both go through all images once, in worker processes, in memory that does not gr
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
-import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from spigan.data import DataConfig, ImageDataset, _cores, _find, _split_of, _unchanged
-from spigan.images import atomic_path, to_pil
+from spigan.data import DataConfig, ImageDataset, _cores, _find, _split_of, _start_worker, _unchanged
+from spigan.images import atomic_path, remove_stale, to_pil
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 
@@ -215,24 +214,9 @@ def _in_workers(dataset: _EachImage, chunks: list[range], workers: int | None) -
             num_workers=_cores() if workers is None else workers,
             collate_fn=_unchanged,
             generator=torch.Generator(),
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_start_worker,
         )
     )
-
-
-def _end_with_parent(worker: int) -> None:
-    """Ends this process soon after the one that started it is killed.
-
-    DataLoader's own watch ends the loop of a worker, which then waits for ever for somebody to read its last results.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _EachImage(torch.utils.data.Dataset[Any]):
@@ -300,8 +284,8 @@ def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, di
     import pyarrow
     from pyarrow import parquet
 
-    done = {}
-    for file in sorted(out.glob(f"{plan['split']}*.parquet")):
+    done, split = {}, glob.escape(plan["split"])  # the hub has splits such as train[:10%]
+    for file in sorted(out.glob(f"{split}*.parquet")):
         if _split_of(file) != plan["split"]:
             continue
         try:
@@ -313,9 +297,8 @@ def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, di
                 f"{file} is not of this conversion, but of other images or options: choose another folder, or delete it"
             )
         done[file.name] = record
-    for pattern in (f".{plan['split']}-*-of-*.parquet", f".{plan['split']}-index.json-*"):
-        for scratch in out.glob(pattern):
-            scratch.unlink()
+    for name in (f"{split}-*-of-*.parquet", f"{split}-index.json"):
+        remove_stale(out, f".{name}-", age=0)
     return done
 
 

@@ -13,11 +13,15 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickletools
 import re
+import signal
 import sys
 import tarfile
+import threading
+import time
 import zipfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -363,12 +367,38 @@ def loader(
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # without one, the workers' base seed is drawn from the global generator
+        worker_init_fn=_start_worker,
     )
     return iter(batches)
 
 
 def _unchanged(batch: Any) -> Any:  # a named function, because workers may have to unpickle it
     return batch
+
+
+def _start_worker(worker: int) -> None:
+    """What every DataLoader's worker begins with: the process that started it ends it, and nobody else.
+
+    Terminals, torchrun and batch systems send SIGINT and SIGTERM to the workers too: without them that process could
+    not finish what it does before it stops. DataLoader's own watch on it ends the loop of a worker, which then waits
+    for ever for somebody to read its last results.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = getattr(signal, "sigtimedwait", None)  # Linux: only this tells who has sent a signal
+    if told is not None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    trainer, parent = multiprocessing.parent_process(), os.getppid()  # which a fork server may be
+    assert trainer is not None
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if told is None:
+                time.sleep(1)
+            elif (sent := told({signal.SIGTERM}, 1)) is not None and sent.si_pid == trainer.pid:
+                break
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Unsuitable(Exception):

@@ -87,12 +87,17 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
                 os.close(lock)
 
 
-def remove_stale(parent: Path, prefix: str) -> None:
-    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards."""
+def remove_stale(parent: Path, prefix: str, age: float = 60) -> None:
+    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards.
+
+    Args:
+        parent, prefix: of the folders.
+        age: seconds since the last change of those that may be removed.
+    """
     for path in parent.glob(f"{prefix}????????"):
         with contextlib.suppress(OSError):
-            # A lock follows the creation of its folder by an instant, hence the minute.
-            if path.is_dir() and time.time() - path.stat().st_mtime > 60 and (lock := _locked(path)) is not None:
+            # A lock follows the creation of its folder by an instant, hence the age.
+            if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _locked(path)) is not None:
                 shutil.rmtree(path)
                 os.close(lock)
 

@@ -163,7 +163,9 @@ def test_killed_conversion_goes_on(tmp_path: Path) -> None:
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("train-*.parquet")}
     assert 3 <= len(kept) < 29
     assert not (out / "train-index.json").exists()
-    (out / ".train-00003-of-00029.parquet-x.parquet").write_bytes(b"half a file")  # where the kill left none
+    for name in ("train-00003-of-00029.parquet", "train-index.json"):  # where the kill left none
+        (out / f".{name}-abcdefgh").mkdir()
+        (out / f".{name}-abcdefgh" / name).write_bytes(b"half a file")
     deadline = time.monotonic() + 30
     while members(process.pid):  # its workers notice, and do not stay
         assert time.monotonic() < deadline

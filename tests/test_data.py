@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import struct
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -702,6 +705,27 @@ def test_error_in_a_worker_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"overwritten since")
     with pytest.raises(ValueError, match=r"image\.png cannot be read as an image"):
         next(loader(dataset, batch_size=1, seed=0, num_workers=1))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="only Linux tells who has sent a signal")
+def test_signals_do_not_end_workers(tmp_path: Path) -> None:
+    """Launchers and terminals send them to the whole group of processes; training has to finish an iteration then."""
+    dataset = open_source(write_folder(tmp_path, {"a.png": encoded(picture(0))}), cache="none")
+    before = set(multiprocessing.active_children())
+    batches = loader(dataset, batch_size=1, seed=0, num_workers=2)
+    next(batches), next(batches)  # both have begun
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # From another process: `terminate` is from this one.
+            subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    for _ in range(8):  # more than each had prepared
+        next(batches)
+    for worker in workers:  # as at the exit of a program that has not let go of the loader
+        worker.terminate()
+        worker.join(30)
+        assert worker.exitcode == 0
 
 
 # Real images --------------------------------------------------------------------------------------------------------

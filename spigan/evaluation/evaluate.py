@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spigan.data import DataConfig, ImageDataset, open_dataset
+from spigan.data import DataConfig, ImageDataset, _start_worker, _unchanged, open_dataset
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet, load_features
 from spigan.sampling import Sampler, count_evaluations, resolve_seeds
@@ -195,8 +195,14 @@ class Evaluator:
         if self.dataset.cached:
             yield from (self.dataset.__getitems__(indices[i : i + _BATCH]) for i in indices[::_BATCH])
         else:
-            workers = {"num_workers": min(4, torch.get_num_threads()), "generator": torch.Generator()}
-            yield from torch.utils.data.DataLoader(self.dataset, batch_size=_BATCH, collate_fn=_same, **workers)  # type: ignore[arg-type]
+            yield from torch.utils.data.DataLoader(
+                self.dataset,
+                batch_size=_BATCH,
+                num_workers=min(4, torch.get_num_threads()),
+                collate_fn=_unchanged,
+                generator=torch.Generator(),
+                worker_init_fn=_start_worker,
+            )
 
     def features(self, batches: Iterable[Tensor], count: int, reference: bool = False) -> tuple[Tensor, Tensor | None]:
         """Features [count, D] and, of samples, class probabilities, on the network's device.
@@ -248,10 +254,6 @@ class Evaluator:
         title = f"{self.dataset.name}-{self.dataset.description['split']}-{self.dataset.resolution}-{self.net.name}"
         title = re.sub(r"[^\w.-]", "_", title)[:100]
         return self._folder / f"{title}-{self._key()[:16]}{what}.safetensors"
-
-
-def _same(batch: Any) -> Any:  # a named function, because workers may have to unpickle it
-    return batch
 
 
 def draw(sampler: Sampler, count: int, seed: int = 0) -> Iterator[Tensor]:
