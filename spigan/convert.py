@@ -62,6 +62,7 @@ def convert(
         and the options; besides "converted", images that this call went through, and "seconds" it took.
 
     Raises:
+        OSError: the disk is full, or the like.
         ValueError: an option out of range, or `out` holds files of another conversion; and what `open_dataset` raises,
             but for single images.
     """
@@ -71,8 +72,10 @@ def convert(
         raise ValueError(f"shard_size must be 1 or more, got {shard_size}")
     if quality is not None and (image_format == "png" or not 1 <= quality <= 100):
         raise ValueError(f"quality is 1 to 100 for webp and jpeg and not for png, got {quality} for {image_format}")
-    if Path(config.source).resolve() in (out.resolve(), *out.resolve().parents):
+    if Path(config.source).expanduser().resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} is in the source itself: choose another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose a folder")
     source = _find(config, progress)
     identity = hashlib.sha256()
     for part in source.identity():
@@ -105,7 +108,13 @@ def convert(
     encoded = _in_workers(_Encoder(images, plan), [chunk for chunks in todo.values() for chunk in chunks], workers)
     with tqdm(total=len(source), initial=kept, unit="img", desc=images.name, disable=not progress) as bar:
         for name, chunks in todo.items():
-            record = _write(out / name, _counted(zip(chunks, encoded, strict=False), bar), plan, skip_broken)
+            try:
+                record = _write(out / name, _counted(zip(chunks, encoded, strict=False), bar), plan, skip_broken)
+            except OSError as error:
+                raise OSError(
+                    f"{out / name} could not be written: {error}. Make room or the folder writable; the same call then "
+                    f"goes on, the {len(done)} files that are finished are kept"
+                ) from error
             if record["broken"] and not skip_broken:
                 failed += record["broken"]
             else:
@@ -264,7 +273,9 @@ class _Inspector(_EachImage):
             size, mode, kind = image.size, image.mode, str(image.format or "array")
             image.load()
             decoded = time.thread_time()
-            digest = hashlib.blake2b(f"{mode} {size}".encode() + image.tobytes(), digest_size=16).digest()
+            # Indices mean nothing without their palette.
+            pixels = image.convert("RGBA" if image.has_transparency_data else "RGB") if mode == "P" else image
+            digest = hashlib.blake2b(f"{pixels.mode} {size}".encode() + pixels.tobytes(), digest_size=16).digest()
             hashed = time.thread_time()
             if self.images.resolution:
                 self.images._squared(image)

@@ -676,7 +676,7 @@ def _column_bytes(footer: Any, name: str) -> int:
     """Bytes in memory of a column of a parquet file, as its footer tells."""
     groups = map(footer.row_group, range(footer.num_row_groups))
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == name)
+    return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{name}."))
 
 
 def _hub(identifier: str, split: str, column: str | None) -> _Source:

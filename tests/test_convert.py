@@ -132,6 +132,15 @@ def test_formats(tmp_path: Path, pictures: Path, kind: Any, quality: int | None)
         assert (error < 5) == (quality is None)  # 95
 
 
+def test_a_part_of_a_split_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's names of parts have brackets."""
+    monkeypatch.setattr(spigan.convert, "_find", lambda config, progress: spigan.data._digits("train"))
+    config = config_of("owner/digits", split="train[:50%]", channels=1)
+    convert(config, tmp_path, shard_size=900, workers=0, progress=False)
+    assert convert(config, tmp_path, shard_size=900, workers=0, progress=False)["converted"] == 0
+    assert len(opened(tmp_path, split="train[:50%]")) == 1797
+
+
 def test_splits_share_a_folder(tmp_path: Path, pictures: Path) -> None:
     source = write_folder(tmp_path / "source", {})
     for split, names in (("train", ("a.png", "b.png")), ("val", ("c.png",))):
@@ -235,7 +244,7 @@ def test_files_of_another_conversion_are_refused(tmp_path: Path, pictures: Path,
     assert contents(tmp_path / "out") == before
 
 
-def test_convert_refuses(tmp_path: Path, pictures: Path) -> None:
+def test_convert_refuses(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for message, options in {
         "shard_size must be 1 or more, got 0": {"shard_size": 0},
         "quality is 1 to 100 for webp and jpeg and not for png, got 90 for png": {"quality": 90},
@@ -245,8 +254,13 @@ def test_convert_refuses(tmp_path: Path, pictures: Path) -> None:
             convert(config_of(pictures), tmp_path / "out", **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs the resolution and channels"):
         convert(DataConfig(source=str(pictures)), tmp_path / "out")
-    with pytest.raises(ValueError, match="is in the source itself"):
-        convert(config_of(pictures), pictures / "out")
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    for source in (pictures, f"~/{pictures.name}"):
+        with pytest.raises(ValueError, match="is in the source itself"):
+            convert(config_of(source), pictures / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: choose a folder"):
+        convert(config_of(pictures), tmp_path / "file")
     for arguments, message in (
         (("--format", "gif"), "--format must be png, webp or jpeg, got gif"),
         (("--channels", 2), "channels"),
@@ -271,7 +285,8 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path, pictures: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full)
-        with pytest.raises(OSError, match="No space left"):
+        message = r"train-00001-of-00003\.parquet could not be written: .*No space left.* the 2 files .* are kept"
+        with pytest.raises(OSError, match=message):
             convert(config_of(pictures), tmp_path / "out", shard_size=20, workers=0, progress=False)
     assert written == [20]
     assert sorted(contents(tmp_path / "out")) == ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"]
@@ -313,6 +328,18 @@ def test_check(tmp_path: Path) -> None:
     result = cli("check", good, "--quiet")
     assert result.exit_code == 0
     assert "7, 0 broken" in result.stdout and "20 x 14 (4)" in result.stdout and "3 in 2 groups" in result.stdout
+
+
+def test_check_sees_the_colours_of_palettes(tmp_path: Path) -> None:
+    """The same indices, of other colours; and a file without a palette that has the same pixels."""
+    image = Image.open(io.BytesIO(encoded(0, (6, 6)))).quantize(8)
+    other = image.copy()
+    other.putpalette([255 - value for value in image.getpalette() or []])
+    for name, picture in {"a.png": image, "b.png": other, "c.png": image.convert("RGB")}.items():
+        picture.save(tmp_path / name)
+    report = check(DataConfig(source=str(tmp_path), channels=3), workers=0, progress=False)
+    assert report["duplicates"]["examples"] == [[str(tmp_path / "a.png"), str(tmp_path / "c.png")]]
+    assert report["modes"] == {"P": 2, "RGB": 1}
 
 
 def test_check_of_broken_images(tmp_path: Path) -> None:

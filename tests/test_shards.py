@@ -90,7 +90,7 @@ def write_parquet(root: Path, images: list[bytes], group: int = 2) -> Path:
     root.mkdir(parents=True)
     for number, part in enumerate((images[:5], images[5:])):
         table = pa.table(
-            {"image": pa.array([{"bytes": data, "path": None} for data in part]), "label": range(len(part))}
+            {"input.png": pa.array([{"bytes": data, "path": None} for data in part]), "label": range(len(part))}
         )
         pq.write_table(table, root / f"train-0000{number}-of-00002.parquet", row_group_size=group)
     return root
