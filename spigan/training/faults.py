@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -111,7 +112,10 @@ class StopSignals:
             with self._lock:
                 save, self._save = self._save, None
                 if save is not None:
-                    save()
+                    try:
+                        save()
+                    except OSError as error:  # told here, since the block may never end
+                        print(f"The state could not be saved yet: {error}", file=sys.stderr, flush=True)
 
 
 # ---- Disks ----

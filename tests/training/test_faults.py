@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from spigan.config import TrainConfig
+from spigan.training import faults
 from spigan.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from spigan.training.measure import read_best
 from spigan.training.run_folder import read_metrics, read_stats
@@ -359,6 +361,20 @@ def test_sigterm_saves_beside_what_cannot_be_interrupted(
     assert_same_run(run_dir, straight[0])
     with capsys.disabled():
         print(f"\nSIGTERM within {place}: saved after {seconds:.2f} s")
+
+
+def test_a_save_that_fails_beside_what_cannot_be_interrupted_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(faults, "GRACE", 0.0)
+    tried = threading.Event()
+
+    def save() -> None:
+        tried.set()
+        raise OSError("the disk is full")
+
+    with faults.StopSignals() as stop, stop.backed(save):
+        signal.raise_signal(signal.SIGTERM)
+        assert tried.wait(30) and stop.is_set()
+    assert capsys.readouterr().err == "The state could not be saved yet: the disk is full\n"
 
 
 @pytest.mark.slow
