@@ -31,8 +31,9 @@ class _Abandoned(BaseException):
 
 
 class StopSignals:
-    """Inside a `with` block, SIGINT and SIGTERM are noted, so that training stops between iterations; a second one
-    raises KeyboardInterrupt. In a thread other than the main one, which alone may set handlers, nothing is ever noted.
+    """Inside a `with` block, SIGINT and SIGTERM are noted, so that training stops between iterations; SIGINT after one
+    of them raises KeyboardInterrupt. In a thread other than the main one, which alone may set handlers, nothing is ever
+    noted.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,9 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.is_set():
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a batch system sends SIGTERM to all processes at once, and torchrun passes on its own
         self._noted.set()
         if self._attempting:
             raise _Abandoned

@@ -449,12 +449,13 @@ class Trainer:
             self._elapsed = time.perf_counter() - began
             self.interrupted = self.processes.any(stop.is_set())
             self._snapshot(stop)
-        if log is not None:
-            log.close()
-        self.processes.wait()  # until the files are there
-        if self.interrupted and self.processes.main:
-            tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
-            tqdm.write(f"  spigan train --resume {self.run_dir}")
+            if log is not None:
+                log.close()
+            if self.interrupted and self.processes.main:
+                tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Go on with:")
+                tqdm.write(f"  spigan train --resume {self.run_dir}")
+            # Until the files are there: a launcher ends all when the first has ended.
+            self.processes.wait()
         return self.ema
 
     def _tick(self) -> int | None:
