@@ -112,8 +112,8 @@ def convert(
                 record = _write(out / name, _counted(zip(chunks, encoded, strict=False), bar), plan, skip_broken)
             except OSError as error:
                 raise OSError(
-                    f"{out / name} could not be written: {error}. Make room or the folder writable; the same call then "
-                    f"goes on, the {len(done)} files that are finished are kept"
+                    f"{out / name} could not be written: {error}. {len(done)} of {len(names)} files are finished and "
+                    "kept; make room or the folder writable, then the same call goes on"
                 ) from error
             if record["broken"] and not skip_broken:
                 failed += record["broken"]

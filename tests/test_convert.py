@@ -285,7 +285,7 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path, pictures: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", full)
-        message = r"train-00001-of-00003\.parquet could not be written: .*No space left.* the 2 files .* are kept"
+        message = r"train-00001-of-00003\.parquet could not be written: .*No space left.* 2 of 3 files are finished"
         with pytest.raises(OSError, match=message):
             convert(config_of(pictures), tmp_path / "out", shard_size=20, workers=0, progress=False)
     assert written == [20]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 # Of launchers that accelerate knows.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# How long processes wait for one that measures or saves; one that has ended is found out at once.
+# How long processes wait for one that measures or saves. One that has ended gloo finds out at once; beside NCCL the
+# launcher does, and ends the others.
 _PATIENCE = timedelta(hours=2)
 
 

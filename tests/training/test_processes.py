@@ -66,7 +66,8 @@ for name, job in json.load(open(sys.argv[1])).items():
         def train_iteration(images):
             original(images)
             if rank == 1 and trainer.iteration == job.get("stop"):
-                signal.raise_signal(signal.SIGTERM)
+                for _ in range(2):  # as where a batch system tells all and the launcher passes on its own
+                    signal.raise_signal(signal.SIGTERM)
         trainer.train_iteration = train_iteration
         if rank == 0 and job.get("stop") == "measuring":
             measure = trainer._metrics.measure
