@@ -7,6 +7,7 @@ the report: table.md, table.json, curve.png. It can be stopped at any moment; `r
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spigan.config import TrainConfig, describe_problems
+from spigan.config import TrainConfig, describe_problems, read_json, read_text, shorten
 from spigan.images import atomic_path
 from spigan.presets import preset
 from spigan.training.checkpoint import checkpoints
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parent / "assets" / "grids"
 """The grid files that come with the package: the paper's Table 5, and a small one of digits."""
+
+MAX_ARMS = 1000  # of a study: each is a training run
 
 Curve = list[tuple[float, float, float]]  # (kimg, hours of training, metric)
 
@@ -98,21 +101,36 @@ def read_grid(path: Path) -> Study:
     Raises:
         ValueError: it is neither, or describes no study; the arm and its field are named.
     """
-    text = path.read_text(encoding="utf-8")
     try:
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+        return _study(path, read_json(path) if path.suffix.lower() == ".json" else _toml(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def _study(path: Path, content: dict[str, Any]) -> Study:
+    try:
         file = GridFile.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {describe_problems(error)}") from error
-    except ValueError as error:  # of either parser
-        raise ValueError(f"{path} is not {'JSON' if path.suffix.lower() == '.json' else 'TOML'}: {error}") from error
+    count = max(1, len(file.arms)) * math.prod(map(len, file.product.values()))
+    if count > MAX_ARMS:
+        raise ValueError(f"{path} has {shorten(count)} arms; at most {MAX_ARMS} are taken")
     changes = _combinations(file)
     if not changes:
         raise ValueError(f"{path} has no arms: add [arms.NAME] tables or a [product]")
     arms = {}
     for name, fields in changes.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*", name):
-            raise ValueError(f"{path}: {name!r} cannot name a folder: take letters, digits and . _ - = , +")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]{0,199}", name):
+            what = "at most 200 letters, digits and . _ - = , +"
+            raise ValueError(f"{path}: {shorten(repr(name))} cannot name a folder: take {what}")
         try:
             arms[name] = preset(file.preset, **_merged(file.base, fields))
         except ValidationError as error:
@@ -217,7 +235,7 @@ def _train(out: Path, name: str, config: TrainConfig, progress: bool) -> bool:
 
 def _has_ended(folder: Path, config: TrainConfig) -> bool:
     file = _end_file(folder)
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["total_kimg"] == config.total_kimg
+    return file.is_file() and read_json(file).get("total_kimg") == config.total_kimg
 
 
 def _end_file(folder: Path) -> Path:
@@ -297,7 +315,7 @@ def read_curve(folder: Path, metric: str) -> Curve:
     for file in _STATISTICS:
         points = [
             (row["kimg"], row["seconds"] / 3600, row[metric])
-            for row in read_rows(folder / file)
+            for row in read_rows(folder / file, "kimg", "seconds")
             if isinstance(row.get(metric), (int, float))
         ]
         if points:
@@ -311,8 +329,9 @@ _STATISTICS = ("metrics.jsonl", "stats.jsonl")
 def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
     """A line of the table."""
     config, folder = study.arms[name], out / name
-    stats = read_rows(folder / "stats.jsonl")
-    reached = (stats or read_rows(folder / "metrics.jsonl") or [{"kimg": 0.0, "seconds": 0.0}])[-1]
+    stats = read_rows(folder / "stats.jsonl", "kimg", "seconds", "images_per_sec")
+    measured = read_rows(folder / "metrics.jsonl", "kimg", "seconds")
+    reached = (stats or measured or [{"kimg": 0.0, "seconds": 0.0}])[-1]
     best = None
     if study.better is not None:
         best = (min if study.better == "lower" else max)(curve, key=lambda point: point[2], default=None)

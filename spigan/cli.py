@@ -42,7 +42,9 @@ def _fail(error: Exception | str) -> NoReturn:
 
         error = describe_problems(error)
     where = f" in process {os.environ.get('RANK')} of {_processes()}" if _processes() > 1 else ""
-    typer.secho(f"error{where}: {error}", fg=typer.colors.RED, err=True)
+    # Names that come from files may hold what a terminal obeys.
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(error))
+    typer.secho(f"error{where}: {shown}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1)
 
 
@@ -161,19 +163,10 @@ def _train_config(
     preset: str, config: Path | None, data: str | None, given: dict[str, Any], changes: list[str]
 ) -> TrainConfig:
     """The configuration that the command line describes: preset or file, then named options, then --set."""
-    from spigan.config import TrainConfig
+    from spigan.config import TrainConfig, read_json
     from spigan.presets import preset_fields
 
-    fields: dict[str, Any]
-    if config is not None:
-        try:
-            fields = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{config} must hold a JSON object, as a run's config.json does")
-    else:
-        fields = preset_fields(preset)
+    fields = preset_fields(preset) if config is None else read_json(config)
     fields |= given
     if data is not None:
         stored = fields.get("data", {})
@@ -186,7 +179,7 @@ def _train_config(
             raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = text
         *parents, leaf = name.split(".")
         target = fields
@@ -365,11 +358,12 @@ def ablate(
     Exit status: 0 all arms have ended, 1 one failed, 130 stopped by Ctrl-C.
     """
     from spigan import ablate as study
+    from spigan.config import read_text
 
     try:
         path = study.grid_path(grid)
         if show:
-            typer.echo(path.read_text(encoding="utf-8"), nl=False)
+            typer.echo(read_text(path), nl=False)
             return
         plan = study.read_grid(path)
         failed: list[str] = []

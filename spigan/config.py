@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -10,16 +13,64 @@ from spigan.data import DataConfig
 
 Resolution = Literal[8, 16, 32, 64, 128, 256, 512, 1024]
 Positive = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=2**14)]
+
+MAX_TEXT = 1 << 20  # bytes of a configuration or a record: what is larger is none
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 def describe_problems(error: ValidationError) -> str:
-    """What is wrong with which fields, in one line."""
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
+    """What is wrong with which fields, in one line; of many problems the first five."""
+    problems = error.errors()
+    parts = [
+        f"{'.'.join(map(shorten, problem['loc']))}: {problem['msg']}, got {_short.repr(problem['input'])}"
         if problem["loc"]
         else problem["msg"].removeprefix("Value error, ")
-        for problem in error.errors()
-    )
+        for problem in problems[:5]
+    ]
+    return "; ".join(parts) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def shorten(name: object) -> str:
+    """A name that comes from a file, as an error can show it."""
+    text = str(name)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that comes from anybody.
+
+    Raises:
+        ValueError: it is larger than `MAX_TEXT`, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the most that is read of such a file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that comes from anybody.
+
+    Raises:
+        ValueError: it holds none; it is too large, or nested too deeply.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 class ModelConfig(BaseModel):
@@ -33,17 +84,23 @@ class ModelConfig(BaseModel):
     resolution: Resolution = Field(32, description="height and width of the images")
     img_channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
     mapping: Literal["ode", "mlp"] = Field("ode", description="ode: SPI-GAN's neural ODE; mlp: StyleGAN2's, no time")
-    dim_h: Positive = Field(512, description="length of the latent vector h")
+    dim_h: Width = Field(512, description="length of the latent vector h")
     ode_solver: Literal["rk4", "euler", "dopri5"] = Field("rk4", description="dopri5 needs the extra `ode`; ours")
     ode_layers: Annotated[int, Field(ge=1, le=8)] = Field(3, description="layers of r; ours")
-    ode_steps: Positive = Field(4, description="solver steps over [0, 1]; ours")
+    ode_steps: Annotated[int, Field(ge=1, le=1000)] = Field(4, description="solver steps over [0, 1]; ours")
     ode_activation: Literal["silu", "lrelu", "tanh", "softplus"] = Field("silu", description="between r's layers; ours")
-    ode_tolerance: Annotated[float, Field(gt=0)] = Field(1e-5, description="relative and absolute, dopri5 only")
-    embed_channels: Positive = Field(64, description="width of the first convolution of o; ours")
-    mlp_layers: Positive = Field(8, description='layers of mapping="mlp"')
-    mapping_lr_multiplier: Annotated[float, Field(gt=0)] = Field(0.01, description="of o, r, MLP: StyleGAN2's 0.01")
-    channel_base: Positive = Field(32768, description="width at resolution r is min(channel_base / r, channel_max)")
-    channel_max: Positive = Field(512, description="largest width")
+    ode_tolerance: Annotated[float, Field(ge=1e-12, le=1)] = Field(
+        1e-5, description="relative and absolute, dopri5 only"
+    )
+    embed_channels: Width = Field(64, description="width of the first convolution of o; ours")
+    mlp_layers: Annotated[int, Field(ge=1, le=64)] = Field(8, description='layers of mapping="mlp"')
+    mapping_lr_multiplier: Annotated[float, Field(ge=1e-6, le=1e3)] = Field(
+        0.01, description="of o, r, MLP: StyleGAN2's 0.01"
+    )
+    channel_base: Annotated[int, Field(ge=1, le=2**24)] = Field(
+        32768, description="width at resolution r is min(channel_base / r, channel_max)"
+    )
+    channel_max: Width = Field(512, description="largest width")
     conv_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="bound of layer outputs; None: no bound")
 
     @property
@@ -63,7 +120,9 @@ class TrainConfig(BaseModel):
     data: DataConfig = Field(description="the images")
 
     # The straight path
-    intervals: Positive = Field(2, description="K, number of times t_1 < ... < t_K = 1 per iteration")
+    intervals: Annotated[int, Field(ge=1, le=1000)] = Field(
+        2, description="K, number of times t_1 < ... < t_K = 1 per iteration"
+    )
     fixed_t: bool = Field(False, description="t_k = k / K instead of t_1..t_(K-1) ~ U(0, 1)")
     updates: Literal["sequential", "joint"] = Field(
         "sequential", description="sequential: an optimiser step per t_k (Algorithm 1); joint: one step for all t_k"
@@ -73,7 +132,7 @@ class TrainConfig(BaseModel):
 
     # Optimisation
     total_kimg: Annotated[float, Field(gt=0)] = Field(25000, description="thousands of images shown to D until the end")
-    batch: Positive = Field(64, description="images in a minibatch")
+    batch: Annotated[int, Field(ge=1, le=2**20)] = Field(64, description="images in a minibatch")
     batch_gpu: Positive | None = Field(None, description="images at a time; gradients accumulate over the minibatch")
     lr_g: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate, mapping and generator")
     lr_d: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate, discriminator")
@@ -103,7 +162,7 @@ class TrainConfig(BaseModel):
     # Running
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of initial weights, noise and data order")
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
-    tick_kimg: Annotated[float, Field(gt=0)] = Field(4, description="kimg between lines of statistics")
+    tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(4, description="kimg between lines of statistics")
     snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, grids and exported models")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best model's is, too")
 
@@ -111,7 +170,7 @@ class TrainConfig(BaseModel):
     metric_features: str | None = Field(
         None, description="feature network, as for `spigan evaluate --features`; None: no metrics during training"
     )
-    metric_samples: Positive = Field(10_000, description="images drawn for the metrics")
+    metric_samples: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="images drawn for the metrics")
     metric_ticks: Positive = Field(50, description="ticks between lines of metrics")
 
     @model_validator(mode="after")

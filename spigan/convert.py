@@ -303,7 +303,7 @@ def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, di
             record = json.loads((parquet.read_metadata(file).metadata or {}).get(_KEY, b"{}"))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as a parquet file ({error}): delete it") from error
-        if file.name not in names or record.get("plan") != plan:
+        if file.name not in names or not isinstance(record, dict) or record.get("plan") != plan:
             raise ValueError(
                 f"{file} is not of this conversion, but of other images or options: choose another folder, or delete it"
             )

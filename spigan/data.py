@@ -8,6 +8,7 @@ it would have seen. Images stay uint8 until the training step. Every error about
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
 import io
@@ -17,12 +18,15 @@ import multiprocessing
 import os
 import pickletools
 import re
+import shutil
 import signal
+import struct
 import sys
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +34,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,12 +46,15 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2 << 30  # cache="auto" keeps a set decoded in memory up to this size, and parquet files encoded
 ROW_GROUP_BYTES = 4 << 20  # parquet files beyond that are read in place where their row groups are not larger
+MAX_COLUMN_BYTES = 2 * CACHE_BYTES  # of images of a parquet file in memory: what is larger has a footer that lies
 MAX_PIXELS = 1 << 26  # of one image as stored (8192 x 8192): what claims to be larger is taken for a decompression bomb
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # The same kinds as Pillow calls them. It must never try others (EPS would start Ghostscript) on data from anywhere.
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+CIFAR_ARCHIVE, CIFAR_BATCH = 1 << 28, 1 << 25  # more bytes than they have: 186 MB unpacked and 31 MB
 CIFAR_IMAGES, CIFAR_VALUES = 10_000, 3_072  # in a batch; in an image: channel, row, column
 CIFAR_IMPORTS = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}  # what rebuilding an array takes
+PICKLE_LENGTH = 1_000_000  # instructions; a batch has some 50,000
 PICKLE_IMPORTS = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # the instructions that can name a function
 SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
 
@@ -486,7 +493,14 @@ class _Zip:
             raise _Unsuitable(
                 f"unpacks to {member.file_size} bytes; at most {4 * MAX_PIXELS} are accepted: make it smaller"
             )
-        return _open_image(io.BytesIO(self._archive[1].read(member)))
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # Python unpacks a member of bzip2 or LZMA whole, whatever its size: 200 bytes may fill the memory.
+            raise _Unsuitable("is not packed by deflate, the usual method of zip files: make the zip file again")
+        data = io.BytesIO()
+        with self._archive[1].open(member) as packed:
+            shutil.copyfileobj(packed, data, 1 << 14)  # its read() would unpack all there is before it counts
+        data.seek(0)
+        return _open_image(data)
 
     def identity(self) -> Iterator[bytes]:
         for member in self._members:
@@ -494,10 +508,13 @@ class _Zip:
 
 
 class _Rows:
-    """Rows of Arrow columns, one column for each file: binary, or {bytes, path} as the hub stores images."""
+    """Rows of Arrow columns, one column for each file: binary, or {bytes, path} as the hub stores images.
 
-    def __init__(self, columns: list[tuple[str, Any]]) -> None:
-        self._columns = columns
+    `paths`: a path is that of a file to be opened, as in sets downloaded from the hub; a parquet file's names nothing.
+    """
+
+    def __init__(self, columns: list[tuple[str, Any]], *, paths: bool = False) -> None:
+        self._columns, self._paths = columns, paths
         self._ends = list(accumulate(len(column) for _, column in columns))
 
     def __len__(self) -> int:
@@ -514,7 +531,7 @@ class _Rows:
 
     def open(self, index: int) -> Image.Image:
         _, column, row = self._locate(index)
-        return _open_row(column[row].as_py())
+        return _open_row(column[row].as_py(), self._paths)
 
     def identity(self) -> Iterator[bytes]:
         for title, column in self._columns:
@@ -530,7 +547,7 @@ def _find(config: DataConfig, progress: bool) -> _Source:
         return _digits(split)
     if source == "cifar10":
         return _hub("uoft-cs/cifar10", split, config.column)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         if path.name == "cifar-10-batches-py" or (path / "data_batch_1").exists():
             return _cifar_archive(path, split)
@@ -590,7 +607,7 @@ def _zip(path: Path, split: str) -> _Source:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as a zip file ({error}): copy or download it again") from error
     return _Zip(path, [members[name] for name in _image_names(list(members), split, path)])
 
@@ -651,6 +668,7 @@ def _parquet(files: list[Path], column: str | None) -> _Source:
                 size += _column_bytes(table.metadata, name)
                 groups += table.metadata.num_row_groups
                 if size <= CACHE_BYTES:
+                    check_unpacked(table, name, range(table.num_row_groups))
                     columns.append((str(file), table.read(columns=[name]).column(name)))
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
@@ -670,6 +688,21 @@ def _parquet(files: list[Path], column: str | None) -> _Source:
     datasets = _require("datasets", "datasets")
     rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train", columns=[name])
     return _Rows([(str(files[0].parent), rows.with_format("arrow")[:].column(name))])
+
+
+def check_unpacked(table: Any, name: str, groups: Sequence[int]) -> None:
+    """Raise ArrowInvalid where a column of row groups would take far more memory than is meant to be used for it.
+
+    Footers may lie, and a few bytes may stand for any number of copies of a large value. So it is unpacked once a few
+    rows at a time: some 0.1 s for the 50,000 images of CIFAR-10.
+    """
+    from pyarrow import ArrowInvalid
+
+    size = 0
+    for rows in table.iter_batches(batch_size=4, row_groups=list(groups), columns=[name], use_threads=False):
+        size += rows.nbytes
+        if size > MAX_COLUMN_BYTES:
+            raise ArrowInvalid(f"the column {name!r} unpacks to more than {MAX_COLUMN_BYTES} bytes")
 
 
 def _column_bytes(footer: Any, name: str) -> int:
@@ -700,7 +733,7 @@ def _hub(identifier: str, split: str, column: str | None) -> _Source:
     name = _image_column(rows.schema, column, identifier)
     if not len(rows):
         raise ValueError(f"{identifier}, split {split!r}, has no rows: expected images")
-    return _Rows([(identifier, rows.column(name))])
+    return _Rows([(identifier, rows.column(name))], paths=True)
 
 
 def _image_column(schema: Any, wanted: str | None, where: str) -> str:
@@ -737,26 +770,61 @@ def _cifar_archive(path: Path, split: str) -> _Source:
 
 
 def _read_folder(path: Path, names: list[str]) -> dict[str, bytes]:
-    return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
+    files = {name: path / name for name in names}
+    return {
+        name: file.read_bytes() for name, file in files.items() if file.is_file() and file.stat().st_size < CIFAR_BATCH
+    }
 
 
 def _read_tar(path: Path, names: list[str]) -> dict[str, bytes]:
-    """Members cifar-10-batches-py/{name}, in one pass (to seek back is to decompress again), to memory alone."""
+    """Members cifar-10-batches-py/{name}, in one pass, to memory alone."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as archive:
-            for member in archive:
+        with _unpacked(path) as data:
+            for member in tar_members(data):
                 folder, _, name = member.name.rpartition("/")
-                # A batch has 31 MB; the limit keeps another archive from filling the memory.
-                if folder == "cifar-10-batches-py" and name in names and member.isfile() and member.size < 1 << 25:
-                    file = archive.extractfile(member)
-                    assert file is not None  # it is a file
-                    found[name] = file.read()
+                if folder == "cifar-10-batches-py" and name in names and member.isreg() and member.size < CIFAR_BATCH:
+                    data.seek(member.offset_data)
+                    found[name] = data.read(member.size)
                     if len(found) == len(names):
                         break
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as a tar archive ({error}): copy or download it again") from error
     return found
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """The bytes in a file that may be compressed by gzip."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            return path.open("rb")
+    with gzip.open(path) as packed:
+        data = packed.read(CIFAR_ARCHIVE + 1)
+    if len(data) > CIFAR_ARCHIVE:
+        raise ValueError(f"it unpacks to more than {CIFAR_ARCHIVE} bytes")
+    return io.BytesIO(data)
+
+
+def tar_members(data: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Members of a tar file that is not compressed, in order; none of them is kept.
+
+    Raises:
+        tarfile.TarError: it is none, or damaged.
+    """
+    try:
+        with tarfile.open(fileobj=data, mode="r:") as archive:
+            end = -1
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # where all members would be kept
+                if member.offset <= end or member.size < 0:  # a hostile size would lead back, and round in circles
+                    raise tarfile.ReadError(f"the member at byte {member.offset} has a size of {member.size}")
+                end = member.offset
+                yield member
+            data.seek(archive.offset)  # tarfile takes any block that is no header for the end
+            if data.read(512).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except (ValueError, OverflowError, RecursionError) as error:  # numbers that are none; headers about headers
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
 
 
 def _cifar_batch(data: bytes, name: str) -> np.ndarray:
@@ -769,7 +837,9 @@ def _cifar_batch(data: bytes, name: str) -> np.ndarray:
     found = []
     try:
         previous = ""
-        for opcode, argument, _ in pickletools.genops(data):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number == PICKLE_LENGTH:
+                raise ValueError(f"it has more than {PICKLE_LENGTH} instructions")
             if opcode.name in PICKLE_IMPORTS and argument not in CIFAR_IMPORTS:
                 raise ValueError(f"it would import {argument!r}, which no CIFAR-10 file does")
             # A Python 2 string, which pickletools shows as latin-1 text: one character for each byte.
@@ -789,12 +859,12 @@ def _cifar_batch(data: bytes, name: str) -> np.ndarray:
     return found[0]
 
 
-def _open_row(value: Any) -> Image.Image:
-    """The image of a row: bytes, or {bytes, path} as the hub stores images."""
+def _open_row(value: Any, paths: bool = False) -> Image.Image:
+    """The image of a row: bytes, or {bytes, path} as the hub stores images; see `_Rows` for `paths`."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is not None:
         return _open_image(io.BytesIO(data))
-    if value is None or not value.get("path"):
+    if not paths or value is None or not value.get("path"):
         raise _Unsuitable("holds no image: take the row out")
     return _open_image(Path(value["path"]))  # hub datasets of loose files are downloaded as files
 
@@ -802,7 +872,17 @@ def _open_row(value: Any) -> Image.Image:
 def _open_image(file: Path | io.BytesIO) -> Image.Image:
     from PIL import Image
 
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise _Unsuitable("is not a regular file: take it out")
     return Image.open(file, formats=PILLOW_FORMATS)
+
+
+def user_path(path: str) -> Path:
+    """A path as the user may give it, "~" for the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~nobody": no such user, so no such file
+        return Path(path)
 
 
 def _cores() -> int:

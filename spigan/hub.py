@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from spigan.config import read_json, shorten
 from spigan.images import display_scale, make_grid, save_png
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def describe(
         ValueError: the run's files are damaged, the run made a model of another architecture, or the metrics are those
             of other weights.
     """
-    from spigan.training.run_folder import read_config, read_stats
+    from spigan.training.run_folder import read_config, read_rows
 
     fields: dict[str, Any] = {"license": license}
     best = None
@@ -203,19 +204,17 @@ def describe(
         if config.model != model.config:
             raise ValueError(f"{run} trained a model of another architecture than the one to push")
         best = _best(run, model)
+        rows = read_rows(run / "stats.jsonl", "iteration", "kimg", "seconds")
+        stats = [row for row in rows if best is None or row["iteration"] <= best["iteration"]]
         settings = config.model_dump(exclude=_PRIVATE)
         settings["data"]["source"] = _public(config.data.source)
-        data = fields["data"] = _read_json(run / "data.json")
+        data = fields["data"] = read_json(run / "data.json")
         if missing := _DATA - data.keys():
             raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
         data["source"] = _public(str(data["source"]))
         training = fields["training"] = {"config": settings}
-        try:
-            stats = [row for row in read_stats(run) if best is None or row["iteration"] <= best["iteration"]]
-            if stats:  # none before the first tick
-                training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{run / 'stats.jsonl'} is damaged: {type(error).__name__} {error}") from error
+        if stats:  # none before the first tick
+            training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
     if metrics is not None:
         fields["metrics"] = _evaluated(Path(metrics), model)
     elif best is not None:
@@ -242,30 +241,22 @@ def _evaluated(path: Path, model: SPIGAN) -> dict[str, Any]:
     """Metrics that `spigan evaluate` wrote."""
     from spigan.evaluation.evaluate import weights_sha256
 
-    result = _read_json(path)
+    result = read_json(path)
     try:
         sha, values, samples = result["model"]["sha256"], dict(result["metrics"]), result["samples"]["count"]
         reference = _public(result["reference"]["source"]), result["reference"]["split"]
         note = f"{samples:,} samples against {result['reference']['count']:,} images of {', '.join(reference)}, by the "
         note += f"features of {result['features']['name']}; measured by spigan evaluate, {result['date']}."
         values = {**values, "NFE": result["nfe"]}
-    except (KeyError, TypeError, ValueError) as error:
+        if wrong := [name for name, value in values.items() if not isinstance(value, (int, float))]:
+            raise ValueError(f"{shorten(wrong[0])} is no number")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is not what `spigan evaluate --out` writes: {type(error).__name__} {error}"
         ) from error
     if sha != weights_sha256(model):
         raise ValueError(f"{path} holds metrics of other weights than those of the model: evaluate this model")
     return {"values": values, "note": note, "reference": reference}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _public(source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -37,6 +38,8 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+        if not value.numel():
+            raise ValueError(f"{name} has no values, its shape is {list(value.shape)}")
     tensors = {
         name.removeprefix(_PREFIX): value for name, value in state_dict.items() if not name.startswith("mapping.")
     }
@@ -45,8 +48,8 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
         taps = tensors.pop(name)
         if taps.shape != standard.shape or not torch.allclose(taps.float().cpu(), standard, atol=1e-6):
             raise ValueError(f"{name} is not the filter [1, 3, 3, 1] of StyleGAN2, the only one that Generator has")
-    generator = _generator_for(tensors, conv_clamp)
-    expected = generator.state_dict()
+    with torch.device("meta"):  # shapes alone: names and shapes may promise more than the tensors hold
+        expected = _generator_for(tensors, conv_clamp).state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in expected]
     problems += [
@@ -56,6 +59,7 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
     ]
     if problems:
         raise ValueError(f"this is no StyleGAN2-ADA synthesis network (skip architecture): {'; '.join(problems[:5])}")
+    generator = _generator_for(tensors, conv_clamp)
     generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return generator.eval()
 
@@ -66,7 +70,7 @@ def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> G
         int(name.split(".")[0][1:]): tensor.shape[0]
         for name, tensor in tensors.items()
         if name.startswith("b")
-        and name.split(".")[0][1:].isdigit()
+        and re.fullmatch(r"[0-9]{1,4}", name.split(".")[0][1:])
         and name.endswith("conv1.bias")
         and tensor.ndim == 1
     }

@@ -76,7 +76,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     }
 
 
-def preset(name: str, **changes: Any) -> TrainConfig:
+def preset(name: str, /, **changes: Any) -> TrainConfig:
     """A training configuration by name.
 
     Args:
@@ -86,7 +86,8 @@ def preset(name: str, **changes: Any) -> TrainConfig:
     """
     fields = preset_fields(name)
     for key, value in changes.items():
-        fields[key] = {**fields.get(key, {}), **value} if isinstance(value, dict) else value
+        old = fields.get(key)
+        fields[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     if "data" not in fields:
         raise ValueError(f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet, hub id"}}')
     return TrainConfig.model_validate(fields)

@@ -26,7 +26,17 @@ from weakref import WeakValueDictionary
 import numpy as np
 from tqdm import tqdm
 
-from spigan.data import IMAGE_SUFFIXES, MAX_PIXELS, SPLIT_FOLDERS, _open_image, _open_row, _require, _Unsuitable
+from spigan.data import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    SPLIT_FOLDERS,
+    _open_image,
+    _open_row,
+    _require,
+    _Unsuitable,
+    check_unpacked,
+    tar_members,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +163,12 @@ class Tar:
                 with tarfile.open(fileobj=opened, mode="r:") as archive:
                     member = archive.next()
                     return f"{file}!{member.name if member else offset}"
-        except (tarfile.TarError, OSError):  # a name is wanted to report an error, so this must not be another
+        except (
+            tarfile.TarError,
+            OSError,
+            ValueError,
+            RecursionError,
+        ):  # a name is wanted to report an error, so this must not be another
             return f"{file}!{offset}"
 
     def open(self, index: int) -> Image.Image:
@@ -191,13 +206,9 @@ def _images(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
     `column` is all that follows the first dot of their names, such as "jpg": WebDataset tells parts of a sample so.
     """
     try:
-        with tarfile.open(file, "r:") as archive:
-            sample, end = "", -1
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # where all members would be kept
-                if member.offset <= end or member.size < 0:  # a hostile size would lead back, and round in circles
-                    raise tarfile.ReadError(f"the member at byte {member.offset} has a size of {member.size}")
-                end = member.offset
+        with file.open("rb") as opened:
+            sample = ""
+            for member in tar_members(opened):
                 folder, _, name = member.name.rpartition("/")
                 hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
                 stem, _, extension = name.partition(".")
@@ -211,11 +222,7 @@ def _images(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
                     )
                 sample = f"{folder}/{stem}"
                 yield member
-            with file.open("rb") as opened:  # tarfile takes any block that is no header for the end
-                opened.seek(archive.offset)
-                if opened.read(512).strip(b"\0"):
-                    raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, OSError, OverflowError) as error:
+    except (tarfile.TarError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as a tar file, not compressed ({error}): copy, download or unpack it again"
         ) from error
@@ -233,6 +240,7 @@ class RowGroups:
         self._groups = np.array(groups, dtype=np.int64)  # [G, 2]
         self._ends = np.cumsum([footers[file].row_group(group).num_rows for file, group in groups])
         self._firsts = np.cumsum([0, *(footer.num_rows for footer in footers)])  # of each file
+        self._checked: set[int] = set()  # groups
         self._last = threading.local()  # group and column read last by a thread: images are also read in order
 
     def __getstate__(self) -> dict[str, Any]:
@@ -256,6 +264,9 @@ class RowGroups:
             file, group = self._groups[at].tolist()
             # Opened for every group: a file kept open may not be read by several threads or workers.
             with parquet.ParquetFile(self._files[file], metadata=self._footers[file]) as opened:
+                if at not in self._checked:
+                    check_unpacked(opened, self._column, [group])
+                    self._checked.add(at)
                 rows = opened.read_row_group(group, columns=[self._column], use_threads=False).column(0)
             self._last.group, self._last.rows = at, rows
         row = index - int(self._ends[at]) + len(self._last.rows)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spigan.images import atomic_path
@@ -20,16 +20,29 @@ def cache_folder(folder: str | Path | None = None) -> Path:
     return Path(folder).expanduser()
 
 
-def load(path: Path, key: str) -> dict[str, Tensor] | None:
-    """What `save` wrote; None where there is nothing, of another key, or damaged: it is computed again then."""
+def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    """What `save` wrote; None where there is nothing, of another key, or damaged: it is computed again then.
+
+    Args:
+        path: file of the cache.
+        key: what it was saved under.
+        shapes: of each tensor that it must hold; all must be finite floats.
+    """
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+            # Before anything is read: shapes that are announced are memory.
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            if found != shapes:
+                raise ValueError("it holds other tensors")
+            tensors = {name: file.get_tensor(name) for name in shapes}
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("it holds numbers that are not finite")
+        return tensors
+    except (SafetensorError, OSError, ValueError) as error:
         warnings.warn(f"{path} is damaged ({error}): it is computed again", stacklevel=2)
         return None
 

@@ -166,10 +166,10 @@ class Evaluator:
     def reference(self) -> _Statistics:
         """The reference's statistics, from the cache where it has them."""
         path, key = self._file(), self._key()
-        shape = (len(self.dataset), self.net.dim)
-        found = cache.load(path, key)
-        if found is None or found["features"].shape != shape:
-            features, _ = self.features(self._reference_batches(), len(self.dataset), reference=True)
+        count, dim = len(self.dataset), self.net.dim
+        found = cache.load(path, key, {"features": (count, dim), "mean": (dim,), "covariance": (dim, dim)})
+        if found is None:
+            features, _ = self.features(self._reference_batches(), count, reference=True)
             metrics.check_features(features, "features of the reference")
             mean, covariance = metrics.mean_and_covariance(features)
             found = {"features": features, "mean": mean, "covariance": covariance}
@@ -183,8 +183,8 @@ class Evaluator:
             order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
             features = features[order[:n].to(features.device)]
         path, key = self._file(f"-neighbours-{n}"), f"{self._key()} {n}"
-        found = cache.load(path, key)
-        if found is None or found["radii"].shape != (n, metrics.NEIGHBOURS_COVERAGE):
+        found = cache.load(path, key, {"radii": (n, metrics.NEIGHBOURS_COVERAGE)})
+        if found is None:
             radii = metrics.neighbour_distances(features, self.reference.mean, progress=self.progress)
             found = {"radii": radii}
             cache.save(path, key, found)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spigan.data import user_path
 from spigan.evaluation.cache import cache_folder
 from spigan.models.spigan import load_weights
 
@@ -106,7 +107,8 @@ class FeatureNet:
         except Exception as error:  # it is anybody's code
             raise ValueError(
                 f"{self.source} cannot be applied to uint8 images [N, 3, {side}, {side}] "
-                f"({type(error).__name__}: {str(error).strip().splitlines()[-1]}): see docs/evaluation.md"
+                f"({type(error).__name__}: {(str(error).strip() or 'no more is known').splitlines()[-1][:500]}): "
+                "see docs/evaluation.md"
             ) from error
         for what, values in (("features", features), ("class probabilities", probabilities)):
             if values is not None and (values.ndim != 2 or len(values) != 2):
@@ -148,10 +150,10 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
         name, path = ("", spec) if spec not in ("inception", RESNET56) else (spec, "")
     device = torch.device(device)
     if name == "inception":
-        return _inception(spec, Path(path).expanduser() if path else cache_folder(cache_dir) / INCEPTION_NAME, device)
+        return _inception(spec, user_path(path) if path else cache_folder(cache_dir) / INCEPTION_NAME, device)
     if name == RESNET56:
         return _resnet56(spec, path, device)
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         known = f'"inception", "inception=PATH", "{RESNET56}=PATH", or the PATH of a TorchScript network'
         raise FileNotFoundError(f"feature network {spec!r}: there is no file {path!r}; expected {known}")
@@ -181,11 +183,15 @@ def _load_script(path: Path, device: torch.device) -> Any:
             # torch calls TorchScript deprecated; the weights of FID exist in no other form.
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
+    except Exception as error:  # torch's reader raises RuntimeError, IndexError, UnicodeDecodeError and others
         raise ValueError(
-            f"{path} is not a TorchScript file, or damaged ({str(error).strip().splitlines()[0]}): weights alone are "
+            f"{path} is not a TorchScript file, or damaged ({_first_line(error)}): weights alone are "
             "not enough, a network is saved by torch.jit.script(network).save(PATH)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 def _script_network(script: Any) -> Network:
@@ -293,7 +299,7 @@ class ResNet56(nn.Module):
 
 
 def _resnet56(spec: str, path: str, device: torch.device) -> FeatureNet:
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not path or not file.is_file():
         problem = f"{path} does not exist" if path else f"{spec!r} says no file"
         raise FileNotFoundError(f"{problem}: give {RESNET56}=PATH of its safetensors; {RESNET56_SOURCE}")

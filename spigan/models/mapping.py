@@ -16,6 +16,8 @@ from spigan.ops.rk4_mlp import integrate, mlp_vector_field
 
 Times = float | Sequence[float]
 
+_MAX_STEPS = 10_000  # of dopri5: with weights that explode it would not end
+
 
 def check_times(times: list[float]) -> None:
     """Raise ValueError unless `times` are some in [0, 1]."""
@@ -143,9 +145,11 @@ class ODEMapping(nn.Module):
         if h0.shape[0] == 0:
             return h0.expand(len(grid), *h0.shape)  # torchdiffeq finds no step size for an empty batch
         times = torch.tensor([0.0, *grid], dtype=h0.dtype, device=h0.device)
-        return odeint(lambda t, h: field(h, t), h0, times, rtol=self.tolerance, atol=self.tolerance, method="dopri5")[
-            1:
-        ]
+        options = {"rtol": self.tolerance, "atol": self.tolerance, "options": {"max_num_steps": _MAX_STEPS}}
+        try:
+            return odeint(lambda t, h: field(h, t), h0, times, method="dopri5", **options)[1:]
+        except AssertionError as error:  # torchdiffeq's way to say that the steps are too small or too many
+            raise ValueError(f"dopri5 does not reach t = {grid[-1]:g} with these weights ({error}): use rk4") from error
 
 
 class MLPMapping(nn.Module):

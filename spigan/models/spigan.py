@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spigan.config import ModelConfig, describe_problems
+from spigan.config import ModelConfig, describe_problems, read_json, shorten
 from spigan.images import remove_stale, scratch_folder
 from spigan.models.generator import Generator
 from spigan.models.mapping import MLPMapping, ODEMapping, Times
@@ -22,6 +23,9 @@ from spigan.ops.library import stage
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+
+# What git takes: huggingface_hub makes a path of it in its cache, which must not lead out of there.
+_REVISION = r"(?!.*(\.\.|//|/\.))[^\x00-\x20\x7f~^:?*\[\\/.][^\x00-\x20\x7f~^:?*\[\\]*"
 
 
 class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
@@ -194,10 +198,12 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             name, _, given = str(pretrained_model_name_or_path).partition("@")
-            if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
                 raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
             if given and revision is not None and given != revision:
                 raise ValueError(f"{pretrained_model_name_or_path} names a revision, and revision is {revision!r}")
+            if not re.fullmatch(_REVISION, given or revision or "main"):
+                raise ValueError(f"{given or revision!r} cannot be the name of a branch, tag or commit")
             from spigan import hub
 
             # A snapshot and not file by file, between which the branch may move on.
@@ -218,21 +224,25 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
             raise FileNotFoundError(
                 f"{pretrained_model_name_or_path} is no saved spigan model: it lacks {' and '.join(missing)}"
             )
-        model = cls(_read_config(paths[CONFIG_NAME]))
+        config = _read_config(paths[CONFIG_NAME])
+        with torch.device("meta"):  # shapes alone: a configuration that lies may ask for more memory than there is
+            expected = cls(config).state_dict()
+        _check_header(expected, paths[WEIGHTS_NAME])
+        model = cls(config)
         load_weights(model, paths[WEIGHTS_NAME])
         return model.to(device or "cpu").eval()
 
 
 def _read_config(path: Path) -> ModelConfig:
     try:
-        return ModelConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return ModelConfig.model_validate(read_json(path))
     except ValueError as error:
         cause = describe_problems(error) if isinstance(error, ValidationError) else error
         raise ValueError(f"{path} is not the configuration of a spigan model: {cause}") from error
 
 
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
-    """Copy the tensors of a safetensors file into `module`, after checking that all of them fit.
+    """Copy the tensors of a safetensors file into `module`, after checking from its header that all of them fit.
 
     Args:
         module: receives the weights in its own dtype.
@@ -240,20 +250,37 @@ def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
         prefix: names in the file start with it; others are ignored.
 
     Raises:
-        ValueError: damaged file, missing or unexpected names, or wrong shapes.
+        ValueError: damaged file, missing or unexpected names, wrong shapes, or weights that are no finite floats.
     """
     expected = module.state_dict()
+    names = _check_header(expected, path, prefix)
+    try:
+        with safe_open(path, framework="pt") as file:
+            module.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if bad := [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}")
+
+
+def _check_header(expected: Mapping[str, Tensor], path: Path, prefix: str = "") -> dict[str, str]:
+    """Compare names and shapes with a safetensors file's, whose tensors are not read; returns its names for them."""
     try:
         with safe_open(path, framework="pt") as file:
             names = {name.removeprefix(prefix): name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
             problems = [f"missing {name}" for name in expected if name not in names]
-            problems += [f"unexpected {name}" for name in names if name not in expected]
+            problems += [f"unexpected {shorten(name)}" for name in names if name not in expected]
             for name, tensor in expected.items():
-                if name in names and (shape := file.get_slice(names[name]).get_shape()) != list(tensor.shape):
+                if name not in names:
+                    continue
+                stored = file.get_slice(names[name])
+                if (shape := stored.get_shape()) != list(tensor.shape):
                     problems.append(f"{name} has shape {shape}, expected {list(tensor.shape)}")
-            if problems:
-                more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-                raise ValueError(f"{path} does not fit the model's configuration: {'; '.join(problems[:5])}{more}")
-            module.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
+                elif (dtype := stored.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    problems.append(f"{name} has dtype {dtype}, expected floats of 16, 32 or 64 bits")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path} does not fit the model's configuration: {'; '.join(problems[:5])}{more}")
+    return names

@@ -6,6 +6,7 @@ One file, written beside its final name and renamed: a kill at any moment leaves
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spigan.config import shorten
 from spigan.images import atomic_path
 
 FORMAT = 1
@@ -71,11 +73,68 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             if metadata.get("spigan_checkpoint") != str(FORMAT):
                 raise ValueError(f"{path} is no spigan checkpoint of format {FORMAT}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["state"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or not a safetensors file ({error}): remove it to go on from the checkpoint before it"
         ) from error
+    try:
+        state = json.loads(metadata["state"])
+        if not isinstance(state, dict):
+            raise ValueError("they are no JSON object")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no counters that can be read ({type(error).__name__}: {error})") from error
+    return tensors, state
+
+
+def counter(state: dict[str, Any], name: str) -> int:
+    """A count that `save_checkpoint` was given.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is no count.
+    """
+    value = state[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
+        raise ValueError(f"{name} must be a count, got {shorten(repr(value))}")
+    return value
+
+
+def seconds(state: dict[str, Any], name: str) -> float:
+    """A duration that `save_checkpoint` was given.
+
+    Raises:
+        KeyError: it is missing.
+        ValueError: it is no duration.
+    """
+    value = state[name]
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1e12 or math.isnan(value):
+        raise ValueError(f"{name} must be seconds, got {shorten(repr(value))}")
+    return float(value)
+
+
+def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
+    """The values of a list that `save_checkpoint` was given stacked; none where there was no list.
+
+    Raises:
+        ValueError: it is no list of floats.
+    """
+    values = tensors.get(name, torch.empty(0))
+    if values.ndim != 1 or not values.is_floating_point():
+        raise ValueError(f"{shorten(name)} must be a list of floats, got {values.dtype} {list(values.shape)}")
+    return list(values.unbind(0))
+
+
+def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `tensors` has all of `expected`, in their shapes and dtypes."""
+    problems = [f"it lacks {name!r}" for name in expected if name not in tensors]
+    problems += [
+        f"{name} is {found.dtype} {list(found.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if (found := tensors.get(name)) is not None and (found.shape, found.dtype) != (tensor.shape, tensor.dtype)
+    ]
+    if problems:
+        raise ValueError(f"the checkpoint does not fit the run's configuration: {'; '.join(problems[:5])}")
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -87,9 +146,10 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
     """Inverse of `module_tensors`.
 
     Raises:
-        ValueError: names or shapes do not fit.
+        ValueError: names, shapes or dtypes do not fit.
     """
     start = prefix + "."
+    check_tensors(module_tensors(prefix, module), tensors)  # what is loaded would be cast
     try:
         module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
     except RuntimeError as error:
@@ -103,13 +163,26 @@ def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; hyperparameters stay those of `optimizer`."""
+    """Inverse of `optimizer_tensors`, of Adam; hyperparameters stay those of `optimizer`.
+
+    Raises:
+        ValueError: names, shapes or dtypes do not fit.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
+    expected: dict[str, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith(prefix + "."):
-            index, name = key.removeprefix(prefix + ".").split(".")
-            if tensor.ndim:  # a moment: give it the memory layout of its parameter, which the fused optimiser relies on
-                tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
-            state.setdefault(int(index), {})[name] = tensor
+    for index, parameter in enumerate(parameters):
+        start = f"{prefix}.{index}."
+        if any(key.startswith(start) for key in found):  # else it has had no step yet
+            expected[start + "step"] = torch.zeros((), dtype=torch.float32)
+            expected |= {start + name: parameter for name in ("exp_avg", "exp_avg_sq")}
+    check_tensors(expected, found)
+    if unknown := [shorten(key) for key in found if key not in expected]:
+        raise ValueError(f"the checkpoint does not fit the run's configuration: {unknown[0]} is of no parameter")
+    for key, tensor in found.items():
+        number, name = key.removeprefix(prefix + ".").split(".")
+        if tensor.ndim:  # a moment: give it the memory layout of its parameter, which the fused optimiser relies on
+            tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
+        state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

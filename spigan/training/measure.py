@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spigan.config import read_json
 from spigan.sampling import Sampler
 from spigan.training.run_folder import write_text
 
@@ -92,7 +93,8 @@ def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """{"metric", "value", "iteration", "kimg", ...} of the model in best/; None where there is none."""
     try:
-        record = json.loads((run_dir / "best" / BEST_RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record["value"], float) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        record = read_json(run_dir / "best" / BEST_RECORD)
+    except (OSError, ValueError):
         return None
+    kinds = {"metric": str, "value": float, "iteration": int, "kimg": float}
+    return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None

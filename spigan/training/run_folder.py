@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from spigan.config import TrainConfig
+from pydantic import ValidationError
+
+from spigan.config import TrainConfig, describe_problems, read_text
 from spigan.images import atomic_path
 
 
@@ -46,9 +48,10 @@ def read_config(run_dir: Path) -> TrainConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.json")
     try:
-        return TrainConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return TrainConfig.model_validate_json(read_text(path))
     except ValueError as error:
-        raise ValueError(f"{path} is not the configuration of a training run: {error}") from error
+        cause = describe_problems(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} is not the configuration of a training run: {cause}") from error
 
 
 class StatsLog:
@@ -66,7 +69,7 @@ class StatsLog:
         self.path.touch()
         for path in (self.path, self.metrics_path):
             if path.is_file():
-                kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
+                kept = [row for row in read_rows(path, "iteration") if row["iteration"] <= iteration]
                 write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
 
@@ -95,20 +98,38 @@ class StatsLog:
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of stats.jsonl, the statistics of each tick."""
-    return read_rows(run_dir / "stats.jsonl")
+    return read_rows(run_dir / "stats.jsonl", "iteration")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl, the metrics during training."""
-    return read_rows(run_dir / "metrics.jsonl")
+    return read_rows(run_dir / "metrics.jsonl", "iteration")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out.
+
+    Args:
+        path: of the file; without one there are no rows.
+        numbers: names that every row must have a number under.
+
+    Raises:
+        ValueError: another line is no such row.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in numbers):
+            raise ValueError(f"{path}, line {number}, is no row of statistics: the file is damaged; take the line out")
+        rows.append(row)
     return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e18

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spigan._version import __version__
-from spigan.config import TrainConfig
+from spigan.config import TrainConfig, read_json
 from spigan.data import loader as image_loader
 from spigan.data import open_dataset
 from spigan.images import display_scale, make_grid, save_png, to_uint8
@@ -115,19 +115,20 @@ class Trainer:
             raise FileNotFoundError(
                 f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
             )
+        saved = None if newest is None else (newest, *_read(newest, config))
+        record = read_json(run_dir / "data.json")
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
         trainer._build(config, progress)
         if trainer.processes.main:
             checkpoint.remove_scratch(run_dir)
-        record = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
-        if record["fingerprint"] != trainer.dataset.fingerprint:
+        if record.get("fingerprint") != trainer.dataset.fingerprint:
             raise ValueError(
-                f"the images of {config.data.source!r} are not those that {run_dir} was trained on: an exact resume is "
-                "not possible; restore them, or start a new run"
+                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (data.json there): "
+                "an exact resume is not possible; restore them, or start a new run"
             )
-        if newest is not None:
-            trainer._load(newest)
+        if saved is not None:
+            trainer._load(*saved)
         trainer._check_agreement()
         if total_kimg is not None and trainer.processes.main:
             write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
@@ -680,29 +681,44 @@ class Trainer:
         self.processes.check_agreement(facts | {name: getattr(self, name) for name in self._COUNTERS})
         self.processes.check_agreement(self._state()[0])
 
-    def _load(self, path: Path) -> None:
-        tensors, state = checkpoint.load_checkpoint(path)
+    def _load(self, path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         try:
             for name, module in self._modules().items():
                 checkpoint.load_module(name, module, tensors)
             checkpoint.load_optimizer("optimizer_g", self.optimizer_g, tensors)
             checkpoint.load_optimizer("optimizer_d", self.optimizer_d, tensors)
             for name in self._COUNTERS:
-                setattr(self, name, int(state[name]))
-            self._elapsed = float(state["elapsed"])
+                setattr(self, name, checkpoint.counter(state, name))
+            self._elapsed = checkpoint.seconds(state, "elapsed")
             self._saved = self.iteration
+            checkpoint.check_tensors({"pl_mean": self.pl_mean, "rng.cpu": torch.get_rng_state()}, tensors)
             self.pl_mean.copy_(tensors["pl_mean"])
-            self._ada_signs = list(tensors.get("ada_signs", torch.empty(0)).to(self.device).unbind(0))
-            for key, values in tensors.items():
-                if key.startswith("statistics."):
-                    self._statistics[key.removeprefix("statistics.")] = list(values.to(self.device).unbind(0))
+            self._ada_signs = [sign.to(self.device) for sign in checkpoint.series(tensors, "ada_signs")]
+            for key in tensors:
+                if key.startswith("statistics.") and (values := checkpoint.series(tensors, key)):
+                    self._statistics[key.removeprefix("statistics.")] = [value.to(self.device) for value in values]
             torch.set_rng_state(tensors["rng.cpu"])
             if self.device.type == "cuda" and "rng.cuda" in tensors:
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: it is not a checkpoint of this run") from error
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: what no random state is
             raise ValueError(f"{path}: {error}") from error
+
+
+def _read(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds, if a model of this configuration is in it.
+
+    Before such a model is built: a configuration that lies may ask for more memory than there is.
+    """
+    tensors, state = checkpoint.load_checkpoint(path)
+    with torch.device("meta"):  # shapes alone
+        expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
+    try:
+        checkpoint.check_tensors(expected, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tensors, state
 
 
 def _interleave(x: Tensor) -> Tensor:

@@ -239,8 +239,8 @@ def test_load_weights_with_a_prefix(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "Expecting property name"),
-        ("[8, 1]", "valid dictionary or instance of ModelConfig"),
-        ("null", "valid dictionary or instance of ModelConfig"),
+        ("[8, 1]", "must hold a JSON object, got list"),
+        ("null", "must hold a JSON object, got NoneType"),
         ('{"resolution": 9}', "resolution: Input should be 8, 16, 32"),
         ('{"dim_h": 0}', "dim_h: Input should be greater than or equal to 1, got 0"),
         ('{"colour": true}', "colour: Extra inputs are not permitted, got True"),
