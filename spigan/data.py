@@ -872,9 +872,25 @@ def _open_row(value: Any, paths: bool = False) -> Image.Image:
 def _open_image(file: Path | io.BytesIO) -> Image.Image:
     from PIL import Image
 
-    if isinstance(file, Path) and file.exists() and not file.is_file():  # opening a pipe would wait for ever
-        raise _Unsuitable("is not a regular file: take it out")
+    if isinstance(file, Path):
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise _Unsuitable("is not a regular file: take it out")
+        return Image.open(_File(file), formats=PILLOW_FORMATS)
     return Image.open(file, formats=PILLOW_FORMATS)
+
+
+class _File(io.BufferedReader):
+    """A file to read from; a read allocates no more than the file has bytes, whatever a header in it says to read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
+
+    def __del__(self) -> None:
+        self.close()  # Pillow closes what it has opened itself, and lets go of this
 
 
 def user_path(path: str) -> Path:

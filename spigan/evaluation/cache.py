@@ -6,10 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spigan.config import shorten
 from spigan.images import atomic_path
 
 
@@ -39,11 +41,12 @@ def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
             if found != shapes:
                 raise ValueError("it holds other tensors")
             tensors = {name: file.get_tensor(name) for name in shapes}
-        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("it holds numbers that are not finite")
+        kinds = (torch.float32, torch.float64)
+        if not all(tensor.dtype in kinds and tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("it holds other numbers than finite ones of 32 or 64 bits")
         return tensors
     except (SafetensorError, OSError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}): it is computed again", stacklevel=2)
+        warnings.warn(f"{path} is damaged ({shorten(error)}): it is computed again", stacklevel=2)
         return None
 
 

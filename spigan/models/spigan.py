@@ -258,7 +258,7 @@ def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
         with safe_open(path, framework="pt") as file:
             module.load_state_dict({name: file.get_tensor(stored) for name, stored in names.items()})
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {shorten(error)}") from error
     if bad := [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds weights that are not finite: {', '.join(bad[:5])}")
 
@@ -279,7 +279,7 @@ def _check_header(expected: Mapping[str, Tensor], path: Path, prefix: str = "") 
                 elif (dtype := stored.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
                     problems.append(f"{name} has dtype {dtype}, expected floats of 16, 32 or 64 bits")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file: {shorten(error)}") from error
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{path} does not fit the model's configuration: {'; '.join(problems[:5])}{more}")

@@ -76,7 +76,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}): remove it to go on from the checkpoint before it"
+            f"{path} is damaged or not a safetensors file ({shorten(error)}): remove it to go on from the checkpoint "
+            "before it"
         ) from error
     try:
         state = json.loads(metadata["state"])

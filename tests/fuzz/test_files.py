@@ -31,7 +31,7 @@ from fuzz_targets import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from spigan.interop import stylegan2_synthesis
 
@@ -109,6 +109,18 @@ def test_weights_of_a_feature_network_that_lie(data: bytes) -> None:
 @given(st.one_of(lying_safetensors(cached_features()), wrong_tensors(cached_features())))
 def test_cache_that_lies(data: bytes) -> None:
     assert try_file("cache of features", data)  # it is computed again
+
+
+@pytest.mark.parametrize("kind", ["model weights", "checkpoint", "ResNet-56 weights", "cache of features"])
+def test_a_header_of_one_long_string(kind: str) -> None:
+    """Which the library's error repeats whole."""
+    try_file(kind, join_safetensors("x" * 2**20, b""))
+
+
+def test_a_cache_of_a_dtype_that_has_no_isfinite() -> None:
+    tensors = load(cached_features())
+    tensors["mean"] = tensors["mean"].to(torch.float8_e4m3fn)
+    assert try_file("cache of features", save(tensors, {"key": "key"}))
 
 
 @cases(25)

@@ -57,6 +57,13 @@ def test_images_that_lie(content: bytes, channels: int | None, resolution: int |
     )
 
 
+def test_a_length_that_lies_allocates_nothing() -> None:
+    """A file allocates what it is asked to read before it looks how much there is."""
+    at = PNG.index(b"IDAT")
+    path = written("picture.png", PNG[: at - 4] + struct.pack(">I", 2**32 - 1) + PNG[at:])
+    attempt("image", lambda: read_images(path.parent), "picture.png", memory=256 << 20)
+
+
 def deep_png(mode: str) -> bytes:
     """16 bits a channel, which Pillow cannot write in colour."""
     kind, count = {"RGB": (2, 3), "RGBA": (6, 4), "L": (0, 1), "LA": (4, 2)}[mode]
