@@ -308,7 +308,7 @@ def evaluate(
     evaluator.check_count(samples)
     for doubt in evaluator.doubts(samples):
         warnings.warn(doubt, stacklevel=2)
-    nfe, seconds = time_sampler(sampler)
+    nfe, seconds = time_100_images(sampler)
     began = time.perf_counter()
     measured = evaluator.measure(draw(sampler, samples, seed), samples)
     return {
@@ -384,7 +384,7 @@ def open_reference(data: DataConfig, model: SPIGAN, *, progress: bool = True) ->
     return dataset
 
 
-def time_sampler(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> tuple[float, float]:
+def time_100_images(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> tuple[float, float]:
     """NFE, and the median seconds of 100 images at a time on their way to the CPU (the paper's Table 2).
 
     Args:

@@ -388,5 +388,5 @@ def test_models_of_random_weights_are_far(shared: Callable[[str], Path], tmp_pat
 
 
 def test_time_is_limited(model: SPIGAN) -> None:
-    nfe, seconds = module.time_sampler(Sampler(model), repeats=3, limit=0.0)
+    nfe, seconds = module.time_100_images(Sampler(model), repeats=3, limit=0.0)
     assert nfe == 1.0 and seconds > 0
