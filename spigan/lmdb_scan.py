@@ -15,7 +15,11 @@ RECORD = struct.Struct("<HQ")  # before each key on standard output: bytes of th
 
 def main(folder: str) -> None:
     """Writes a RECORD and the key for every entry, in order; ends with a message where the file cannot be right."""
-    with lmdb.open(folder, readonly=True, lock=False, readahead=False, create=False) as environment:
+    try:
+        opened = lmdb.open(folder, readonly=True, lock=False, readahead=False, create=False)
+    except lmdb.MemoryError:  # of addresses, not of memory
+        sys.exit("its header claims a size that cannot be mapped")
+    with opened as environment:
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         found = os.path.getsize(os.path.join(folder, "data.mdb"))
         if found < needed:

@@ -215,6 +215,15 @@ def test_lmdb_that_cannot_be_read(tmp_path: Path) -> None:
         open_source(short)
 
 
+def test_lmdb_that_claims_more_than_can_be_mapped(tmp_path: Path) -> None:
+    data = bytearray((lsun(tmp_path / "lmdb", [picture(0, (8, 8))]) / "data.mdb").read_bytes())
+    for meta in (0, 4096):
+        data[meta + 136 : meta + 144] = (2**50).to_bytes(8, "little")  # mm_last_pg
+    (tmp_path / "lmdb" / "data.mdb").write_bytes(data)
+    with pytest.raises(ValueError, match=r"as an LMDB \(its header claims a size that cannot be mapped\)"):
+        open_source(tmp_path / "lmdb", resolution=8)
+
+
 def test_damaged_lmdb_ends_in_an_error_not_in_a_crash(tmp_path: Path) -> None:
     root = lsun(tmp_path / "set", [picture(seed, (64, 64)) for seed in range(60)])
     file = root / "data.mdb"
