@@ -864,8 +864,13 @@ def _open_row(value: Any, paths: bool = False) -> Image.Image:
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is not None:
         return _open_image(io.BytesIO(data))
-    if not paths or value is None or not value.get("path"):
+    if value is None or not value.get("path"):
         raise _Unsuitable("holds no image: take the row out")
+    if not paths:
+        raise _Unsuitable(
+            "holds no image but a path, which may be that of any file and is not opened: give the folder of the "
+            "images, or store their bytes"
+        )
     return _open_image(Path(value["path"]))  # hub datasets of loose files are downloaded as files
 
 
