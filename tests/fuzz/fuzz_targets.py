@@ -15,7 +15,6 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tarfile
 import tempfile
 import threading
@@ -186,9 +185,9 @@ def images() -> dict[str, bytes]:
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, compression)  # of 1980: the same bytes every time
     return buffer.getvalue()
 
 
@@ -446,7 +445,7 @@ def _cifar() -> list[bytes]:
     batch = b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\nq\x01(K\x01K\x02K\x03t\x89T"
     batch += struct.pack("<i", 2 * data.CIFAR_VALUES) + bytes(2 * data.CIFAR_VALUES) + b"tbu."
     archive = tarred({f"cifar-10-batches-py/data_batch_{i}": batch for i in range(1, 6)})
-    return [archive, gzip.compress(archive)]
+    return [archive, gzip.compress(archive, mtime=0)]
 
 
 def _lmdb() -> list[bytes]:
@@ -586,7 +585,3 @@ def split_safetensors(data: bytes) -> tuple[dict[str, Any], bytes]:
 def join_safetensors(header: Any, data: bytes, length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-if sys.platform != "linux":
-    raise RuntimeError("the limits on memory and time are Linux's")

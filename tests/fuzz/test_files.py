@@ -41,6 +41,14 @@ WEIGHTS = {kind: 6 for kind in TARGETS} | {
 }  # fmt: skip
 
 
+def sound_weights() -> bytes:
+    return model_files()["model.safetensors"]
+
+
+def sound_checkpoint() -> bytes:
+    return run_files()[CHECKPOINT]
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_examples_are_read(kind: str) -> None:
     """Else the damaged ones would say nothing."""
@@ -61,15 +69,13 @@ def test_damaged_file(kind: str) -> None:
 
 
 @cases(25)
-@given(
-    st.one_of(lying_safetensors(model_files()["model.safetensors"]), wrong_tensors(model_files()["model.safetensors"]))
-)
+@given(st.one_of(lying_safetensors(sound_weights), wrong_tensors(sound_weights)))
 def test_weights_that_lie(data: bytes) -> None:
     try_file("model weights", data)
 
 
 @cases(30)
-@given(lying_json(model_files()["config.json"]), st.sampled_from(["ode", "mlp"]))
+@given(lying_json(lambda: model_files()["config.json"]), st.sampled_from(["ode", "mlp"]))
 def test_model_config_that_lies(data: bytes, mapping: str) -> None:
     try_file("model config", data.replace(b'"mapping": "ode"', f'"mapping": "{mapping}"'.encode()))
 
@@ -100,13 +106,13 @@ def test_model_that_asks_for_terabytes(sizes: dict[str, int], resolution: int, m
 
 
 @cases(10)
-@given(st.one_of(lying_safetensors(resnet()), wrong_tensors(resnet())))
+@given(st.one_of(lying_safetensors(resnet), wrong_tensors(resnet)))
 def test_weights_of_a_feature_network_that_lie(data: bytes) -> None:
     try_file("ResNet-56 weights", data)
 
 
 @cases(6)
-@given(st.one_of(lying_safetensors(cached_features()), wrong_tensors(cached_features())))
+@given(st.one_of(lying_safetensors(cached_features), wrong_tensors(cached_features)))
 def test_cache_that_lies(data: bytes) -> None:
     assert try_file("cache of features", data)  # it is computed again
 
@@ -124,7 +130,7 @@ def test_a_cache_of_a_dtype_that_has_no_isfinite() -> None:
 
 
 @cases(25)
-@given(wrong_tensors(synthesis()))
+@given(wrong_tensors(synthesis))
 def test_stylegan2_of_other_tensors(data: bytes) -> None:
     """What a user has loaded, of whatever names, shapes and dtypes."""
     attempt("StyleGAN2 weights", lambda: stylegan2_synthesis(load(data)), "")
@@ -146,60 +152,64 @@ def test_stylegan2_of_no_values() -> None:
 
 
 @cases(10)
-@given(lying_json(evaluation()))
+@given(lying_json(evaluation))
 def test_metrics_for_a_card_that_lie(data: bytes) -> None:
     try_file("metrics for a card", data)
 
 
 @cases(10)
-@given(lying_json(BEST))
+@given(lying_json(lambda: BEST))
 def test_record_of_the_best_that_lies(data: bytes) -> None:
     assert try_file("record of the best", data)  # a model is the best where there is no record
 
 
 @cases(10)
-@given(lying_json(run_files()["config.json"]))
+@given(lying_json(lambda: run_files()["config.json"]))
 def test_config_option_that_lies(data: bytes) -> None:
     try_file("config option", data)
 
 
 @cases(10)
-@given(st.lists(st.one_of(lying_json(METRICS.splitlines()[0]), bombs("kimg")), max_size=3))
+@given(st.lists(st.one_of(lying_json(lambda: METRICS.splitlines()[0]), bombs("kimg")), max_size=3))
 def test_metrics_that_lie(lines: list[bytes]) -> None:
     try_file("run metrics", b"\n".join([*lines, METRICS]))
 
 
 @cases(25)
-@given(st.one_of(lying_safetensors(run_files()[CHECKPOINT]), wrong_tensors(run_files()[CHECKPOINT])))
+@given(st.one_of(lying_safetensors(sound_checkpoint), wrong_tensors(sound_checkpoint)))
 def test_checkpoint_that_lies(data: bytes) -> None:
     try_file("checkpoint", data)
 
 
-STATE = split_safetensors(run_files()[CHECKPOINT])[0]["__metadata__"]["state"].encode()
+def sound_state() -> bytes:
+    state: str = split_safetensors(sound_checkpoint())[0]["__metadata__"]["state"]
+    return state.encode()
 
 
 @cases(12)
-@given(st.one_of(lying_json(STATE), bombs("iteration")))
+@given(st.one_of(lying_json(sound_state), bombs("iteration")))
 def test_checkpoint_counters_that_lie(state: bytes) -> None:
-    header, data = split_safetensors(run_files()[CHECKPOINT])
+    header, data = split_safetensors(sound_checkpoint())
     header["__metadata__"]["state"] = state.decode("utf-8", "replace")
     try_file("checkpoint", join_safetensors(header, data))
 
 
 @cases(20)
-@given(st.one_of(lying_json(run_files()["config.json"])))
+@given(lying_json(lambda: run_files()["config.json"]))
 def test_run_config_that_lies(data: bytes) -> None:
     try_file("run config", data)
 
 
 @cases(10)
-@given(lying_json(run_files()["data.json"]))
+@given(lying_json(lambda: run_files()["data.json"]))
 def test_data_record_that_lies(data: bytes) -> None:
     try_file("run data record", data)
 
 
 @cases(12)
-@given(st.lists(st.one_of(lying_json(run_files()["stats.jsonl"].splitlines()[0]), bombs("iteration")), max_size=3))
+@given(
+    st.lists(st.one_of(lying_json(lambda: run_files()["stats.jsonl"].splitlines()[0]), bombs("iteration")), max_size=3)
+)
 def test_statistics_that_lie(lines: list[bytes]) -> None:
     try_file("run statistics", b"\n".join([*lines, *run_files()["stats.jsonl"].splitlines()]))
 
