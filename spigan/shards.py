@@ -163,12 +163,7 @@ class Tar:
                 with tarfile.open(fileobj=opened, mode="r:") as archive:
                     member = archive.next()
                     return f"{file}!{member.name if member else offset}"
-        except (
-            tarfile.TarError,
-            OSError,
-            ValueError,
-            RecursionError,
-        ):  # a name is wanted to report an error, so this must not be another
+        except (tarfile.TarError, OSError, ValueError, RecursionError):  # while an error is reported: not another one
             return f"{file}!{offset}"
 
     def open(self, index: int) -> Image.Image:

@@ -364,6 +364,20 @@ def test_parquet_bomb(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
     assert not attempt("bomb", read, "train.parquet", memory=1 << 29)
 
 
+def test_parquet_bomb_of_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 rows of 128 MiB in some kB: several of them at a time would already be too much."""
+    import pyarrow.parquet as pq
+
+    path = fresh("case") / "train.parquet"
+    values = pa.DictionaryArray.from_arrays(pa.array(np.zeros(1000, np.int32)), pa.array([bytes(1 << 27)]))
+    options: dict[str, Any] = {"dictionary_pagesize_limit": 1 << 30, "write_statistics": False, "store_schema": False}
+    pq.write_table(pa.table({"image": values}), path, compression="zstd", **options)
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(spigan.data, "MAX_COLUMN_BYTES", 1 << 29)
+    read = lambda: read_images(path, column="image")  # noqa: E731
+    assert not attempt("bomb", read, "unpacks to more than", memory=1 << 29)
+
+
 def test_a_path_in_a_parquet_file_is_not_opened() -> None:
     """It may be that of anything on this machine."""
     secret = written("secret.png", PNG)
