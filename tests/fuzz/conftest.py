@@ -19,7 +19,7 @@ else:  # the limits on memory and time are Linux's
     collect_ignore_glob = ["test_*.py"]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")  # not "session", which would last for all other tests
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
