@@ -669,7 +669,10 @@ def _parquet(files: list[Path], column: str | None) -> _Source:
                 groups += table.metadata.num_row_groups
                 if size <= CACHE_BYTES:
                     check_unpacked(table, name, range(table.num_row_groups))
-                    columns.append((str(file), table.read(columns=[name]).column(name)))
+                    images = table.read(columns=[name]).column(name)
+                    if len(images) != table.metadata.num_rows:
+                        raise arrow.ArrowInvalid(f"{len(images)} rows, {table.metadata.num_rows} by its footer")
+                    columns.append((str(file), images))
         except (arrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
     if not any(footer.num_rows for footer in footers):

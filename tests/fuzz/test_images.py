@@ -384,3 +384,13 @@ def test_a_path_in_a_parquet_file_is_not_opened() -> None:
     path = secret.with_name("train.parquet")
     path.write_bytes(parquet_of({"image": struct_of(pa.array([None], pa.binary()), str(secret))}))
     assert not attempt("parquet", lambda: read_images(path), "holds no image but a path")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_a_footer_with_other_rows_than_the_column(rows: int) -> None:
+    content = bytearray(parquet_of({"image": [PNG] * 3}))
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = content.index(b"\x16\x06", footer)  # Thrift's field of 64 bits, and 3: the rows of the file
+    content[at + 1] = 2 * rows
+    path = written("train.parquet", bytes(content))
+    assert not attempt("parquet", lambda: read_images(path, column="image"), "train.parquet")
