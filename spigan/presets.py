@@ -52,6 +52,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "total_kimg": 1000,
         "batch": 32,
         "ema_kimg": 10,
+        "r1_gamma": 0.1,
         "precision": "bf16",
         "tick_kimg": 1,
         "snapshot_ticks": 10,
