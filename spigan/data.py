@@ -376,6 +376,13 @@ def loader(
         generator=torch.Generator(),  # without one, the workers' base seed is drawn from the global generator
         worker_init_fn=_start_worker,
     )
+    if num_workers and hasattr(signal, "sigtimedwait"):
+        # Workers inherit the mask, and so do threads that libraries start in them before `_start_worker` comes.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return iter(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return iter(batches)
 
 
@@ -899,7 +906,8 @@ class _File(io.BufferedReader):
         return super().read(size if size is None else min(size, self._size))
 
     def __del__(self) -> None:
-        self.close()  # Pillow closes what it has opened itself, and lets go of this
+        if hasattr(self, "_size"):  # it is open: Pillow closes what it has opened itself, and lets go of this
+            self.close()
 
 
 def user_path(path: str) -> Path:

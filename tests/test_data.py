@@ -717,6 +717,11 @@ def test_signals_do_not_end_workers(tmp_path: Path) -> None:
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
+        # The one thread that waits for the signal shows it as blocked, too.
+        statuses = [path.read_text() for path in Path(f"/proc/{worker.pid}/task").glob("*/status")]
+        masks = [int(status.split("SigBlk:\t")[1].split()[0], 16) for status in statuses]
+        waiting = [mask for mask in masks if not mask >> (signal.SIGTERM - 1) & 1]
+        assert len(waiting) <= 1, "a thread that a signal would end the worker through"
         for number in (signal.SIGINT, signal.SIGTERM):
             # From another process: `terminate` is from this one.
             subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
