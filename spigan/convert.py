@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from spigan.data import DataConfig, ImageDataset, _cores, _find, _split_of, _start_worker, _unchanged
+from spigan.data import DataConfig, ImageDataset, _cores, _find, _split_of, _start_worker, _unchanged, start_workers
 from spigan.images import atomic_path, remove_stale, to_pil
 
 ImageFormat = Literal["png", "webp", "jpeg"]
@@ -216,7 +217,7 @@ def _counted(batches: Iterable[tuple[range, Any]], bar: tqdm[Any]) -> Iterator[t
 
 def _in_workers(dataset: _EachImage, chunks: list[range], workers: int | None) -> Iterator[list[Any]]:
     """`dataset.__getitems__(chunk)` of every chunk, in order."""
-    return iter(
+    return start_workers(
         torch.utils.data.DataLoader(
             dataset,
             batch_sampler=chunks,  # type: ignore[arg-type]  # a range is as good as a list
@@ -228,14 +229,15 @@ def _in_workers(dataset: _EachImage, chunks: list[range], workers: int | None) -
     )
 
 
-class _EachImage(torch.utils.data.Dataset[Any]):
+class _EachImage(torch.utils.data.Dataset[Any], ABC):
     """What `of` makes of an image, or the error as text, for each image of a chunk."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
+    @abstractmethod
     def of(self, index: int) -> Any:
-        raise NotImplementedError
+        """Raises ValueError, naming the image, where something is wrong with it."""
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         return [self._result(index) for index in indices]

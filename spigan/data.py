@@ -376,14 +376,19 @@ def loader(
         generator=torch.Generator(),  # without one, the workers' base seed is drawn from the global generator
         worker_init_fn=_start_worker,
     )
-    if num_workers and hasattr(signal, "sigtimedwait"):
-        # Workers inherit the mask, and so do threads that libraries start in them before `_start_worker` comes.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            return iter(batches)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return iter(batches)
+    return start_workers(batches)
+
+
+def start_workers(batches: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
+    """iter(batches), whose workers begin with `_start_worker`."""
+    if not hasattr(signal, "sigtimedwait"):
+        return iter(batches)
+    # Workers inherit the mask, and so do threads that libraries start in them before `_start_worker` comes.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return iter(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _unchanged(batch: Any) -> Any:  # a named function, because workers may have to unpickle it

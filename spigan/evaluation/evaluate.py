@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spigan.data import DataConfig, ImageDataset, _start_worker, _unchanged, open_dataset
+from spigan.data import DataConfig, ImageDataset, _start_worker, _unchanged, open_dataset, start_workers
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet, load_features
 from spigan.sampling import Sampler, count_evaluations, resolve_seeds
@@ -195,7 +195,7 @@ class Evaluator:
         if self.dataset.cached:
             yield from (self.dataset.__getitems__(indices[i : i + _BATCH]) for i in indices[::_BATCH])
         else:
-            yield from torch.utils.data.DataLoader(
+            batches = torch.utils.data.DataLoader(
                 self.dataset,
                 batch_size=_BATCH,
                 num_workers=min(4, torch.get_num_threads()),
@@ -203,6 +203,7 @@ class Evaluator:
                 generator=torch.Generator(),
                 worker_init_fn=_start_worker,
             )
+            yield from start_workers(batches)
 
     def features(self, batches: Iterable[Tensor], count: int, reference: bool = False) -> tuple[Tensor, Tensor | None]:
         """Features [count, D] and, of samples, class probabilities, on the network's device.

@@ -46,7 +46,7 @@ class Detector(nn.Module):
         return logits.softmax(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")  # not "session", which would last for all other tests
 def _one_thread() -> Iterator[None]:
     """Small networks are fastest on one thread, whatever else the machine does."""
     threads = torch.get_num_threads()

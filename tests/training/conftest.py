@@ -29,7 +29,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")  # not "session", which would last for all other tests
 def _one_thread() -> Iterator[None]:
     """Networks of 8 channels are fastest on one thread, whatever else the machine does."""
     threads = torch.get_num_threads()
