@@ -23,9 +23,9 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-import spigan.data
-from spigan.convert import convert
+import spigan.data.dataset
 from spigan.data import DataConfig, ImageDataset, loader, open_dataset
+from spigan.data.convert import convert
 
 FORMATS = {"webp": 75, "jpeg": 90}  # and their qualities
 BATCH = 64
@@ -82,11 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--count", type=int, default=4096)
-    parser.add_argument("--workers", type=int, default=spigan.data._cores())
+    parser.add_argument("--workers", type=int, default=spigan.data.dataset._cores())
     arguments = parser.parse_args()
-    files = sorted(file for file in arguments.photographs.iterdir() if file.suffix in spigan.data.IMAGE_SUFFIXES)
+    files = sorted(
+        file for file in arguments.photographs.iterdir() if file.suffix in spigan.data.dataset.IMAGE_SUFFIXES
+    )
     torch.set_num_threads(1)
-    spigan.data.CACHE_BYTES = 0
+    spigan.data.dataset.CACHE_BYTES = 0
     print(f"| images | source | open, s | a core, images/s | {arguments.workers} workers, images/s |")
     print("| --- " * 5 + "|")
     for kind, quality in FORMATS.items():

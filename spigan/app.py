@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from spigan import interpolation
 from spigan.images import display_scale, make_grid, to_pil
+from spigan.models.load import BUNDLED_MODELS, load_model, resolve_device
 from spigan.ops import BackendUnavailable, backends
-from spigan.sampling import BUNDLED_MODELS, Sampler, count_evaluations, load_model, resolve_device
+from spigan.sampling import Sampler, interpolation
+from spigan.sampling.sampler import count_evaluations
 
 if TYPE_CHECKING:
     from gradio import Blocks

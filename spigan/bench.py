@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spigan.images import atomic_path
+from spigan.files import atomic_path
 
 if TYPE_CHECKING:
     from spigan.sampling import Sampler

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spigan.data import DataConfig
+from spigan.files import shorten
 
 Resolution = Literal[8, 16, 32, 64, 128, 256, 512, 1024]
 Positive = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=2**14)]
 
-MAX_TEXT = 1 << 20  # bytes of a configuration or a record: what is larger is none
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
 
@@ -30,47 +28,6 @@ def describe_problems(error: ValidationError) -> str:
         for problem in problems[:5]
     ]
     return "; ".join(parts) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-
-
-def shorten(name: object) -> str:
-    """A name that comes from a file, as an error can show it."""
-    text = str(name)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def read_text(path: Path) -> str:
-    """The text of a file that comes from anybody.
-
-    Raises:
-        ValueError: it is larger than `MAX_TEXT`, or not UTF-8.
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        data = file.read(MAX_TEXT + 1)
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the most that is read of such a file")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that comes from anybody.
-
-    Raises:
-        ValueError: it holds none; it is too large, or nested too deeply.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 class ModelConfig(BaseModel):

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spigan import ablate
-from spigan.ablate import Study, curve_figure, grid_path, read_curve, read_grid, write_report
+from spigan.ablation import study as ablate
+from spigan.ablation.study import Study, curve_figure, grid_path, read_curve, read_grid, write_report
 from spigan.cli import app
+from spigan.runs import read_stats
 from spigan.training.checkpoint import checkpoints, load_checkpoint
-from spigan.training.run_folder import read_stats
 from spigan.training.trainer import Trainer
 
 GRID = """

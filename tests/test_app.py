@@ -25,7 +25,7 @@ from spigan import app as app_module
 from spigan.app import MAX_COUNT, Page, build, is_loopback, launch, read_seed
 from spigan.cli import app as command_line
 from spigan.images import make_grid, to_uint8
-from spigan.interpolation import interpolate_h, interpolate_time, interpolate_z
+from spigan.sampling.interpolation import interpolate_h, interpolate_time, interpolate_z
 
 BUNDLED, CIFAR = "digits (bundled)", "cifar10-small (bundled)"
 TINY = {"resolution": 8, "img_channels": 3, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import spigan.convert
-import spigan.data
+import spigan.data.convert
+import spigan.data.dataset
 from spigan.cli import app
-from spigan.convert import check, convert
 from spigan.data import DataConfig, ImageDataset, open_dataset
-from spigan.shards import RowGroups
+from spigan.data.convert import check, convert
+from spigan.data.shards import RowGroups
 
 
 def encoded(seed: int, size: tuple[int, int] = (20, 14), mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -89,7 +89,7 @@ def test_pixels_are_those_of_the_source(tmp_path: Path, pictures: Path, channels
 
 
 def test_files_do_not_depend_on_workers(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spigan.convert, "_CHUNK", 3)
+    monkeypatch.setattr(spigan.data.convert, "_CHUNK", 3)
     for workers in (0, 1, 2):
         convert(config_of(pictures), tmp_path / str(workers), shard_size=10, workers=workers, progress=False)
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -98,7 +98,7 @@ def test_files_do_not_depend_on_workers(tmp_path: Path, pictures: Path, monkeypa
 def test_row_groups_are_small_enough_to_be_read_in_place(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spigan.convert, "_GROUP_BYTES", 2000)
+    monkeypatch.setattr(spigan.data.convert, "_GROUP_BYTES", 2000)
     convert(config_of(pictures, resolution=16), tmp_path / "out", shard_size=40, workers=0, progress=False)
     for file in (tmp_path / "out").glob("*.parquet"):
         sizes = [list(map(len, group)) for group in groups(file)]
@@ -106,7 +106,7 @@ def test_row_groups_are_small_enough_to_be_read_in_place(
         for group in sizes[:-1]:
             assert sum(group[:-1]) < 2000 <= sum(group)
     expected = everything(opened(tmp_path / "out"))
-    monkeypatch.setattr(spigan.data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 0)
     dataset = opened(tmp_path / "out")
     assert isinstance(dataset._source, RowGroups)
     assert torch.equal(everything(dataset), expected)
@@ -134,7 +134,7 @@ def test_formats(tmp_path: Path, pictures: Path, kind: Any, quality: int | None)
 
 def test_a_part_of_a_split_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's names of parts have brackets."""
-    monkeypatch.setattr(spigan.convert, "_find", lambda config, progress: spigan.data._digits("train"))
+    monkeypatch.setattr(spigan.data.convert, "_find", lambda config, progress: spigan.data.dataset._digits("train"))
     config = config_of("owner/digits", split="train[:50%]", channels=1)
     convert(config, tmp_path, shard_size=900, workers=0, progress=False)
     assert convert(config, tmp_path, shard_size=900, workers=0, progress=False)["converted"] == 0

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pydantic import ValidationError
 
-import spigan.data
-from spigan.data import DataConfig, ImageDataset, InfiniteShuffle, loader, open_dataset
+import spigan.data.dataset
+from spigan.data import DataConfig, ImageDataset, loader, open_dataset
+from spigan.data.dataset import InfiniteShuffle
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -490,7 +491,7 @@ def test_decompression_bomb_in_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", encoded(picture(0)) + bytes(100_000))
-    monkeypatch.setattr(spigan.data, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(spigan.data.dataset, "MAX_PIXELS", 10_000)
     with pytest.raises(ValueError, match=r"images\.zip!a\.png unpacks to \d+ bytes"):
         open_source(path)
 
@@ -566,9 +567,9 @@ def test_config_fields_are_described() -> None:
 
 def test_cache_auto_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, FILES)
-    monkeypatch.setattr(spigan.data, "CACHE_BYTES", 3 * 3 * 8 * 8)
+    monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 3 * 3 * 8 * 8)
     assert open_source(tmp_path).cached
-    monkeypatch.setattr(spigan.data, "CACHE_BYTES", 3 * 3 * 8 * 8 - 1)
+    monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 3 * 3 * 8 * 8 - 1)
     assert not open_source(tmp_path).cached
     assert open_source(tmp_path, cache="memory").cached
 

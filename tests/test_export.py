@@ -19,8 +19,8 @@ from torch import Tensor
 
 import spigan
 from spigan import SPIGAN, ModelConfig
-from spigan.export import FORMATS, METADATA, export_model
-from spigan.sampling import load_model
+from spigan.models.load import load_model
+from spigan.sampling.export import FORMATS, METADATA, export_model
 
 TINY = {"resolution": 8, "img_channels": 3, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 MODELS: dict[str, dict[str, Any] | None] = {
@@ -241,7 +241,7 @@ def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_too_large_for_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spigan.export, "_ONNX_MAX_WEIGHTS", 10_000)
+    monkeypatch.setattr(spigan.sampling.export, "_ONNX_MAX_WEIGHTS", 10_000)
     with pytest.raises(ValueError, match=r"holds weights of at most 10000 bytes, .* export it as pt2"):
         export_model(make(), tmp_path / "model.onnx")
     assert not [*tmp_path.iterdir()]

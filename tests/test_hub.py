@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 import spigan
 from spigan import SPIGAN, ModelConfig, Trainer
 from spigan.cli import app
-from spigan.evaluation.evaluate import weights_sha256
-from spigan.hub import card, write_folder
-from spigan.training.run_folder import read_stats
+from spigan.models.hub import card, write_folder
+from spigan.models.pretrained import weights_sha256
+from spigan.runs import read_stats
 
 TINY = {"resolution": 8, "img_channels": 1, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 FILES = {"config.json", "model.safetensors", "README.md", "samples.png"}

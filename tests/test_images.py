@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from spigan.images import atomic_path, display_scale, make_grid, save_png, to_pil, to_uint8, to_unit_interval
+from spigan.files import atomic_path
+from spigan.images import display_scale, make_grid, save_png, to_pil, to_uint8, to_unit_interval
 
 EVERY_VALUE = torch.arange(256, dtype=torch.uint8)
 

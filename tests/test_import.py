@@ -36,14 +36,14 @@ def test_operations_load_no_heavy_package() -> None:
 
 def test_models_load_no_training_package() -> None:
     modules = loaded_after(
-        "import spigan.export, spigan.app; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample"
+        "import spigan.sampling.export, spigan.app; spigan.SPIGAN, spigan.TrainConfig, spigan.preset, spigan.sample"
     )
     assert "torch" in modules
     assert not modules & ({"typer", *HEAVY} - {"huggingface_hub"})
 
 
 def test_a_study_loads_matplotlib_and_the_trainer_where_used() -> None:
-    modules = loaded_after("import spigan.ablate")
+    modules = loaded_after("import spigan.ablation.study")
     assert "torch" in modules
     assert not modules & ({"typer", *HEAVY} - {"huggingface_hub"})
 

@@ -17,7 +17,8 @@ from spigan import SPIGAN, VPSDE, ModelConfig, Sampler
 from spigan.cli import app
 from spigan.data import DataConfig, open_dataset
 from spigan.images import save_animation
-from spigan.interpolation import (
+from spigan.ops import philox_normal
+from spigan.sampling.interpolation import (
     forward_path,
     interpolate_h,
     interpolate_time,
@@ -26,7 +27,6 @@ from spigan.interpolation import (
     save_rows,
     spherical,
 )
-from spigan.ops import philox_normal
 
 TINY = {"resolution": 8, "img_channels": 3, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 SEEDS = [3, 0, 7]

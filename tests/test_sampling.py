@@ -21,9 +21,11 @@ from torch import Tensor
 
 import spigan
 from spigan import SPIGAN, ModelConfig, sampling
-from spigan.evaluation.evaluate import weights_sha256
+from spigan.models.load import load_model, resolve_device
+from spigan.models.pretrained import weights_sha256
 from spigan.ops import BackendUnavailable, backends, philox_normal, use_backend
-from spigan.sampling import Sampler, count_evaluations, default_batch_size, load_model, resolve_device, resolve_seeds
+from spigan.sampling import Sampler
+from spigan.sampling.sampler import count_evaluations, default_batch_size, resolve_seeds
 
 # Another batch size may take another path through the CPU's convolutions and so round differently.
 ROUNDING = {"rtol": 0.0, "atol": 2e-6}

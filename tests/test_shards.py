@@ -21,10 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
-import spigan.data
+import spigan.data.dataset
 from spigan.config import TrainConfig
 from spigan.data import DataConfig, ImageDataset, loader, open_dataset
-from spigan.shards import LMDB, RowGroups, Tar
+from spigan.data.shards import LMDB, RowGroups, Tar
 from spigan.training.trainer import Trainer
 
 
@@ -111,8 +111,8 @@ def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
     def apply(kind: str) -> None:
         import datasets
 
-        monkeypatch.setattr(spigan.data, "CACHE_BYTES", 0)
-        monkeypatch.setattr(spigan.data, "ROW_GROUP_BYTES", 0 if kind == "arrow" else 4 << 20)
+        monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 0)
+        monkeypatch.setattr(spigan.data.dataset, "ROW_GROUP_BYTES", 0 if kind == "arrow" else 4 << 20)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     return apply
@@ -129,7 +129,7 @@ def test_images_order_and_exact_resume(tmp_path: Path, kind: str, large: Callabl
     large(kind)
     dataset = open_source(path, resolution=8)
     assert not dataset.cached
-    source = {"lmdb": LMDB, "tar": Tar, "row groups": RowGroups, "arrow": spigan.data._Rows}[kind]
+    source = {"lmdb": LMDB, "tar": Tar, "row groups": RowGroups, "arrow": spigan.data.dataset._Rows}[kind]
     assert isinstance(dataset._source, source)
     assert len(dataset) == len(PICTURES)
     assert torch.equal(torch.stack(list(dataset)), torch.stack(list(expected)))
@@ -324,7 +324,7 @@ def test_tar_that_cannot_be_read(tmp_path: Path) -> None:
 
 MEASURE = """
 import json, sys
-import spigan.data
+import spigan.data.dataset
 from spigan.data import DataConfig, loader, open_dataset
 
 def anonymous():  # mapped files are no memory of the process: the system drops their pages at will
@@ -334,11 +334,11 @@ def anonymous():  # mapped files are no memory of the process: the system drops 
 cache, *paths = sys.argv[1:]
 import datasets, pyarrow.parquet, PIL.Image, PIL.BmpImagePlugin
 datasets.config.HF_DATASETS_CACHE = cache
-spigan.data.CACHE_BYTES = 1 << 20
+spigan.data.dataset.CACHE_BYTES = 1 << 20
 grown = {}
 for path in paths:
     kind, _, path = path.partition("=")
-    spigan.data.ROW_GROUP_BYTES = 0 if kind == "arrow" else 4 << 20
+    spigan.data.dataset.ROW_GROUP_BYTES = 0 if kind == "arrow" else 4 << 20
     before = anonymous()
     dataset = open_dataset(DataConfig(source=path), progress=False)
     batches = loader(dataset, batch_size=16, seed=0, num_workers=0)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spigan.writers import Format, format_of, image_writer
+from spigan.sampling.writers import Format, format_of, image_writer
 
 SHAPE = (3, 4, 5)
 

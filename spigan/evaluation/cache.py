@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spigan.config import shorten
-from spigan.images import atomic_path
+from spigan.files import atomic_path, shorten
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:

@@ -24,14 +24,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spigan.data import DataConfig, ImageDataset, _start_worker, _unchanged, open_dataset, start_workers
+from spigan.data import DataConfig, ImageDataset, open_dataset
+from spigan.data.dataset import _start_worker, _unchanged, start_workers
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet, load_features
-from spigan.sampling import Sampler, count_evaluations, resolve_seeds
+from spigan.models.pretrained import weights_sha256
+from spigan.sampling import Sampler
+from spigan.sampling.sampler import count_evaluations, resolve_seeds
 
 if TYPE_CHECKING:
     from spigan.models import SPIGAN
-    from spigan.sampling import Model
+    from spigan.models.load import Model
 
 _FORMAT = 1  # of cached features: raised when what is computed changes
 _BATCH = 256  # reference images at a time
@@ -422,15 +425,6 @@ def describe_features(net: FeatureNet, dataset: ImageDataset) -> dict[str, Any]:
         "input": "uint8 RGB",
         "resizing": resizing,
     }
-
-
-def weights_sha256(model: SPIGAN) -> str:
-    """sha256 (hex) of a model's tensors, by name."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spigan.data import user_path
+from spigan.data.dataset import user_path
 from spigan.evaluation.cache import cache_folder
 from spigan.models.spigan import load_weights
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spigan.config import ModelConfig, describe_problems, read_json, shorten
-from spigan.images import remove_stale, scratch_folder
+from spigan.config import ModelConfig, describe_problems
+from spigan.files import read_json, remove_stale, scratch_folder, shorten
 from spigan.models.generator import Generator
 from spigan.models.mapping import MLPMapping, ODEMapping, Times
 from spigan.ops.library import stage
@@ -147,7 +147,7 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
                 been uploaded then.
             OSError: the hub cannot be reached or refuses.
         """
-        from spigan import hub
+        from spigan.models import hub
 
         return hub.push_to_hub(
             self, repo_id, run=run, metrics=metrics, license=license, private=private, token=token, branch=branch,
@@ -156,7 +156,7 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved model: what is known without its training run."""
-        from spigan import hub
+        from spigan.models import hub
 
         return hub.card(self)
 
@@ -204,7 +204,7 @@ class SPIGAN(nn.Module, ModelHubMixin, library_name="spigan"):
                 raise ValueError(f"{pretrained_model_name_or_path} names a revision, and revision is {revision!r}")
             if not re.fullmatch(_REVISION, given or revision or "main"):
                 raise ValueError(f"{given or revision!r} cannot be the name of a branch, tag or commit")
-            from spigan import hub
+            from spigan.models import hub
 
             # A snapshot and not file by file, between which the branch may move on.
             with hub.connection():

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spigan.config import shorten
-from spigan.images import atomic_path
+from spigan.files import atomic_path, shorten
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")

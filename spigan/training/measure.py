@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spigan.config import read_json
+from spigan.files import write_text
+from spigan.runs import BEST_RECORD, read_best
 from spigan.sampling import Sampler
-from spigan.training.run_folder import write_text
 
 if TYPE_CHECKING:
     from spigan.config import TrainConfig
     from spigan.data import ImageDataset
     from spigan.models import SPIGAN
     from spigan.training.processes import Processes
-
-BEST_RECORD = "metrics.json"
 
 
 class RunMetrics:
@@ -88,13 +86,3 @@ def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) 
     record = {"metric": distance, "value": row[distance], **{k: v for k, v in row.items() if k != "seconds"}}
     write_text(folder / BEST_RECORD, json.dumps(record, indent=2) + "\n")
     return True
-
-
-def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """{"metric", "value", "iteration", "kimg", ...} of the model in best/; None where there is none."""
-    try:
-        record = read_json(run_dir / "best" / BEST_RECORD)
-    except (OSError, ValueError):
-        return None
-    kinds = {"metric": str, "value": float, "iteration": int, "kimg": float}
-    return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None

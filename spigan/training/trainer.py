@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spigan._version import __version__
-from spigan.config import TrainConfig, read_json
+from spigan.config import TrainConfig
 from spigan.data import loader as image_loader
 from spigan.data import open_dataset
+from spigan.files import read_json, write_text
 from spigan.images import display_scale, make_grid, save_png, to_uint8
 from spigan.models import SPIGAN, Discriminator
+from spigan.models.load import resolve_device
 from spigan.ops import backends, path_interpolate, philox_normal
-from spigan.sampling import resolve_device
+from spigan.runs import read_best, read_config, read_metrics
 from spigan.sde import VPSDE
 from spigan.training import checkpoint
 from spigan.training.augment import ADA, make_augment
 from spigan.training.faults import StopSignals, check_writable, divergence, last_checkpoint, writing
-from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
-from spigan.training.measure import RunMetrics, keep_best, read_best
+from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
+from spigan.training.measure import RunMetrics, keep_best
 from spigan.training.processes import Processes
-from spigan.training.run_folder import StatsLog, next_run_dir, read_config, read_metrics, unused, write_text
+from spigan.training.run_folder import StatsLog, next_run_dir, unused
 
 # Training noise is drawn from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
 _NOISE_STREAM = 2**32

@@ -350,14 +350,14 @@ def read_config_option(path: Path) -> None:
 
 def read_evaluation(path: Path) -> None:
     """Metrics for a model card."""
-    from spigan.hub import card, describe
+    from spigan.models.hub import card, describe
 
     str(card(model(), "user/name", **describe(model(), metrics=path)))
 
 
 def read_curves(path: Path) -> None:
     """Metrics of a run, for the table of a study and for its resumption."""
-    from spigan.ablate import read_curve
+    from spigan.ablation.study import read_curve
     from spigan.training.run_folder import StatsLog
 
     read_curve(path.parent, "FD-ResNet56")
@@ -365,7 +365,8 @@ def read_curves(path: Path) -> None:
 
 
 def read_best_record(path: Path) -> None:
-    from spigan.training.measure import keep_best, read_best
+    from spigan.runs import read_best
+    from spigan.training.measure import keep_best
 
     best = read_best(path.parent.parent)
     if best is not None:
@@ -393,13 +394,13 @@ def read_resnet(path: Path) -> None:
 
 
 def read_grid(path: Path) -> None:
-    from spigan.ablate import read_grid as read
+    from spigan.ablation.study import read_grid as read
 
     read(path)
 
 
 def read_train_config(path: Path) -> None:
-    from spigan.training.run_folder import read_config
+    from spigan.runs import read_config
 
     read_config(path.parent)
 
@@ -480,7 +481,7 @@ def model() -> SPIGAN:
 @cache
 def evaluation() -> bytes:
     """What `spigan evaluate --out` writes, as far as it is read."""
-    from spigan.evaluation.evaluate import weights_sha256
+    from spigan.models.pretrained import weights_sha256
 
     return json.dumps({
         "model": {"sha256": weights_sha256(model())}, "metrics": {"FID": 1.5, "recall": 0.5}, "nfe": 1,

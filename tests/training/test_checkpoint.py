@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from spigan.cli import app
 from spigan.config import TrainConfig
+from spigan.runs import read_config, read_stats
 from spigan.training import checkpoint
 from spigan.training.checkpoint import (
     checkpoint_path,
@@ -37,7 +38,6 @@ from spigan.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from spigan.training.run_folder import read_config, read_stats
 from spigan.training.trainer import Trainer
 
 TIMES = {"seconds", "images_per_sec"}  # all of a row that may differ

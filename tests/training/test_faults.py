@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from spigan.config import TrainConfig
+from spigan.runs import read_best, read_metrics, read_stats
 from spigan.training import faults
 from spigan.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint
-from spigan.training.measure import read_best
-from spigan.training.run_folder import read_metrics, read_stats
 from spigan.training.trainer import Trainer
 
 TIMES = {"seconds", "images_per_sec"}  # all of a row that may differ

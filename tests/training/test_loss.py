@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.functional import jacobian
 
-from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
+from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
 
 
 def randn(*shape: int) -> Tensor:

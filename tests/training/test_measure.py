@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from spigan import SPIGAN, DataConfig
 from spigan.config import TrainConfig
 from spigan.evaluation.evaluate import evaluate
+from spigan.runs import read_best, read_metrics, read_stats
 from spigan.training.checkpoint import checkpoints, load_checkpoint, remove_scratch
-from spigan.training.measure import keep_best, read_best
-from spigan.training.run_folder import read_metrics, read_stats
+from spigan.training.measure import keep_best
 from spigan.training.trainer import Trainer
 
 TIMES = {"seconds", "images_per_sec"}

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from spigan.cli import app
 from spigan.config import TrainConfig
 from spigan.models.discriminator import minibatch_std
+from spigan.runs import read_metrics, read_stats
 from spigan.training.checkpoint import checkpoints, load_checkpoint
 from spigan.training.processes import Processes, Rows
-from spigan.training.run_folder import read_metrics, read_stats
 from spigan.training.trainer import Trainer
 
 TIMES = {"seconds", "images_per_sec"}

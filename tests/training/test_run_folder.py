@@ -17,10 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spigan import SPIGAN
 from spigan.config import TrainConfig
+from spigan.files import write_text
 from spigan.images import make_grid, to_uint8
 from spigan.ops import philox_normal
+from spigan.runs import read_config, read_stats
 from spigan.training.checkpoint import checkpoints
-from spigan.training.run_folder import StatsLog, next_run_dir, read_config, read_stats, write_text
+from spigan.training.run_folder import StatsLog, next_run_dir
 from spigan.training.trainer import Trainer
 
 ALWAYS = ["iteration", "kimg", "seconds", "images_per_sec"]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from spigan.models.discriminator import minibatch_std
 from spigan.ops import path_interpolate
 from spigan.ops.backends import use_backend
+from spigan.runs import read_stats
 from spigan.training import trainer as trainer_module
 from spigan.training.checkpoint import checkpoints, load_checkpoint
-from spigan.training.loss import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
-from spigan.training.run_folder import read_stats
+from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
 from spigan.training.trainer import Trainer, _interleave, adam, resolve_device
 
 

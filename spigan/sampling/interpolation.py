@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from spigan.images import ANIMATIONS, display_scale, make_grid, save_animation, save_png, to_uint8
+from spigan.models.load import Model
 from spigan.ops import path_interpolate, philox_normal, use_backend
 from spigan.ops.path_interpolate import to_unit_range
-from spigan.sampling import Model, Sampler, resolve_seeds
+from spigan.sampling import Sampler
+from spigan.sampling.sampler import resolve_seeds
 from spigan.sde import VPSDE
 
 Mix = Literal["spherical", "linear"]

@@ -163,7 +163,8 @@ def _train_config(
     preset: str, config: Path | None, data: str | None, given: dict[str, Any], changes: list[str]
 ) -> TrainConfig:
     """The configuration that the command line describes: preset or file, then named options, then --set."""
-    from spigan.config import TrainConfig, read_json
+    from spigan.config import TrainConfig
+    from spigan.files import read_json
     from spigan.presets import preset_fields
 
     fields = preset_fields(preset) if config is None else read_json(config)
@@ -225,8 +226,9 @@ def sample(
     import torch
 
     from spigan.ops import BackendUnavailable
-    from spigan.sampling import Sampler, count_evaluations, resolve_seeds
-    from spigan.writers import Format, format_of, image_writer
+    from spigan.sampling import Sampler
+    from spigan.sampling.sampler import count_evaluations, resolve_seeds
+    from spigan.sampling.writers import Format, format_of, image_writer
 
     try:
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -302,8 +304,8 @@ def interpolate(
 
     Without --kind: noise turning into images, h(0) to h(1).
     """
-    from spigan import interpolation
     from spigan.ops import BackendUnavailable
+    from spigan.sampling import interpolation
 
     columns = None
     try:
@@ -332,7 +334,7 @@ def interpolate(
 def _forward_rows(source: str, resolution: int | None, numbers: list[int], steps: int) -> Tensor:
     """`forward_path` of the images with these numbers, each with the noise of that seed."""
     from spigan.data import DataConfig, open_dataset
-    from spigan.interpolation import forward_path
+    from spigan.sampling.interpolation import forward_path
 
     dataset = open_dataset(DataConfig(source=source, resolution=resolution, cache="none"))
     if bad := [number for number in numbers if number >= len(dataset)]:
@@ -357,8 +359,8 @@ def ablate(
     Run it again after a stop or a kill: arms that have ended are kept, one that was interrupted goes on exactly.
     Exit status: 0 all arms have ended, 1 one failed, 130 stopped by Ctrl-C.
     """
-    from spigan import ablate as study
-    from spigan.config import read_text
+    from spigan.ablation import study
+    from spigan.files import read_text
 
     try:
         path = study.grid_path(grid)
@@ -428,8 +430,8 @@ def evaluate(
 
     from spigan.evaluation.evaluate import evaluate as measure
     from spigan.evaluation.evaluate import table
+    from spigan.files import write_text
     from spigan.ops import BackendUnavailable
-    from spigan.training.run_folder import write_text
 
     try:
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -466,9 +468,9 @@ def evaluate(
 def _reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
     """The reference of an evaluation: --data, else what the bundled model or the run in the folder was trained on."""
     from spigan.data import DataConfig
+    from spigan.models.load import BUNDLED_MODELS
     from spigan.presets import preset_fields
-    from spigan.sampling import BUNDLED_MODELS
-    from spigan.training.run_folder import read_config, run_of
+    from spigan.runs import read_config, run_of
 
     fields: dict[str, Any] = {}
     if data is not None:
@@ -499,8 +501,8 @@ def export(
 
     It takes z, standard normal, to the images that `sample` makes of the same z, in [0, 1]; both are float32.
     """
-    from spigan.export import export_model, format_of
-    from spigan.sampling import load_model
+    from spigan.models.load import load_model
+    from spigan.sampling.export import export_model, format_of
 
     try:
         fmt = format_of(out) if fmt is None else fmt
@@ -543,10 +545,10 @@ def push(
 
     The averaged weights alone: no discriminator, no optimiser, no checkpoint. Log in before with `hf auth login`.
     """
-    from spigan import hub
+    from spigan.models import hub
+    from spigan.models.load import load_model
     from spigan.ops import BackendUnavailable
-    from spigan.sampling import load_model
-    from spigan.training.run_folder import run_of
+    from spigan.runs import run_of
 
     try:
         if not Path(model).is_dir():
@@ -610,7 +612,8 @@ def demo(
     from spigan.images import display_scale, make_grid, save_png
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset
-    from spigan.sampling import Sampler, count_evaluations
+    from spigan.sampling import Sampler
+    from spigan.sampling.sampler import count_evaluations
     from spigan.training.run_folder import next_run_dir
     from spigan.training.trainer import Trainer
 
@@ -692,7 +695,7 @@ def data_convert(
     After Ctrl-C or a kill the same command goes on; finished files are kept. Broken images end it with status 1, after
     all files without them are written, unless --skip-broken.
     """
-    from spigan.convert import convert
+    from spigan.data.convert import convert
 
     if fmt not in ("png", "webp", "jpeg"):
         _fail(f"--format must be png, webp or jpeg, got {fmt}")
@@ -741,7 +744,7 @@ def data_check(
 
     Ends with status 1 where an image is broken.
     """
-    from spigan.convert import check
+    from spigan.data.convert import check
 
     try:
         config = _data_config(source, split, column, channels, crop, resize, resolution)
@@ -821,9 +824,11 @@ def bench(
 
     from spigan import bench as benchmark
     from spigan.models import SPIGAN
+    from spigan.models.load import resolve_device
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset_fields
-    from spigan.sampling import Sampler, default_batch_size, resolve_device
+    from spigan.sampling import Sampler
+    from spigan.sampling.sampler import default_batch_size
 
     try:
         if dtype not in ("float32", "bfloat16", "float16"):

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spigan.config import TrainConfig, describe_problems, read_json, read_text, shorten
-from spigan.images import atomic_path
+from spigan.config import TrainConfig, describe_problems
+from spigan.files import atomic_path, read_json, read_text, shorten, write_text
 from spigan.presets import preset
+from spigan.runs import read_config, read_rows
 from spigan.training.checkpoint import checkpoints
-from spigan.training.run_folder import read_config, read_rows, write_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BUILT_IN = Path(__file__).parent / "assets" / "grids"
+BUILT_IN = Path(__file__).parents[1] / "assets" / "grids"
 """The grid files that come with the package: the paper's Table 5, and a small one of digits."""
 
 MAX_ARMS = 1000  # of a study: each is a training run

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from spigan._version import __version__
-from spigan.images import atomic_path, to_unit_interval
+from spigan.files import atomic_path
+from spigan.images import to_unit_interval
 from spigan.models import SPIGAN
+from spigan.models.load import Model, load_model
 from spigan.ops import use_backend
-from spigan.sampling import Model, load_model
 
 FORMATS = ("onnx", "pt2")
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spigan.images import atomic_path, display_scale, make_grid, remove_stale, save_png, to_pil
+from spigan.files import atomic_path, remove_stale
+from spigan.images import display_scale, make_grid, save_png, to_pil
 
 Add = Callable[[Tensor], None]
 

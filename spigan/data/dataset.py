@@ -552,7 +552,7 @@ class _Rows:
 
 def _find(config: DataConfig, progress: bool) -> _Source:
     """Finds out what kind of source it is."""
-    from spigan import shards  # which builds on this module
+    from spigan.data import shards  # which builds on this module
 
     source, split = config.source, config.split
     if source == "digits":
@@ -695,7 +695,7 @@ def _parquet(files: list[Path], column: str | None) -> _Source:
     if len(names) > 1:
         raise ValueError(f"{files[0].parent} has files whose images are in different columns: {sorted(names)}")
     if size <= groups * ROW_GROUP_BYTES:
-        from spigan.shards import RowGroups
+        from spigan.data.shards import RowGroups
 
         return RowGroups(files, footers, name)
     # An image would cost the reading of a large row group. `datasets` writes an Arrow file to its cache, once, which is

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from spigan.data import DataConfig, ImageDataset, _cores, _find, _split_of, _start_worker, _unchanged, start_workers
-from spigan.images import atomic_path, remove_stale, to_pil
+from spigan.data import DataConfig, ImageDataset
+from spigan.data.dataset import _cores, _find, _split_of, _start_worker, _unchanged, start_workers
+from spigan.files import atomic_path, remove_stale
+from spigan.images import to_pil
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 

@@ -26,7 +26,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from tqdm import tqdm
 
-from spigan.data import (
+from spigan.data.dataset import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
     SPLIT_FOLDERS,
@@ -104,7 +104,7 @@ class LMDB:
 def _scan(folder: Path) -> tuple[bytes, array[int], bytes]:
     """All keys in one string, where each ends in it, and the sha256 of keys and sizes."""
     _require("lmdb", "lmdb", extra="data")
-    from spigan import lmdb_scan
+    from spigan.data import lmdb_scan
 
     keys, ends, sha = bytearray(), array("Q"), hashlib.sha256()
     # The same packages as here, whatever put them on the path.

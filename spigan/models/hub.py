@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from spigan.config import read_json, shorten
+from spigan.files import read_json, shorten
 from spigan.images import display_scale, make_grid, save_png
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 SAMPLES_NAME = "samples.png"
 
-_TEMPLATE = Path(__file__).parent / "assets" / "model_card.md"
+_TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 _TASK = "unconditional-image-generation"
 _DATA = {"source", "split", "count", "resolution", "channels", "resize", "crop", "xflip", "fingerprint"}
 # Of a run's configuration: where and how it ran, which is nobody's business and may name local files.
@@ -194,7 +194,7 @@ def describe(
         ValueError: the run's files are damaged, the run made a model of another architecture, or the metrics are those
             of other weights.
     """
-    from spigan.training.run_folder import read_config, read_rows
+    from spigan.runs import read_config, read_rows
 
     fields: dict[str, Any] = {"license": license}
     best = None
@@ -227,9 +227,9 @@ def describe(
 
 def _best(run: Path, model: SPIGAN) -> dict[str, Any] | None:
     """The record of the run's best model, where `model` has its weights."""
-    from spigan.evaluation.evaluate import weights_sha256
     from spigan.models import SPIGAN
-    from spigan.training.measure import read_best
+    from spigan.models.pretrained import weights_sha256
+    from spigan.runs import read_best
 
     record = read_best(run)
     if record is None or weights_sha256(SPIGAN.from_pretrained(run / "best")) != weights_sha256(model):
@@ -239,7 +239,7 @@ def _best(run: Path, model: SPIGAN) -> dict[str, Any] | None:
 
 def _evaluated(path: Path, model: SPIGAN) -> dict[str, Any]:
     """Metrics that `spigan evaluate` wrote."""
-    from spigan.evaluation.evaluate import weights_sha256
+    from spigan.models.pretrained import weights_sha256
 
     result = read_json(path)
     try:

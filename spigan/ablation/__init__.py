@@ -1,0 +1,1 @@
+"""A study of several training runs: the grid, the runs, the report."""

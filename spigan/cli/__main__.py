@@ -1,0 +1,5 @@
+"""`python -m spigan.cli`."""
+
+from spigan.cli import main
+
+main()

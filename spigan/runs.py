@@ -1,0 +1,85 @@
+"""Reading a run folder: its configuration, statistics, metrics and best model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from spigan.config import TrainConfig, describe_problems
+from spigan.files import read_json, read_text
+
+BEST_RECORD = "metrics.json"
+
+
+def run_of(model: str | Path) -> Path | None:
+    """The run folder of a model, which may be given as its model/ or best/; None where it is of no run."""
+    return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        FileNotFoundError: `run_dir` is no run folder.
+        ValueError: its config.json is damaged.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.json")
+    try:
+        return TrainConfig.model_validate_json(read_text(path))
+    except ValueError as error:
+        cause = describe_problems(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} is not the configuration of a training run: {cause}") from error
+
+
+def read_stats(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of stats.jsonl, the statistics of each tick."""
+    return read_rows(run_dir / "stats.jsonl", "iteration")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl, the metrics during training."""
+    return read_rows(run_dir / "metrics.jsonl", "iteration")
+
+
+def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out.
+
+    Args:
+        path: of the file; without one there are no rows.
+        numbers: names that every row must have a number under.
+
+    Raises:
+        ValueError: another line is no such row.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in numbers):
+            raise ValueError(f"{path}, line {number}, is no row of statistics: the file is damaged; take the line out")
+        rows.append(row)
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e18
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """{"metric", "value", "iteration", "kimg", ...} of the model in best/; None where there is none."""
+    try:
+        record = read_json(run_dir / "best" / BEST_RECORD)
+    except (OSError, ValueError):
+        return None
+    kinds = {"metric": str, "value": float, "iteration": int, "kimg": float}
+    return record if all(isinstance(record.get(name), kind) for name, kind in kinds.items()) else None
