@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-OURS, OTHERS = PAGE.split("\n## Messages from other programs\n")
-QUOTES = re.findall(r"^### `(.+)`$", OURS, re.MULTILINE)
+OURS = PAGE.split("\n## Messages from other programs\n")[0]
+HEADINGS = re.findall(r"^### (.+)$", OURS, re.MULTILINE)
+QUOTES = [quote for heading in HEADINGS for quote in re.findall(r"`([^`]+)`", heading)]
 
 
 @cache
@@ -31,6 +32,7 @@ def test_quoted_message_exists(quote: str) -> None:
     assert not missing, f"no message of spigan contains {missing}"
 
 
-def test_every_section_quotes_messages() -> None:
-    assert len(QUOTES) == OURS.count("\n### ") >= 20
+def test_every_heading_quotes_a_message() -> None:
+    assert len(HEADINGS) >= 20
+    assert all(heading.count("`") >= 2 for heading in HEADINGS)
     assert all(len(quote) >= 8 for quote in QUOTES)
