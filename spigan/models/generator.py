@@ -29,7 +29,7 @@ from spigan.ops.modulated_conv2d import (
 )
 from spigan.ops.upfirdn2d import fir_filter
 
-MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/bindings.h
+MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/operations.h
 NOISE_MODES = ("random", "const", "none")
 
 

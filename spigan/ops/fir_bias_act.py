@@ -21,7 +21,7 @@ from spigan.ops.philox_normal import philox_normal
 from spigan.ops.upfirdn2d import upfirdn2d
 
 LRELU_SLOPE = 0.2
-_MAX_TAPS = 8  # kMaxTaps of csrc/bindings.h
+_MAX_TAPS = 8  # kMaxTaps of csrc/operations.h
 
 
 def fir_bias_act_reference(
