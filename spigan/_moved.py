@@ -12,11 +12,10 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "spigan.ablate": ("spigan.ablation.grid", "spigan.ablation.study", "spigan.ablation.report"),
-    "spigan.convert": ("spigan.data.convert", "spigan.data.check"),
+    "spigan.convert": ("spigan.data.convert",),
     "spigan.export": ("spigan.sampling.export",),
     "spigan.hub": ("spigan.models.hub",),
     "spigan.interpolation": ("spigan.sampling.interpolation",),
-    "spigan.shards": ("spigan.data.sources.lmdb", "spigan.data.sources.parquet", "spigan.data.sources.tar"),
     "spigan.writers": ("spigan.sampling.writers",),
     "spigan.training.loss": ("spigan.training.losses",),
 }

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_PACKAGES = ("torch", "numpy", "triton", "safetensors", "huggingface_hub", "datasets", "torchdiffeq")
+PACKAGES = ("torch", "numpy", "triton", "safetensors", "huggingface_hub", "datasets", "torchdiffeq")
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
@@ -33,7 +33,7 @@ def _versions() -> dict[str, str]:
 
     from spigan._version import __version__
 
-    return {"spigan": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}}
+    return {"spigan": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
 
 
 def _devices() -> dict[str, Any]:
@@ -62,10 +62,8 @@ def _extension() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
-    from spigan import ops  # registers the operations
     from spigan.ops import backends
 
-    assert ops
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {kind: backends.describe(torch.device(kind)) for kind in kinds}
 

@@ -185,16 +185,23 @@ def test_files_are_short() -> None:
     assert_none(wrong)
 
 
+def function_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring: a thorough one is no reason to split a function."""
+    length = (function.end_lineno or 0) - function.lineno + 1
+    first = function.body[0]
+    return length - ((first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) is not None else 0)
+
+
 def test_functions_are_short() -> None:
-    long = {}
-    for module in modules().values():
-        for node in ast.walk(module.tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                if length > MAX_FUNCTION:
-                    long[f"{module.name}.{node.name}"] = f"{module.where}:{node.lineno}: {node.name}, {length} lines"
-    assert_none([text for name, text in long.items() if name not in LONG_FUNCTIONS])
-    assert_none([f"{name} is short or gone: take it off the list" for name in LONG_FUNCTIONS if name not in long])
+    long = {
+        f"{module.name}.{node.name}": f"{module.where}:{node.lineno}: {node.name}, {function_lines(node)} lines"
+        for module in modules().values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and function_lines(node) > MAX_FUNCTION
+    }
+    wrong = [f"{text}, not in LONG_FUNCTIONS" for name, text in long.items() if name not in LONG_FUNCTIONS]
+    wrong += [f"{name} is short or gone: remove it from LONG_FUNCTIONS" for name in LONG_FUNCTIONS if name not in long]
+    assert_none(wrong)
 
 
 def test_every_file_of_csrc_has_a_name_of_its_own() -> None:

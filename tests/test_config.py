@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spigan import SPIGAN, DataConfig, ModelConfig, TrainConfig, preset
@@ -100,6 +100,44 @@ def test_frozen(config: Any) -> None:
 )
 def test_refused_fields_are_named(fields: dict[str, Any], expected: str) -> None:
     assert message(**fields).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"model": {"resoluton": 64}},
+            "model.resoluton: there is no such field, got 64; did you mean model.resolution?",
+        ),
+        (
+            {"data": DIGITS | {"splitt": "test"}},
+            "data.splitt: there is no such field, got 'test'; did you mean data.split?",
+        ),
+        ({"ode_steps": 4}, "ode_steps: there is no such field, got 4; did you mean model.ode_steps?"),
+        ({"total_king": 4}, "total_king: there is no such field, got 4; did you mean total_kimg?"),
+        ({"augment": "dada"}, "augment: Input should be 'none', 'diffaug' or 'ada', got 'dada'; did you mean ada?"),
+        ({"augment": "5" * 1000}, "augment: Input should be 'none', 'diffaug' or 'ada', got '5555"),
+    ],
+)
+def test_the_nearest_name_is_suggested(fields: dict[str, Any], expected: str) -> None:
+    assert message(**fields).startswith(expected)
+    assert message(**fields).endswith("?") == expected.endswith("?")
+
+
+def test_fields_of_other_configurations_are_suggested() -> None:
+    class Paint(BaseModel, extra="forbid"):
+        colour: str = "red"
+
+    for config, hint in ((ModelConfig, "did you mean resolution?"), (Paint, "got 8")):
+        with pytest.raises(ValidationError) as caught:
+            config.model_validate({"resoluton": 8} | ({"color": 8} if config is Paint else {}))
+        assert describe_problems(caught.value).endswith(hint)
+    assert describe_problems(caught.value, Paint).endswith("color: there is no such field, got 8; did you mean colour?")
+
+
+def test_at_most_five_problems_are_described() -> None:
+    text = message(**{f"field{i}": i for i in range(8)})
+    assert text.count("there is no such field") == 5 and text.endswith("; and 3 more")
 
 
 def test_nan_is_no_number() -> None:
