@@ -160,6 +160,11 @@ def test_batch_gpu_divides_batch() -> None:
         assert config.batch_gpu == batch_gpu
 
 
+def test_the_noise_rate_may_be_constant() -> None:
+    config = TrainConfig.model_validate({"data": DIGITS, "beta_min": 2, "beta_max": 2})
+    assert (config.beta_min, config.beta_max) == (2.0, 2.0)
+
+
 def test_data_resolution_is_the_models() -> None:
     text = message(data=DIGITS | {"resolution": 16})
     assert re.match(r"data\.resolution .*16 .*model\.resolution 32", text), text

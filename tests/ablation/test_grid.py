@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spigan.ablation.grid import grid_path, read_grid
+from spigan.ablation.grid import MAX_ARMS, grid_path, read_grid
 
 
 def test_built_in_grids() -> None:
@@ -69,3 +69,13 @@ def test_grid_files_refused(tmp_path: Path, text: str, message: str, grid: Any) 
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         read_grid(grid(tmp_path, text))
     assert message in str(caught.value)
+
+
+def test_the_number_of_arms_is_limited(tmp_path: Path, grid: Any) -> None:
+    for count in (MAX_ARMS, MAX_ARMS + 1):
+        path = grid(tmp_path, f"[product]\nseed = {list(range(count))}\n")
+        if count == MAX_ARMS:
+            assert len(read_grid(path).arms) == count
+        else:
+            with pytest.raises(ValueError, match=r"grid\.toml has 1001 arms; at most 1000 are allowed"):
+                read_grid(path)

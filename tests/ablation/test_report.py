@@ -59,6 +59,33 @@ def test_statistics_stand_in_for_metrics(tmp_path: Path, write_run: Any, measure
     assert read_curve(tmp_path / "a", "FID") == read_curve(tmp_path / "nothing", "loss_g") == []
 
 
+def test_the_state_of_an_arm(tmp_path: Path, grid: Any, write_run: Any) -> None:
+    study, out = read_grid(grid(tmp_path)), tmp_path / "out"
+    write_run(out / "k2", [])
+    (out / "fixed" / "checkpoints").mkdir(parents=True)
+    (out / "fixed" / "checkpoints" / "checkpoint-000000000.safetensors").touch()  # of a run that was killed at once
+    write_report(study, out)
+    states = [row["state"] for row in json.loads((out / "table.json").read_text())["rows"]]
+    assert states == ["at 3 of 0.024 kimg", "at 0 of 0.024 kimg", "not started"]
+    (out / "k2" / "finished.json").write_text('{"total_kimg": 0.024}')
+    (out / "fixed" / "finished.json").write_text('{"total_kimg": 0.012}')  # before it was extended
+    (out / "mlp.error.txt").write_text("first line\n\ntraceback")
+    write_report(study, out)
+    states = [row["state"] for row in json.loads((out / "table.json").read_text())["rows"]]
+    assert states == ["ended", "at 0 of 0.024 kimg", "failed: first line"]
+
+
+def test_the_speed_of_an_arm_is_the_median(tmp_path: Path, grid: Any, write_run: Any) -> None:
+    study, out = read_grid(grid(tmp_path)), tmp_path / "out"
+    write_run(out / "k2", [])
+    rows = [json.loads(line) for line in (out / "k2" / "stats.jsonl").read_text().splitlines()]
+    for row, rate in zip(rows, (100.0, 10.0, 70.0), strict=True):
+        row["images_per_sec"] = rate
+    (out / "k2" / "stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(study, out)
+    assert json.loads((out / "table.json").read_text())["rows"][0]["images_per_sec"] == 70.0
+
+
 def test_a_metric_that_no_run_has(tmp_path: Path, grid: Any, write_run: Any, measured: Any, grid_text: str) -> None:
     write_run(tmp_path / "out" / "k2", measured(9.0))
     study = read_grid(grid(tmp_path, grid_text.replace("loss_g", "FID")))

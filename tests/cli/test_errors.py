@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from spigan.cli.errors import printable
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -17,6 +19,7 @@ import pytest
             ["sample", "--dtype", "bfloat"],
             "--dtype must be float32, bfloat16 or float16, got bfloat; did you mean bfloat16?",
         ),
+        (["sample", "--dtype", ""], "--dtype must be float32, bfloat16 or float16, got "),
         (["bench", "--dtype", "float"], "got float; did you mean float32?"),
         (["evaluate", "--dtype", "flaot16"], "got flaot16; did you mean float16?"),
         (["sample", "--format", "pngs"], "--format must be png, grid, npz or parquet, got pngs; did you mean png?"),
@@ -57,6 +60,10 @@ def test_commands_and_options_are_suggested(spigan_cli: Any) -> None:
 def test_control_characters_are_escaped(refused: Any) -> None:
     """A name may contain commands to the terminal."""
     assert "\\x1b]0;title\\x07" in refused("train", "--preset", "\x1b]0;title\x07")
+
+
+def test_lines_and_tabs_stay() -> None:
+    assert printable("a\tb\nc: é\x1b\r") == "a\tb\nc: é\\x1b\\r"
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, ImportError, FloatingPointError, "BackendUnavailable"])

@@ -39,6 +39,13 @@ def test_show_config_of_a_file(tmp_path: Path, run: Any) -> None:
     assert after == before | {"batch": 8}
 
 
+def test_data_keeps_the_other_fields_of_a_file(tmp_path: Path, run: Any) -> None:
+    fields = {"data": {"source": "digits", "channels": 1, "split": "test"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    shown = json.loads(run("train", "--config", tmp_path / "config.json", "--data", "elsewhere", "--show-config"))
+    assert [shown["data"][name] for name in ("source", "channels", "split")] == ["elsewhere", 1, "test"]
+
+
 def test_data_is_for_presets_without(tmp_path: Path, run: Any) -> None:
     shown = json.loads(run("train", "--preset", "celebahq256", "--data", tmp_path, "--show-config"))
     assert shown["data"]["source"] == str(tmp_path)
