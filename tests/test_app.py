@@ -198,6 +198,7 @@ def address(page: Page) -> Iterator[str]:
     blocks.close()
 
 
+@pytest.mark.slow
 def test_served_on_loopback_alone(address: str) -> None:
     assert urlsplit(address).hostname == "127.0.0.1"
     # Linux gives the whole of 127/8 to this machine: what listens on every address would answer here too.
@@ -207,6 +208,7 @@ def test_served_on_loopback_alone(address: str) -> None:
         assert other.connect_ex(("127.0.0.2", urlsplit(address).port)) != 0
 
 
+@pytest.mark.slow
 def test_where_nobody_can_listen(page: Page, address: str) -> None:
     port = urlsplit(address).port
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
@@ -217,6 +219,7 @@ def test_where_nobody_can_listen(page: Page, address: str) -> None:
         launch(page, host="a..b", block=False)
 
 
+@pytest.mark.slow
 def test_served_through_a_proxy_and_on_ipv6(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy is for other machines: gradio asks this one."""
     pytest.importorskip("gradio")
@@ -233,6 +236,7 @@ def test_served_through_a_proxy_and_on_ipv6(page: Page, monkeypatch: pytest.Monk
         assert urlsplit(url).hostname == host
 
 
+@pytest.mark.slow
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradio reports the start of a page and asks for newer versions, unless told not to."""
     gradio = pytest.importorskip("gradio")

@@ -144,6 +144,7 @@ def both(sabotage, tmp_path):
     return json.loads(as_json), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "cause"),
     [

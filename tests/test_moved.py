@@ -36,6 +36,7 @@ def test_an_old_path_warns_once_and_gives_the_new_names(old: str, monkeypatch: p
         module.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_an_old_path_is_imported_as_any_module_is() -> None:
     code = (
         "import spigan.interpolation\n"
