@@ -512,7 +512,10 @@ def test_command_writes_what_it_would_push(hub: Hub, run: Path, tmp_path: Path) 
 
 def test_command_refuses(hub: Hub, run: Path) -> None:
     result = CliRunner().invoke(app, ["push", "missing", "me/x"])
-    assert result.exit_code == 1 and "error: missing is no folder: give a run or a saved model" in result.stderr
+    assert (
+        result.exit_code == 1
+        and "error: missing is not a folder; expected a run folder or a saved model" in result.stderr
+    )
     result = CliRunner().invoke(app, ["push", str(run), "not a name"])
     assert result.exit_code == 1 and result.stderr.startswith("error: ")
     assert hub.repos == {}

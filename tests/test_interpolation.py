@@ -327,7 +327,7 @@ def test_command_draws_the_forward_path(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--kind", "t"], "--kind must be time, z, h or path, got t"),
-        (["3", "4"], "3 is no option; did you mean --seeds 3 4?"),
+        (["3", "4"], "unexpected argument 3; did you mean --seeds 3 4?"),
         (["--out", "a.jpg"], "a.jpg: expected a .png (a grid), or a .gif or .webp (an animation)"),
         (["--kind", "z", "--seeds", "3"], "at least two seeds are needed"),
         (["--kind", "z", "--mix", "cubic"], 'mix must be "spherical" or "linear"'),

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import spigan
 from spigan import SPIGAN, DataConfig, ModelConfig
-from spigan.cli import _reference_config, app
+from spigan.cli import app
+from spigan.cli.evaluate import reference_config
 from spigan.data import open_dataset
 from spigan.evaluation import evaluate as module
 from spigan.evaluation import metrics
@@ -303,10 +304,10 @@ def test_command_line_warns(scripts: Path) -> None:
 def test_reference_of_a_bundled_model() -> None:
     """What it was trained on, unless --data says others."""
     none = {"split": None, "channels": None, "resize": None}
-    assert [_reference_config(name, None, none).source for name in (None, "digits", "cifar10-small")] == [
+    assert [reference_config(name, None, none).source for name in (None, "digits", "cifar10-small")] == [
         "digits", "digits", "cifar10"
     ]  # fmt: skip
-    assert _reference_config("cifar10-small", "elsewhere", none | {"split": "test"}).source == "elsewhere"
+    assert reference_config("cifar10-small", "elsewhere", none | {"split": "test"}).source == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +320,10 @@ def test_reference_of_a_bundled_model() -> None:
         (["--features", "PIXELS", "--resize", "cubic"], "resize: Input should be 'lanczos'"),
         (["--features", "PIXELS", "--dtype", "int8"], "--dtype must be float32, bfloat16 or float16"),
         (["--features", "PIXELS", "--data", "nowhere/at/all"], "does not exist"),
-        (["nowhere", "--features", "PIXELS"], "nowhere is no training run, so its images are not known: pass --data"),
+        (
+            ["nowhere", "--features", "PIXELS"],
+            "nowhere is not a training run, so its training images are unknown: pass --data",
+        ),
         (["nowhere", "--data", "digits", "--features", "PIXELS"], "neither an existing folder nor a hub id"),
         (["--features", "PIXELS", "--out", "."], "--out . is a folder"),
     ],

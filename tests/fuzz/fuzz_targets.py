@@ -343,9 +343,9 @@ def read_cifar(path: Path) -> None:
 
 def read_config_option(path: Path) -> None:
     """spigan train --config."""
-    from spigan.cli import _train_config
+    from spigan.cli.train import train_config
 
-    _train_config("digits", path, None, {}, [])
+    train_config("digits", path, None, {}, [])
 
 
 def read_evaluation(path: Path) -> None:
@@ -357,7 +357,7 @@ def read_evaluation(path: Path) -> None:
 
 def read_curves(path: Path) -> None:
     """Metrics of a run, for the table of a study and for its resumption."""
-    from spigan.ablation.study import read_curve
+    from spigan.ablation.report import read_curve
     from spigan.training.run_folder import StatsLog
 
     read_curve(path.parent, "FD-ResNet56")
@@ -394,7 +394,7 @@ def read_resnet(path: Path) -> None:
 
 
 def read_grid(path: Path) -> None:
-    from spigan.ablation.study import read_grid as read
+    from spigan.ablation.grid import read_grid as read
 
     read(path)
 
