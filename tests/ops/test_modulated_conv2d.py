@@ -673,7 +673,7 @@ def test_automatic_choice(noted_kernels):
     for options, cause in (
         ({"up": 2, "resample_filter": torch.ones(9)}, "filters of at most 8 taps, got 9"),
         ({"up": 2, "resample_filter": torch.ones(4, requires_grad=True)}, "no derivative with respect to the filter"),
-        ({"gain": -1.0}, "derivatives for a positive gain only, got -1.0"),
+        ({"gain": -1.0}, "derivatives only for a positive gain, got -1.0"),
     ):
         given_ones = {**arguments, "noise": None, **options}
         torch.testing.assert_close(
