@@ -24,8 +24,7 @@ from torch import Tensor
 from spigan.images import display_scale, make_grid, to_pil
 from spigan.models.load import BUNDLED_MODELS, load_model, resolve_device
 from spigan.ops import BackendUnavailable, backends
-from spigan.sampling import Sampler, interpolation
-from spigan.sampling.sampler import count_evaluations
+from spigan.sampling import Sampler, count_evaluations, interpolation
 
 if TYPE_CHECKING:
     from gradio import Blocks

@@ -226,8 +226,7 @@ def sample(
     import torch
 
     from spigan.ops import BackendUnavailable
-    from spigan.sampling import Sampler
-    from spigan.sampling.sampler import count_evaluations, resolve_seeds
+    from spigan.sampling import Sampler, count_evaluations, resolve_seeds
     from spigan.sampling.writers import Format, format_of, image_writer
 
     try:
@@ -612,8 +611,7 @@ def demo(
     from spigan.images import display_scale, make_grid, save_png
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset
-    from spigan.sampling import Sampler
-    from spigan.sampling.sampler import count_evaluations
+    from spigan.sampling import Sampler, count_evaluations
     from spigan.training.run_folder import next_run_dir
     from spigan.training.trainer import Trainer
 
@@ -827,8 +825,7 @@ def bench(
     from spigan.models.load import resolve_device
     from spigan.ops import BackendUnavailable
     from spigan.presets import preset_fields
-    from spigan.sampling import Sampler
-    from spigan.sampling.sampler import default_batch_size
+    from spigan.sampling import Sampler, default_batch_size
 
     try:
         if dtype not in ("float32", "bfloat16", "float16"):
