@@ -226,10 +226,8 @@ def _evaluation(path: Path, model: PretrainedModel) -> dict[str, Any]:
     try:
         sha, values, samples = result["model"]["sha256"], dict(result["metrics"]), result["samples"]["count"]
         reference = _public(result["reference"]["source"]), result["reference"]["split"]
-        note = (
-            f"{samples:,} samples against {result['reference']['count']:,} images of {', '.join(reference)}, with the "
-        )
-        note += f"features of {result['features']['name']}; measured by `spigan evaluate`, {result['date']}."
+        note = f"{samples:,} samples against {result['reference']['count']:,} images of {', '.join(reference)}, with "
+        note += f"the features of {result['features']['name']}; measured by `spigan evaluate`, {result['date']}."
         values = {**values, "NFE": result["nfe"]}
         if wrong := [name for name, value in values.items() if not isinstance(value, (int, float))]:
             raise ValueError(f"{shorten(wrong[0])} is not a number")

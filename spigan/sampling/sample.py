@@ -78,7 +78,7 @@ def sample(
     if batch_size is None:  # no larger than needed: only a full batch is a CUDA graph
         times = 1 if isinstance(t, (int, float)) else max(1, len(t))
         batch_size = min(max(1, len(source)), max(1, default_batch_size(network.config.resolution) // times))
-    sampler = _kept_sampler(
+    sampler = kept_sampler(
         network,
         batch_size=batch_size,
         dtype=dtype,
@@ -112,8 +112,11 @@ class KeptSamplers(Uncopied, OrderedDict[tuple[Any, ...], Sampler]):
 _lock = threading.Lock()
 
 
-def _kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
-    """Return a sampler of `model` with `options`, which is kept as an attribute of the model and dies with it."""
+def kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
+    """Return the sampler of `model` with these options of `Sampler`.
+
+    It is kept as an attribute of the model, so that both are freed together.
+    """
     key = (*options.values(), backends.requested(options["backend"])[0], next(model.parameters()).device)
     with _lock:
         samplers: KeptSamplers = vars(model).setdefault("kept_samplers", KeptSamplers())

@@ -100,7 +100,7 @@ def test_changed_parameters_are_noticed(backend: str) -> None:
         return actual
 
     before = check()
-    assert generator._prepared.weights
+    assert generator.prepared.weights
     assert torch.equal(check(), before)
 
     def train() -> None:
@@ -139,10 +139,10 @@ def test_what_it_keeps_is_no_part_of_the_model(backend: str) -> None:
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)
     names = set(generator.state_dict())
     expected = images(generator, h, backend)
-    assert generator._prepared.weights
+    assert generator.prepared.weights
     assert set(generator.state_dict()) == names
     for other in (copy.deepcopy(generator), pickle.loads(pickle.dumps(generator))):
-        assert not other._prepared.weights
+        assert not other.prepared.weights
         assert torch.equal(images(other, h, backend), expected)
     with torch.inference_mode():
         other = make()  # its tensors do not count their changes, so nothing can be kept
