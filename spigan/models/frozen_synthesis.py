@@ -21,20 +21,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from spigan.models.layers import LRELU_GAIN
 from spigan.models.synthesis import SynthesisBlock, SynthesisLayer
 from spigan.ops import backends, fir_bias_act
-from spigan.ops.fir_bias_act import upsample2d, wide
+from spigan.ops.demodulation import demodulation_of_sums, normalized_style, normalized_weight, squared_sums
+from spigan.ops.fir_bias_act import upsample2d
+from spigan.ops.frozen_layer import frozen_modulated_conv2d
+from spigan.ops.layer_end import LayerEnd, wide
+from spigan.ops.layer_weights import LayerWeight, prepare_weight, weight_form
 from spigan.ops.library import why_transformed
-from spigan.ops.modulated_conv2d import (
-    LayerWeight,
-    convolve,
-    demodulation_of_sums,
-    normalized_style,
-    normalized_weight,
-    prepare_weight,
-    squared_sums,
-    weight_form,
-)
-
-MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/bindings.h
+from spigan.ops.limits import MAX_RGB_CHANNELS
 
 _optimizer_steps = [0]
 
@@ -162,30 +155,29 @@ def synthesize(
     img: Tensor | None = None
     for index, layer in enumerate(layers):
         assert x is not None
-        block = blocks[(index + 1) // 2]
-        last = index == len(layers) - 1
-        rgb_weight = None
-        if layer is block.conv1:  # [N, C, O]
-            rgb_weight = block.torgb.weight[:, :, 0, 0].float() * rgb_styles[(index + 1) // 2][:, None]
+        block, last = blocks[(index + 1) // 2], index == len(layers) - 1
         noise, strength, seed = layer.noise_inputs(mode, sources[index])
-        x, rgb = convolve(
-            backend,
-            x,
-            _packed_weight(prepared, index, layer, x, backend, kept),
-            style=None,
+        end = LayerEnd(
             factor=wide(factors[index], dtype),
-            up=layer.up,
-            padding=1,
-            filter=layer.resample_filter.float(),  # the module may have another dtype
             noise=wide(noise, dtype),
-            strength=wide(strength, dtype),
             seed=None if seed is None else seed.reshape(1),
+            strength=wide(strength, dtype),
             bias=wide(layer.bias, dtype),
             activation="lrelu",
             gain=LRELU_GAIN,
             clamp=layer.clamp,
-            next_style=None if last else styles[index + 1],
-            rgb_weight=rgb_weight,
+            next_factor=None if last else styles[index + 1],
+            rgb_weight=_rgb_weight(block, rgb_styles[(index + 1) // 2]) if layer is block.conv1 else None,
+        )
+        x, rgb = frozen_modulated_conv2d(
+            backend,
+            x,
+            _packed_weight(prepared, index, layer, x, backend, kept),
+            end,
+            style=None,  # the last layer has scaled x
+            up=layer.up,
+            padding=1,
+            filter=layer.resample_filter.float(),  # the module may have another dtype
             keep=not last,
         )
         if rgb is not None:
@@ -193,6 +185,11 @@ def synthesize(
             img = fir_bias_act(rgb.permute(0, 3, 1, 2), bias=block.torgb.bias, clamp=block.torgb.clamp, add=below)
     assert img is not None
     return img.to(h.dtype).contiguous()
+
+
+def _rgb_weight(block: SynthesisBlock, style: Tensor) -> Tensor:
+    """The modulated weights [N, C, O] of a block's ToRGB layer, whose style is [N, O]."""
+    return block.torgb.weight[:, :, 0, 0].float() * style[:, None]
 
 
 def _packed_weight(

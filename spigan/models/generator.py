@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spigan.models.frozen_synthesis import PreparedSynthesis, frozen_state, inference_backend, synthesize
 from spigan.models.layers import channels_at, check_resolution, compute_dtype
 from spigan.models.synthesis import SynthesisBlock
-from spigan.ops.fir_bias_act import draw_noise
+from spigan.ops.noise import draw_noise
 
 NOISE_MODES = ("random", "const", "none")
 

@@ -1,5 +1,4 @@
-"""The generator without gradients, whose layers scale their results for one another: its values, what it keeps between
-calls, its memory."""
+"""The synthesis network without gradients: its values, what it keeps between calls, its memory."""
 
 from __future__ import annotations
 
@@ -51,8 +50,9 @@ def images(generator: Generator, h: Tensor, backend: str, noise: str = "const", 
     [
         (8, 1, {}),
         (32, 3, {"conv_clamp": 1.0}),
-        (32, 3, {"channel_base": 4096, "channel_max": 80}),  # wide enough for Winograd
-        (64, 3, {"channel_base": 512, "channel_max": 24}),
+        # Wide enough for Winograd.
+        pytest.param(32, 3, {"channel_base": 4096, "channel_max": 80}, marks=pytest.mark.slow),
+        pytest.param(64, 3, {"channel_base": 512, "channel_max": 24}, marks=pytest.mark.slow),
     ],
 )
 def test_whole_network(
@@ -198,6 +198,7 @@ print(1024 * (kibibytes("VmHWM:") - before) / (2 * batch * 64 * 128 * 128 * (2 i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from /proc")
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -256,7 +257,8 @@ def test_fake_tensors() -> None:
         assert make().requires_grad_(False)(torch.randn(2, DIM)).shape == (2, 3, 16, 16)
 
 
-def test_changed_parameters_are_not_compiled_anew() -> None:
+@pytest.mark.slow
+def test_changed_parameters_are_not_compiled_again() -> None:
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(generator, fullgraph=True, backend=counter)
@@ -266,7 +268,9 @@ def test_changed_parameters_are_not_compiled_anew() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("forward", [torch.compile(backend="eager"), lambda generator: generator])
+@pytest.mark.parametrize(
+    "forward", [pytest.param(torch.compile(backend="eager"), marks=pytest.mark.slow), lambda generator: generator]
+)
 def test_steps_of_fused_optimizers_are_noticed(forward: Any) -> None:
     """They change parameters and leave no trace in the versions."""
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)
