@@ -9,7 +9,7 @@ on the parameters alone, such as weights packed for a backend, stays in a `Prepa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,16 +156,9 @@ def synthesize(
     for index, layer in enumerate(layers):
         assert x is not None
         block, last = blocks[(index + 1) // 2], index == len(layers) - 1
-        noise, strength, seed = layer.noise_inputs(mode, sources[index])
-        end = LayerEnd(
+        end = replace(
+            _layer_end(layer, mode, sources[index], dtype),
             factor=wide(factors[index], dtype),
-            noise=wide(noise, dtype),
-            seed=None if seed is None else seed.reshape(1),
-            strength=wide(strength, dtype),
-            bias=wide(layer.bias, dtype),
-            activation="lrelu",
-            gain=LRELU_GAIN,
-            clamp=layer.clamp,
             next_factor=None if last else styles[index + 1],
             rgb_weight=_rgb_weight(block, rgb_styles[(index + 1) // 2]) if layer is block.conv1 else None,
         )
@@ -185,6 +178,20 @@ def synthesize(
             img = fir_bias_act(rgb.permute(0, 3, 1, 2), bias=block.torgb.bias, clamp=block.torgb.clamp, add=below)
     assert img is not None
     return img.to(h.dtype).contiguous()
+
+
+def _layer_end(layer: SynthesisLayer, mode: str, source: Tensor | None, dtype: torch.dtype) -> LayerEnd:
+    """What follows the convolution, as far as it does not depend on the styles."""
+    noise, strength, seed = layer.noise_inputs(mode, source)
+    return LayerEnd(
+        noise=wide(noise, dtype),
+        seed=None if seed is None else seed.reshape(1),
+        strength=wide(strength, dtype),
+        bias=wide(layer.bias, dtype),
+        activation="lrelu",
+        gain=LRELU_GAIN,
+        clamp=layer.clamp,
+    )
 
 
 def _rgb_weight(block: SynthesisBlock, style: Tensor) -> Tensor:

@@ -87,6 +87,10 @@ def sample(
         output="uint8" if output_type == "pil" else "float",
     )
     images = sampler(source) if z is None else sampler.of_noise(z)
+    return _converted(images, output_type)
+
+
+def _converted(images: Tensor, output_type: OutputType) -> Tensor | np.ndarray | list[Image] | list[list[Image]]:
     if output_type == "pt":
         return images
     if output_type == "np":
