@@ -161,6 +161,9 @@ def test_hooks_see_their_layers(backend: str) -> None:
     handle.remove()
     images(generator, h, backend)
     assert len(seen) == 1
+    with generator.b8.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)):
+        images(generator, h, backend)
+    assert seen[1:] == [(2, 11, 8, 8)]
 
 
 @pytest.mark.parametrize("backend", KERNELS)

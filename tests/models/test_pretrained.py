@@ -156,6 +156,15 @@ def test_weights_of_wrong_shape(folder: Path) -> None:
         SPIGAN.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["mapping.bias"][1, 2] = value
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds weights that are not finite: mapping\.bias"):
+        SPIGAN.from_pretrained(folder)
+
+
 def test_names_missing_and_unexpected(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     state["extra"] = state.pop("generator.b4.const")
