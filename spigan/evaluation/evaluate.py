@@ -29,8 +29,7 @@ from spigan.data.dataset import _start_worker, _unchanged, start_workers
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet, load_features
 from spigan.models.pretrained import weights_sha256
-from spigan.sampling import Sampler
-from spigan.sampling.sampler import count_evaluations, resolve_seeds
+from spigan.sampling import Sampler, count_evaluations, resolve_seeds
 
 if TYPE_CHECKING:
     from spigan.models import SPIGAN

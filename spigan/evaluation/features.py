@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from spigan.data.dataset import user_path
 from spigan.evaluation.cache import cache_folder
-from spigan.models.spigan import load_weights
+from spigan.models.pretrained import load_weights
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -211,13 +211,18 @@ def test_saved_model_by_its_folder(tmp_path: Path) -> None:
     ("changes", "name", "options", "message"),
     [
         ({}, "model.pt2", {"format": "tflite"}, 'format must be "onnx" or "pt2", got \'tflite\''),
-        ({}, "model.bin", {}, r"model.bin tells no format: name the file .onnx or .pt2"),
+        (
+            {},
+            "model.bin",
+            {},
+            "model.bin: cannot tell the format from the suffix; use .onnx or .pt2",
+        ),
         ({}, "", {"format": "pt2"}, "is a folder; an exported model needs a file name"),
         ({}, "model.pt2", {"batch_size": 0}, "batch_size must be positive, got 0"),
         ({}, "model.pt2", {"t": 1.5}, r"t must be a time in \[0, 1\] .*, got \[1.5\]"),
         ({}, "model.onnx", {"t": float("nan")}, r"t must be a time in \[0, 1\] .*, got \[nan\]"),
         ({"mapping": "mlp"}, "model.pt2", {"t": 0.5}, 'mapping="mlp" has no time: t must be 1.0, got 0.5'),
-        ({"ode_solver": "dopri5"}, "model.pt2", {}, r'"dopri5" chooses its steps .* set ode_solver to "rk4"'),
+        ({"ode_solver": "dopri5"}, "model.pt2", {}, r'"dopri5" cannot be exported, .* set ode_solver to "rk4"'),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], name: str, options: dict[str, Any], message: str) -> None:
@@ -241,8 +246,8 @@ def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_too_large_for_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spigan.sampling.export, "_ONNX_MAX_WEIGHTS", 10_000)
-    with pytest.raises(ValueError, match=r"holds weights of at most 10000 bytes, .* export it as pt2"):
+    monkeypatch.setattr(spigan.sampling.export, "ONNX_MAX_WEIGHTS", 10_000)
+    with pytest.raises(ValueError, match=r"holds at most 10000 bytes of weights, .* export it as pt2"):
         export_model(make(), tmp_path / "model.onnx")
     assert not [*tmp_path.iterdir()]
 

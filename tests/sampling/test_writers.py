@@ -112,8 +112,8 @@ def test_format_of(tmp_path: Path, name: str, fmt: str) -> None:
     assert format_of(tmp_path / name) == fmt
 
 
-def test_fewer_images_than_announced(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="6 images were announced, 3 came"):
+def test_fewer_images_than_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected 6 images, got 3"):
         write(Format.npz, tmp_path / "a.npz", list(range(6)), [1.0], batches(1, 3)[1])
     assert not list(tmp_path.iterdir())
 
@@ -135,7 +135,7 @@ def test_times_that_two_decimals_do_not_tell_apart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "folder").iterdir())) == 6
     with Image.open(tmp_path / "folder" / "seed000001-t0.502.png") as image:
         assert np.array_equal(np.asarray(image), images[1, 1].permute(1, 2, 0).numpy())
-    with pytest.raises(ValueError, match="needs times that differ"):
+    with pytest.raises(ValueError, match="times must differ to write a file for each"):
         write(Format.png, tmp_path / "same", [0, 1, 2], [0.5, 0.5], parts)
 
 

@@ -247,7 +247,7 @@ def test_a_model_alone(tmp_path: Path) -> None:
     text = (folder / "README.md").read_text()
     assert {path.name for path in folder.iterdir()} == FILES
     assert "## Training" not in text and "model-index" not in text and "license:" not in text
-    assert "None were measured of these weights." in text and "has stated none" in text
+    assert "No metrics have been measured for these weights." in text and "has not stated a licence" in text
 
 
 def test_a_stylegan2_is_called_one(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_run_before_its_first_tick(run: Path, tmp_path: Path) -> None:
 def test_a_run_with_damaged_statistics(rows: str, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "stats.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match=r"stats\.jsonl, line 1, is no row of statistics: the file is damaged"):
+    with pytest.raises(ValueError, match=r"stats\.jsonl, line 1"):
         write_folder(SPIGAN.from_pretrained(run / "model"), tmp_path / "out", "me/x", run=tmp_path / "run")
 
 
@@ -280,7 +280,7 @@ def test_metrics_of_other_weights_are_not_told(run: Path, tmp_path: Path) -> Non
     other = SPIGAN.from_pretrained(run / "model")
     torch.nn.init.zeros_(next(other.parameters()))
     text = (write_folder(other, tmp_path / "out", "me/x", run=run) / "README.md").read_text()
-    assert "None were measured" in text and "FD-Tiny" not in text
+    assert "No metrics have been measured" in text and "FD-Tiny" not in text
 
 
 def evaluation(model: SPIGAN, **changes: Any) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def test_metrics_of_an_evaluation(tmp_path: Path) -> None:
     [
         ("[]", "must hold a JSON object, got list"),
         ("{", "is not JSON"),
-        ("{}", "is not what `spigan evaluate --out` writes"),
+        ("{}", "is not a file of `spigan evaluate --out`"),
         (json.dumps(evaluation(make(1))), "metrics of other weights"),
     ],
 )
@@ -480,10 +480,10 @@ def test_what_the_hub_lacks(hub: Hub) -> None:
         SPIGAN.from_pretrained("me/tiny@nothing")
     hub.repos["me/text"] = {}
     hub.commit("me/text", "main", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(FileNotFoundError, match=r"me/text is no saved spigan model: it lacks model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"me/text is not a saved spigan model: it lacks model\.safetensors"):
         SPIGAN.from_pretrained("me/text")
     assert not any("pytorch_model.bin" in line for line in hub.log)
-    with pytest.raises(ValueError, match="names a revision, and revision is 'b'"):
+    with pytest.raises(ValueError, match="names the revision 'a', but revision='b' was given"):
         SPIGAN.from_pretrained("me/tiny@a", revision="b")
     result = CliRunner().invoke(app, ["sample", "--model", "me/nothing"])
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and "Traceback" not in result.output

@@ -1,5 +1,4 @@
-"""The generator without gradients, whose layers scale their results for one another: its values, what it keeps between
-calls, its memory."""
+"""The synthesis network without gradients: its values, what it keeps between calls, its memory."""
 
 from __future__ import annotations
 
@@ -51,8 +50,9 @@ def images(generator: Generator, h: Tensor, backend: str, noise: str = "const", 
     [
         (8, 1, {}),
         (32, 3, {"conv_clamp": 1.0}),
-        (32, 3, {"channel_base": 4096, "channel_max": 80}),  # wide enough for Winograd
-        (64, 3, {"channel_base": 512, "channel_max": 24}),
+        # Wide enough for Winograd.
+        pytest.param(32, 3, {"channel_base": 4096, "channel_max": 80}, marks=pytest.mark.slow),
+        pytest.param(64, 3, {"channel_base": 512, "channel_max": 24}, marks=pytest.mark.slow),
     ],
 )
 def test_whole_network(
@@ -100,7 +100,7 @@ def test_changed_parameters_are_noticed(backend: str) -> None:
         return actual
 
     before = check()
-    assert generator._prepared.weights
+    assert generator.prepared.weights
     assert torch.equal(check(), before)
 
     def train() -> None:
@@ -139,10 +139,10 @@ def test_what_it_keeps_is_no_part_of_the_model(backend: str) -> None:
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)
     names = set(generator.state_dict())
     expected = images(generator, h, backend)
-    assert generator._prepared.weights
+    assert generator.prepared.weights
     assert set(generator.state_dict()) == names
     for other in (copy.deepcopy(generator), pickle.loads(pickle.dumps(generator))):
-        assert not other._prepared.weights
+        assert not other.prepared.weights
         assert torch.equal(images(other, h, backend), expected)
     with torch.inference_mode():
         other = make()  # its tensors do not count their changes, so nothing can be kept
@@ -161,6 +161,9 @@ def test_hooks_see_their_layers(backend: str) -> None:
     handle.remove()
     images(generator, h, backend)
     assert len(seen) == 1
+    with generator.b8.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)):
+        images(generator, h, backend)
+    assert seen[1:] == [(2, 11, 8, 8)]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -198,6 +201,7 @@ print(1024 * (kibibytes("VmHWM:") - before) / (2 * batch * 64 * 128 * 128 * (2 i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a process's memory is read from /proc")
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -256,7 +260,8 @@ def test_fake_tensors() -> None:
         assert make().requires_grad_(False)(torch.randn(2, DIM)).shape == (2, 3, 16, 16)
 
 
-def test_changed_parameters_are_not_compiled_anew() -> None:
+@pytest.mark.slow
+def test_changed_parameters_are_not_compiled_again() -> None:
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(generator, fullgraph=True, backend=counter)
@@ -266,7 +271,9 @@ def test_changed_parameters_are_not_compiled_anew() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("forward", [torch.compile(backend="eager"), lambda generator: generator])
+@pytest.mark.parametrize(
+    "forward", [pytest.param(torch.compile(backend="eager"), marks=pytest.mark.slow), lambda generator: generator]
+)
 def test_steps_of_fused_optimizers_are_noticed(forward: Any) -> None:
     """They change parameters and leave no trace in the versions."""
     generator, h = make().requires_grad_(False), torch.randn(2, DIM)

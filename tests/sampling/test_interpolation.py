@@ -117,7 +117,7 @@ def test_chosen_places(model: SPIGAN, interpolate: Any) -> None:
     chosen = interpolate([3, 4], [0.25, 1.0], model=model)
     assert (chosen.int() - all_places[:, [1, 4]].int()).abs().max() <= 1  # other times divide the ODE's steps otherwise
     for places in ([], [1.1], [float("nan")]):
-        with pytest.raises(ValueError, match=r"steps must be a number, or a list of some values in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"steps must be a number, or a non-empty list of values in \[0, 1\]"):
             interpolate([3, 4], places, model=model)
 
 
@@ -141,10 +141,10 @@ def test_options_of_the_sampler(model: SPIGAN) -> None:
     ("function", "seeds", "options", "message"),
     [
         (interpolate_time, [], {}, "at least one seed"),
-        (interpolate_time, [1], {"steps": 1}, "steps must be at least 2, the two ends, got 1"),
+        (interpolate_time, [1], {"steps": 1}, "steps must be at least 2, for the two ends, got 1"),
         (interpolate_time, [-1], {}, r"seeds must be in \[0, 2\*\*63\), got -1"),
-        (interpolate_z, [1], {}, r"at least two seeds are needed, each unlike the one before it, got \[1\]"),
-        (interpolate_h, [1, 2, 2], {}, r"each unlike the one before it, got \[1, 2, 2\]"),
+        (interpolate_z, [1], {}, r"at least two seeds are needed, each different from the one before it, got \[1\]"),
+        (interpolate_h, [1, 2, 2], {}, r"each different from the one before it, got \[1, 2, 2\]"),
         (interpolate_z, [1, 2], {"mix": "cubic"}, 'mix must be "spherical" or "linear", got \'cubic\''),
     ],
 )
@@ -253,7 +253,7 @@ def test_two_frames_are_there_and_back_already(tmp_path: Path) -> None:
 def test_files_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jpg: expected a \.png \(a grid\), or a \.gif or \.webp"):
         save_rows(random_rows(1, 2), tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"a\.mp4: an animation is a \.gif or \.webp file"):
+    with pytest.raises(ValueError, match=r"a\.mp4: an animation must be a \.gif or \.webp file"):
         save_animation(random_rows(1, 2)[0], tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="got 0 and 80 ms"):
         save_animation(random_rows(1, 2)[0, :0], tmp_path / "a.gif")
