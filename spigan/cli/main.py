@@ -744,7 +744,7 @@ def data_check(
 
     Ends with status 1 where an image is broken.
     """
-    from spigan.data.convert import check
+    from spigan.data.check import check
 
     try:
         config = _data_config(source, split, column, channels, crop, resize, resolution)
