@@ -77,32 +77,10 @@ def convert(
     total = -(-len(source) // shard_size)
     names = [f"{config.split}-{number:05}-of-{total:05}.parquet" for number in range(total)]
     done = _finished(out, names, plan)
-    todo = {
-        name: chunks(start, min(start + shard_size, len(source)))
-        for name, start in zip(names, range(0, len(source), shard_size), strict=True)
-        if name not in done
-    }
-    kept = sum(record["images"] + len(record["broken"]) for record in done.values())
-    began, failed = time.perf_counter(), []
-    encoded = map_chunks(
-        _Encoder(source, config, plan),
-        [part for parts in todo.values() for part in parts],
-        available_cores() if workers is None else workers,
-    )
+    began, kept = time.perf_counter(), sum(record["images"] + len(record["broken"]) for record in done.values())
+    encoder, workers = _Encoder(source, config, plan), available_cores() if workers is None else workers
     with tqdm(total=len(source), initial=kept, unit="img", desc=source_name(config), disable=not progress) as bar:
-        for name, parts in todo.items():
-            try:
-                record = _write(out / name, _counted(zip(parts, encoded, strict=False), bar), plan, skip_broken)
-            except OSError as error:
-                raise OSError(
-                    f"{out / name} could not be written: {error}. {len(done)} of {len(names)} files are finished and "
-                    "kept. Make room, or make the folder writable, and repeat the call to continue"
-                ) from error
-            if record["broken"] and not skip_broken:
-                failed += record["broken"]
-            else:
-                done[name] = record
-            bar.set_postfix(broken=len(failed) + sum(len(record["broken"]) for record in done.values()))
+        failed = _write_missing(out, names, done, encoder, plan, workers, skip_broken, bar)
     index = _index(names, done, failed, plan)
     if index["complete"]:
         write_text(out / f"{config.split}-index.json", json.dumps(index, indent=2) + "\n")
@@ -143,6 +121,41 @@ def _plan(
         "quality": None if image_format == "png" else quality or 95,
         "shard_size": shard_size,
     }
+
+
+def _write_missing(
+    out: Path,
+    names: list[str],
+    done: dict[str, dict[str, Any]],
+    encoder: _Encoder,
+    plan: dict[str, Any],
+    workers: int,
+    skip_broken: bool,
+    bar: tqdm[Any],
+) -> list[dict[str, Any]]:
+    """Write the files that are not in `done`, and add their records to it; return the broken images of the others."""
+    count, size = plan["count"], plan["shard_size"]
+    todo = {
+        name: chunks(start, min(start + size, count))
+        for name, start in zip(names, range(0, count, size), strict=True)
+        if name not in done
+    }
+    failed: list[dict[str, Any]] = []
+    encoded = map_chunks(encoder, [part for parts in todo.values() for part in parts], workers)
+    for name, parts in todo.items():
+        try:
+            record = _write(out / name, _counted(zip(parts, encoded, strict=False), bar), plan, skip_broken)
+        except OSError as error:
+            raise OSError(
+                f"{out / name} could not be written: {error}. {len(done)} of {len(names)} files are finished and kept. "
+                "Make room, or make the folder writable, and repeat the call to continue"
+            ) from error
+        if record["broken"] and not skip_broken:
+            failed += record["broken"]
+        else:
+            done[name] = record
+        bar.set_postfix(broken=len(failed) + sum(len(record["broken"]) for record in done.values()))
+    return failed
 
 
 def _index(

@@ -61,10 +61,7 @@ def evaluate(
         features: the feature network that images are compared by; see `spigan.evaluation.features.load_features`.
         samples: number of images to sample.
         seed: seed of the first image; image i has the seed `seed + i`.
-        batch_size: as for `spigan.Sampler`.
-        dtype: as for `spigan.Sampler`.
-        device: as for `spigan.Sampler`.
-        backend: as for `spigan.Sampler`.
+        batch_size, dtype, device, backend: as for `spigan.Sampler`.
         cache_dir: folder for the reference's statistics; default: see `spigan.evaluation.cache.cache_folder`.
         progress: show progress bars.
 
@@ -96,11 +93,7 @@ def evaluate(
         "seconds_per_100_images": seconds,
         "settings": measured.settings,
         "samples": _describe_samples(sampler, samples, seed),
-        "model": {
-            "source": str(model) if isinstance(model, (str, Path)) else "bundled" if model is None else "SPIGAN",
-            "sha256": weights_sha256(sampler.model),
-            "config": sampler.model.config.model_dump(),
-        },
+        "model": _describe_model(model, sampler.model),
         "reference": {**dataset.description, "fingerprint": dataset.fingerprint},
         "features": describe_features(net, dataset),
         "warnings": measured.warnings,
@@ -191,6 +184,14 @@ def describe_features(net: FeatureNet, dataset: ImageDataset) -> dict[str, Any]:
         "classes": net.classes,
         "input": "uint8 RGB",
         "resizing": resizing,
+    }
+
+
+def _describe_model(model: Model, loaded: SPIGAN) -> dict[str, Any]:
+    return {
+        "source": str(model) if isinstance(model, (str, Path)) else "bundled" if model is None else "SPIGAN",
+        "sha256": weights_sha256(loaded),
+        "config": loaded.config.model_dump(),
     }
 
 
