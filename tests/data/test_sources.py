@@ -179,3 +179,25 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     for kind, (opening, epoch) in grown.items():
         assert opening < 0.75 * size, (kind, opening, size)  # 20 to 41 MB, whatever the size: libraries
         assert epoch < size / 8, (kind, epoch, size)
+
+
+@pytest.mark.parametrize("kind", ["memory", "row groups"])
+def test_names_of_rows_count_within_their_file(tmp_path: Path, kind: str, large: Callable[[str], None]) -> None:
+    path = write_parquet_set(tmp_path / "set", ENCODED)  # five rows, then eighteen
+    if kind != "memory":
+        large(kind)
+    source = find_source(DataConfig(source=str(path)), False)
+    assert [source.name(index).removeprefix(f"{path}/") for index in (0, 4, 5, 22)] == [
+        "train-00000-of-00002.parquet row 0",
+        "train-00000-of-00002.parquet row 4",
+        "train-00001-of-00002.parquet row 0",
+        "train-00001-of-00002.parquet row 17",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "tar"])
+def test_images_of_too_many_bytes_are_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = KINDS[kind](tmp_path / "set", [encoded_picture(0, (64, 64), "WEBP")])
+    monkeypatch.setattr(limits, "MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"has \d+ bytes; at most 4000 are accepted: make it smaller"):
+        open_source(path, resolution=8)

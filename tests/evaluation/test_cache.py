@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spigan import SPIGAN, DataConfig
-from spigan.evaluation.cache import cache_folder
+from spigan.evaluation.cache import cache_folder, load, save
 from spigan.evaluation.evaluate import evaluate
 from spigan.evaluation.evaluator import Evaluator
 
@@ -92,3 +93,14 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "xdg" / "spigan"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "spigan"
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.tensor([1, 2])], ids=["NaN", "integers"])
+def test_cached_numbers_must_be_finite_floats(tmp_path: Path, value: torch.Tensor) -> None:
+    path = tmp_path / "a.safetensors"
+    save(path, "key", {"mean": value})
+    with pytest.warns(UserWarning, match="must hold finite numbers"):
+        assert load(path, "key", {"mean": (2,)}) is None
+    save(path, "key", {"mean": torch.ones(2)})
+    assert load(path, "another key", {"mean": (2,)}) is None
+    assert load(path, "key", {"mean": (2,)}) is not None

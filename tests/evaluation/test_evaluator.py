@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from spigan import SPIGAN, DataConfig
@@ -105,3 +107,19 @@ def test_train_and_test_images_of_cifar10_are_alike(shared: Callable[[str], Path
         values = evaluator.measure([damaged(images, sigma)], len(images)).values
         assert values["FD-ResNet56"] > 2 * previous
         previous = values["FD-ResNet56"]
+
+
+def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> None:
+    """Neighbours are looked for among equal numbers: those of the first samples."""
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    net = load_features(str(scripts / "pixels.pt"))
+    dataset = open_dataset(DataConfig(source=str(tmp_path)), progress=False)
+    images = torch.from_numpy(rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8))
+    result = Evaluator(dataset, net, progress=False).measure([images], 30)
+    x, y = net(dataset.__getitems__(range(10)))[0], net(images)[0]
+    centre = x.double().mean(0)
+    near = metrics.neighbour_metrics(x, y[:10], metrics.neighbour_distances(x, centre), centre)
+    assert [result.values[name] for name in near._fields] == pytest.approx(near)
+    assert result.settings["neighbours_of"] == 10

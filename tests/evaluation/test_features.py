@@ -22,9 +22,6 @@ def noise(*shape: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8))
 
 
-
-
-
 # ---- The Inception of FID ----
 
 

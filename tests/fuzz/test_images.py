@@ -221,8 +221,8 @@ def test_zip_bomb_with_a_size_that_lies() -> None:
 
 
 def test_zip_bomb_of_another_method() -> None:
-    path = written("pictures.zip", zipped({"a.png": bytes(1 << 28)}, zipfile.ZIP_BZIP2))
-    assert not attempt("bomb", lambda: read_images(path), "a.png is not packed with deflate", memory=1 << 27)
+    path = written("pictures.zip", zipped({"a.png": bytes(1 << 26)}, zipfile.ZIP_BZIP2))
+    assert not attempt("bomb", lambda: read_images(path), "a.png is not packed with deflate", memory=1 << 25)
 
 
 def test_zip_bomb_with_its_size() -> None:
@@ -285,8 +285,8 @@ def test_cifar_archive_that_is_a_bomb(kind: str) -> None:
     assert not attempt("bomb", lambda: read_cifar(path), "unpacks to more than", memory=1 << 30)
 
 
-def test_pickle_of_a_hundred_million_instructions() -> None:
-    content = tarred({f"cifar-10-batches-py/data_batch_{i}": b"\x80\x02" + b"N" * 30_000_000 for i in range(1, 6)})
+def test_pickle_of_millions_of_instructions() -> None:
+    content = tarred({f"cifar-10-batches-py/data_batch_{i}": b"\x80\x02" + b"N" * 3_000_000 for i in range(1, 6)})
     path = written("cifar-10-python.tar.gz", gzip.compress(content, 1))
     assert not attempt("bomb", lambda: read_cifar(path), "has more than 1000000 instructions", memory=1 << 30)
 
