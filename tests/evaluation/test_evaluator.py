@@ -121,5 +121,5 @@ def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> No
     x, y = net(dataset.__getitems__(range(10)))[0], net(images)[0]
     centre = x.double().mean(0)
     near = metrics.neighbour_metrics(x, y[:10], metrics.neighbour_distances(x, centre), centre)
-    assert [result.values[name] for name in near._fields] == pytest.approx(near)
+    assert [result.values[name] for name in near._fields] == pytest.approx(list(near))
     assert result.settings["neighbours_of"] == 10
