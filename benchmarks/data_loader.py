@@ -1,10 +1,10 @@
 """Images per second from the loader, by kind of source: python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096].
 
 Crops and reflections of the photographs in a folder are stored as `count` images of 256 x 256 in every layout: files,
-LSUN's LMDB, tar shards, parquet as on the Hub (100 images per row group), and as `spigan data convert` writes it. Batches
-of 64 are loaded in the shuffled order of training. No decoded image is kept, parquet is read in place, and the system's
-file cache holds the files. Each row shows medians of three epochs: by the CPU time of one process, and by the clock with
-worker processes.
+LSUN's LMDB, tar shards, parquet as on the Hub (100 images per row group), and parquet from `spigan data convert`.
+Batches of 64 are loaded in the shuffled order of training. No decoded image is kept, parquet is read in place, and the
+system's file cache holds the files. Each row shows medians of three epochs: by the CPU time of one process, and by the
+clock with worker processes.
 """
 
 from __future__ import annotations
