@@ -34,8 +34,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spigan import SPIGAN, ModelConfig, TrainConfig, data
+from spigan import SPIGAN, ModelConfig, TrainConfig
 from spigan.data import DataConfig, open_dataset
+from spigan.data.sources import cifar
 from spigan.ops import BackendUnavailable
 
 MEMORY = 3 << 30  # address space that a case may add: a few decoded images of the largest size that is accepted
@@ -265,7 +266,7 @@ class _Means(torch.nn.Module):
 def resnet() -> bytes:
     from safetensors.torch import save
 
-    from spigan.evaluation.features import ResNet56
+    from spigan.evaluation.resnet56 import ResNet56
 
     return save({k: torch.rand(v.shape) * 0.1 for k, v in ResNet56().state_dict().items()})
 
@@ -334,11 +335,11 @@ _numbers = count()
 
 def read_cifar(path: Path) -> None:
     """The archive, of batches of two images."""
-    kept, data.CIFAR_IMAGES = data.CIFAR_IMAGES, 2
+    kept, cifar.BATCH_IMAGES = cifar.BATCH_IMAGES, 2
     try:
         read_images(path)
     finally:
-        data.CIFAR_IMAGES = kept
+        cifar.BATCH_IMAGES = kept
 
 
 def read_config_option(path: Path) -> None:
@@ -357,7 +358,7 @@ def read_evaluation(path: Path) -> None:
 
 def read_curves(path: Path) -> None:
     """Metrics of a run, for the table of a study and for its resumption."""
-    from spigan.ablation.report import read_curve
+    from spigan.ablation.study import read_curve
     from spigan.training.run_folder import StatsLog
 
     read_curve(path.parent, "FD-ResNet56")
@@ -394,12 +395,12 @@ def read_resnet(path: Path) -> None:
 
 
 def read_grid(path: Path) -> None:
-    from spigan.ablation.grid import read_grid as read
+    from spigan.ablation.study import read_grid as read
 
     read(path)
 
 
-def read_train_config(path: Path) -> None:
+def readtrain_config(path: Path) -> None:
     from spigan.runs import read_config
 
     read_config(path.parent)
@@ -444,7 +445,7 @@ def _folder(path: Path) -> None:
 
 def _cifar() -> list[bytes]:
     batch = b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\nq\x01(K\x01K\x02K\x03t\x89T"
-    batch += struct.pack("<i", 2 * data.CIFAR_VALUES) + bytes(2 * data.CIFAR_VALUES) + b"tbu."
+    batch += struct.pack("<i", 2 * cifar.IMAGE_VALUES) + bytes(2 * cifar.IMAGE_VALUES) + b"tbu."
     archive = tarred({f"cifar-10-batches-py/data_batch_{i}": batch for i in range(1, 6)})
     return [archive, gzip.compress(archive, mtime=0)]
 

@@ -1,4 +1,4 @@
-"""spigan.convert: the same pixels however it is run, kills survived, broken images named; and what a check finds."""
+"""Conversion: the same pixels however it is run, kills survived, broken images named."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-import spigan.data.convert
-import spigan.data.dataset
 from spigan.cli import app
-from spigan.data import DataConfig, ImageDataset, open_dataset
-from spigan.data.convert import check, convert
-from spigan.data.shards import RowGroups
+from spigan.data import DataConfig, ImageDataset, limits, open_dataset, register_source
+from spigan.data.convert import convert
+from spigan.data.sources import find
+from spigan.data.sources.array import open_digits
+from spigan.data.sources.find import find_source
+from spigan.data.sources.parquet import RowGroupSource
 
 
 def encoded(seed: int, size: tuple[int, int] = (20, 14), mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -89,7 +90,7 @@ def test_pixels_are_those_of_the_source(tmp_path: Path, pictures: Path, channels
 
 
 def test_files_do_not_depend_on_workers(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spigan.data.convert, "_CHUNK", 3)
+    monkeypatch.setattr(limits, "CHUNK", 3)
     for workers in (0, 1, 2):
         convert(config_of(pictures), tmp_path / str(workers), shard_size=10, workers=workers, progress=False)
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -98,7 +99,7 @@ def test_files_do_not_depend_on_workers(tmp_path: Path, pictures: Path, monkeypa
 def test_row_groups_are_small_enough_to_be_read_in_place(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spigan.data.convert, "_GROUP_BYTES", 2000)
+    monkeypatch.setattr(limits, "GROUP_BYTES", 2000)
     convert(config_of(pictures, resolution=16), tmp_path / "out", shard_size=40, workers=0, progress=False)
     for file in (tmp_path / "out").glob("*.parquet"):
         sizes = [list(map(len, group)) for group in groups(file)]
@@ -106,9 +107,9 @@ def test_row_groups_are_small_enough_to_be_read_in_place(
         for group in sizes[:-1]:
             assert sum(group[:-1]) < 2000 <= sum(group)
     expected = everything(opened(tmp_path / "out"))
-    monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 0)
+    monkeypatch.setattr(limits, "CACHE_BYTES", 0)
     dataset = opened(tmp_path / "out")
-    assert isinstance(dataset._source, RowGroups)
+    assert isinstance(find_source(DataConfig(source=str(tmp_path / "out")), False), RowGroupSource)
     assert torch.equal(everything(dataset), expected)
 
 
@@ -132,9 +133,10 @@ def test_formats(tmp_path: Path, pictures: Path, kind: Any, quality: int | None)
         assert (error < 5) == (quality is None)  # 95
 
 
-def test_a_part_of_a_split_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_a_split_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's names of parts have brackets."""
-    monkeypatch.setattr(spigan.data.convert, "_find", lambda config, progress: spigan.data.dataset._digits("train"))
+    monkeypatch.setattr(find, "NAMES", dict(find.NAMES))  # forget the source after the test
+    register_source("owner/digits", lambda config, progress: open_digits("train"))
     config = config_of("owner/digits", split="train[:50%]", channels=1)
     convert(config, tmp_path, shard_size=900, workers=0, progress=False)
     assert convert(config, tmp_path, shard_size=900, workers=0, progress=False)["converted"] == 0
@@ -158,8 +160,9 @@ def test_splits_share_a_folder(tmp_path: Path, pictures: Path) -> None:
     assert loaded["train"][0]["image"].size == (8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the workers")
-def test_killed_conversion_goes_on(tmp_path: Path) -> None:
+def test_killed_conversion_continues(tmp_path: Path) -> None:
     options = ["data", "convert", "digits", "--resolution", "64", "--channels", "1", "--shard-size", "64", "--quiet"]
     command = [sys.executable, "-m", "spigan.cli", *options, "--workers", "2", "--out"]
     out = tmp_path / "out"
@@ -239,7 +242,7 @@ def test_files_of_another_conversion_are_refused(tmp_path: Path, pictures: Path,
     source = pictures
     if not change and not options:  # other images
         source = write_folder(tmp_path / "other", {"a.png": encoded(0)})
-    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet is not of this conversion"):
+    with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet belongs to another conversion"):
         convert(config_of(source, **change), tmp_path / "out", workers=0, progress=False, **options)
     assert contents(tmp_path / "out") == before
 
@@ -247,8 +250,8 @@ def test_files_of_another_conversion_are_refused(tmp_path: Path, pictures: Path,
 def test_convert_refuses(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for message, options in {
         "shard_size must be 1 or more, got 0": {"shard_size": 0},
-        "quality is 1 to 100 for webp and jpeg and not for png, got 90 for png": {"quality": 90},
-        "quality is 1 to 100 .* got 0 for webp": {"quality": 0, "image_format": "webp"},
+        "quality must be 1 to 100, and only for webp and jpeg; got 90 for png": {"quality": 90},
+        "quality must be 1 to 100, .* got 0 for webp": {"quality": 0, "image_format": "webp"},
     }.items():
         with pytest.raises(ValueError, match=message):
             convert(config_of(pictures), tmp_path / "out", **options)  # type: ignore[arg-type]
@@ -256,7 +259,7 @@ def test_convert_refuses(tmp_path: Path, pictures: Path, monkeypatch: pytest.Mon
         convert(DataConfig(source=str(pictures)), tmp_path / "out")
     monkeypatch.setenv("HOME", str(pictures.parent))
     for source in (pictures, f"~/{pictures.name}"):
-        with pytest.raises(ValueError, match="is in the source itself"):
+        with pytest.raises(ValueError, match="is inside the source"):
             convert(config_of(source), pictures / "out")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file: choose a folder"):
@@ -292,76 +295,3 @@ def test_full_disk_leaves_no_half_file(tmp_path: Path, pictures: Path, monkeypat
     assert sorted(contents(tmp_path / "out")) == ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"]
     convert(config_of(pictures), tmp_path / "out", shard_size=20, workers=0, progress=False)
     assert contents(tmp_path / "out") == whole
-
-
-# Check --------------------------------------------------------------------------------------------------------------
-
-
-def test_check(tmp_path: Path) -> None:
-    files = {
-        "a.png": encoded(0, (20, 14)),
-        "b.jpg": encoded(1, (20, 14), kind="JPEG"),
-        "c.png": encoded(2, (9, 30), mode="L"),
-        "d.png": encoded(0, (20, 14)) + b"\0",  # the same pixels in another file
-        "e.bmp": encoded(0, (20, 14), kind="BMP"),  # and in another format
-        "f.png": encoded(2, (9, 30), mode="L"),
-        "g.png": encoded(5, (14, 20)),
-    }
-    good = write_folder(tmp_path / "good", files)
-    for workers in (0, 2):
-        report = check(DataConfig(source=str(good), channels=3), workers=workers, progress=False)
-        assert json.loads(json.dumps(report)) == report
-        assert (report["images"], report["broken"]) == (7, [])
-        assert report["sizes"] == {"20 x 14": 4, "9 x 30": 2, "14 x 20": 1}
-        assert (report["width"], report["height"]) == ([9, 20], [14, 30])
-        assert report["modes"] == {"RGB": 5, "L": 2}
-        assert report["formats"] == {"PNG": 5, "JPEG": 1, "BMP": 1}
-        assert report["duplicates"] == {
-            "groups": 2,
-            "images": 3,
-            "examples": [
-                [str(good / f"{name}") for name in group] for group in (("a.png", "d.png", "e.bmp"), ("c.png", "f.png"))
-            ],
-        }
-        assert report["workers"] == workers
-        assert report["images_per_second"] > 0 and report["images_per_second_core"] > 0
-    result = cli("check", good, "--quiet")
-    assert result.exit_code == 0
-    assert "7, 0 broken" in result.stdout and "20 x 14 (4)" in result.stdout and "3 in 2 groups" in result.stdout
-
-
-def test_check_sees_the_colours_of_palettes(tmp_path: Path) -> None:
-    """The same indices, of other colours; and a file without a palette that has the same pixels."""
-    image = Image.open(io.BytesIO(encoded(0, (6, 6)))).quantize(8)
-    other = image.copy()
-    other.putpalette([255 - value for value in image.getpalette() or []])
-    for name, picture in {"a.png": image, "b.png": other, "c.png": image.convert("RGB")}.items():
-        picture.save(tmp_path / name)
-    report = check(DataConfig(source=str(tmp_path), channels=3), workers=0, progress=False)
-    assert report["duplicates"]["examples"] == [[str(tmp_path / "a.png"), str(tmp_path / "c.png")]]
-    assert report["modes"] == {"P": 2, "RGB": 1}
-
-
-def test_check_of_broken_images(tmp_path: Path) -> None:
-    animated = io.BytesIO()
-    frames = [Image.new("L", (8, 8), value) for value in (0, 99)]
-    frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
-    files = {
-        "a.png": encoded(0, (64, 64)),
-        "b.png": encoded(0, (64, 64))[:-3000],  # its header is fine
-        "c.gif": animated.getvalue(),
-    }
-    source = write_folder(tmp_path / "source", files)
-    result = cli("check", source, "--quiet", "--workers", 1, "--json")
-    assert result.exit_code == 1
-    report = json.loads(result.stdout)
-    assert [row["index"] for row in report["broken"]] == [1, 2]
-    assert "b.png cannot be read as an image" in report["broken"][0]["error"]
-    assert "c.gif holds several frames" in report["broken"][1]["error"]
-    assert report["duplicates"]["groups"] == 0  # those that cannot be read are not all the same
-    result = cli("check", source, "--quiet", "--workers", 0, "--crop", "none", "--resolution", 8)
-    assert result.exit_code == 1
-    assert result.stderr.count("broken: ") == 2 and "3, 2 broken" in result.stdout
-    (source / "a.png").unlink()
-    assert "2, 2 broken" in cli("check", source, "--quiet", "--workers", 0).stdout
-    assert "does not exist" in cli("check", "./none").stderr
