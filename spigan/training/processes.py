@@ -8,13 +8,16 @@ own images. So all generators stay in step, and any number of processes does wha
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spigan.ops import philox_normal
 
 # Of launchers that accelerate knows.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -50,6 +53,32 @@ class Rows:
             return x
         parts = x.unflatten(dim, (-1, self.processes, self.times))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
+
+    def rand(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
+        """Draw as `torch.rand(*shape, **options)`, where `dim` counts this process's rows.
+
+        The numbers of all rows are drawn, so that every process's generator advances alike.
+        """
+        return self.own(torch.rand(self._joint_shape(shape, dim), **options), dim)
+
+    def randn(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
+        """Draw as `torch.randn(*shape, **options)`; see `rand`."""
+        return self.own(torch.randn(self._joint_shape(shape, dim), **options), dim)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Draw as `torch.randn_like(x)`, where dimension 0 counts this process's rows; see `rand`."""
+        joint = x.new_empty_strided(self._joint_shape(x.shape, 0), x.stride())
+        return self.own(torch.randn_like(joint))
+
+    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor | None:
+        """Draw as `ops.philox_normal`; None for a single process, for which an operation draws the same itself."""
+        if self.processes == 1:
+            return None
+        # Dealt out in turn, the rows of a process do not lie side by side in the stream.
+        return self.own(philox_normal(self._joint_shape(shape, 0), seed=seed, offset=offset, device=device))
+
+    def _joint_shape(self, shape: Sequence[int], dim: int) -> tuple[int, ...]:
+        return (*shape[:dim], self.joint(shape[dim]), *shape[dim + 1 :])
 
 
 ALL_ROWS = Rows()
@@ -147,21 +176,21 @@ class Processes:
 
             PartialState().destroy_process_group()
 
-    def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
-        """See that every process has the same: averages of gradients of different models would mean nothing.
+    def check_agreement(self, facts: Mapping[str, int | str | Tensor]) -> None:
+        """Check that all processes have the same facts; averaging gradients of different models would mean nothing.
 
         Args:
-            facts: by name; of a tensor its bytes' sum is compared, which rounds nothing.
+            facts: by name. Of a text its CRC-32 is compared, of a tensor the sum of its bytes, which rounds nothing.
 
         Raises:
-            ValueError: they differ.
+            ValueError: the facts differ.
         """
         if self.count == 1:
             return
         values = [
             fact.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).to(self.device)
             if isinstance(fact, Tensor)
-            else torch.tensor(fact, device=self.device)
+            else torch.tensor(zlib.crc32(fact.encode()) if isinstance(fact, str) else fact, device=self.device)
             for fact in facts.values()
         ]
         found = self.gather(torch.stack(values)[None])
