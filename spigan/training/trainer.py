@@ -231,7 +231,7 @@ class Trainer:
                     log.write(row)
                 bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
                 with clock.paused():
-                    # Before the checkpoint, so that one that exists has its metrics: a resumed run does not repeat them.
+                    # Before the checkpoint: one that exists has its metrics, and a resumed run does not repeat them.
                     best = self._measure(log, stop)
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)

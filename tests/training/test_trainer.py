@@ -18,13 +18,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from spigan.models.discriminator import minibatch_std
+from spigan.models.load import resolve_device
 from spigan.ops import path_interpolate
 from spigan.ops.backends import use_backend
 from spigan.runs import read_stats
-from spigan.training import trainer as trainer_module
+from spigan.training import algorithm1, updates
+from spigan.training.algorithm1 import draw_times
 from spigan.training.checkpoint import checkpoints, load_checkpoint
 from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
-from spigan.training.trainer import Trainer, _interleave, adam, resolve_device
+from spigan.training.state import adam
+from spigan.training.trainer import Trainer
+from spigan.training.updates import interleave
 
 
 def digits(trainer: Trainer, n: int | None = None, start: int = 0) -> Tensor:
@@ -61,8 +65,8 @@ def keep_gradients(monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> list[di
     """Replace optimiser steps by notes of the gradients: weights stay as they are."""
     gradients: list[dict[str, Tensor]] = []
     for optimizer, module in (
-        (trainer.optimizer_d, trainer.discriminator),
-        (trainer.optimizer_g, trainer.model),
+        (trainer.state.optimizer_d, trainer.discriminator),
+        (trainer.state.optimizer_g, trainer.model),
     ):
 
         def note(module: nn.Module = module) -> None:
@@ -102,8 +106,8 @@ def test_iterations_alternate(new_trainer, updates):
 @pytest.mark.parametrize(("updates", "steps"), [("sequential", 3), ("joint", 1)])
 def test_optimiser_steps_per_iteration(new_trainer, monkeypatch, updates, steps):
     trainer = new_trainer(updates=updates, intervals=3, r1_gamma=0)
-    d = spy(monkeypatch, trainer.optimizer_d, "step", lambda: "d")
-    g = spy(monkeypatch, trainer.optimizer_g, "step", lambda: "g")
+    d = spy(monkeypatch, trainer.state.optimizer_d, "step", lambda: "d")
+    g = spy(monkeypatch, trainer.state.optimizer_g, "step", lambda: "g")
     train(trainer, 1)
     assert (len(d), len(g)) == (steps, 0)
     train(trainer, 1)
@@ -114,16 +118,14 @@ def test_optimiser_steps_per_iteration(new_trainer, monkeypatch, updates, steps)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_fixed_times(new_trainer, k):
-    trainer = new_trainer(intervals=k, fixed_t=True)
-    assert trainer._draw_times() == pytest.approx([j / k for j in range(1, k + 1)], abs=1e-15)
-    assert trainer._draw_times()[-1] == 1.0
+def test_fixed_times(k):
+    assert draw_times(k, fixed=True) == pytest.approx([j / k for j in range(1, k + 1)], abs=1e-15)
+    assert draw_times(k, fixed=True)[-1] == 1.0
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_random_times(new_trainer, k):
-    trainer = new_trainer(intervals=k)
-    drawn = np.array([trainer._draw_times() for _ in range(2000)])
+def test_random_times(k):
+    drawn = np.array([draw_times(k) for _ in range(2000)])
     assert drawn.shape == (2000, k)
     assert (drawn[:, -1] == 1.0).all() and (drawn > 0).all() and (np.diff(drawn, axis=1) > 0).all()
     if k > 1:
@@ -136,7 +138,7 @@ def test_random_times(new_trainer, k):
 
 def test_times_of_an_iteration_are_those_of_path_mapping_and_discriminator(new_trainer, monkeypatch):
     trainer = new_trainer(intervals=3, r1_gamma=0)
-    path = spy(monkeypatch, trainer_module, "path_interpolate", lambda x, times, **_: list(times))
+    path = spy(monkeypatch, algorithm1, "path_interpolate", lambda x, times, **_: list(times))
     mapping = spy(monkeypatch, trainer.model.mapping, "forward", lambda z, t: list(t))
     seen = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: t.unique().tolist())
     train(trainer, 2)
@@ -205,7 +207,7 @@ def test_discriminator_gradient(new_trainer, monkeypatch):
     loss.backward()
     expected = {name: p.grad.clone() for name, p in d.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer._discriminator_step(i, trainer.model.mapping(x_T, [0.3]), [0.3])
+    trainer.algorithm.update.discriminator(i, trainer.model.mapping(x_T, [0.3]), [0.3])
     assert_gradients_close(gradients[0], expected)
     assert all(p.grad is None for p in trainer.model.parameters())
 
@@ -215,9 +217,9 @@ def test_generator_gradient(new_trainer, monkeypatch):
     x_T, _ = case(trainer, 4, [0.3])
     generator_loss(trainer.discriminator(trainer.model(x_T, 0.3), torch.full((4,), 0.3))).backward()
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-    trainer.optimizer_d.zero_grad()
+    trainer.state.optimizer_d.zero_grad()
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer._generator_step(x_T, [0.3])
+    trainer.algorithm.update.generator(x_T, [0.3])
     assert_gradients_close(gradients[0], expected)
     assert all(p.grad is None for p in trainer.discriminator.parameters())
 
@@ -230,7 +232,7 @@ def test_r1_gradient(new_trainer, monkeypatch):
     (5 * 3.0 / 2 * r1_penalty(trainer.discriminator(real, torch.full((4,), 0.3)), real)).backward()
     expected = {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer._r1_step(i, [0.3])
+    trainer.algorithm.update.r1(i, [0.3])
     assert len(gradients) == 1
     assert_gradients_close(gradients[0], expected)
 
@@ -239,7 +241,7 @@ def test_path_length_gradient(new_trainer, monkeypatch):
     """Weight times interval times (length - mean length)^2 of half the images, in a step of its own."""
     trainer = without_noise(new_trainer(pl_weight=2.0, pl_interval=3, pl_batch_shrink=2, pl_decay=0.25))
     x_T, _ = case(trainer, 4, [0.3])
-    trainer.pl_mean.fill_(1.0)
+    trainer.state.pl_mean.fill_(1.0)
     h = trainer.model.mapping(x_T[:2], 0.3)[:, None].expand(-1, trainer.model.generator.num_ws, -1)
     torch.manual_seed(3)
     lengths = path_lengths(trainer.model.generator(h), h)
@@ -248,9 +250,9 @@ def test_path_length_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
     torch.manual_seed(3)
-    trainer._path_length_step(x_T, [0.3])
+    trainer.algorithm.update.path_length(x_T, [0.3])
     assert len(gradients) == 1
-    assert trainer.pl_mean.item() == pytest.approx(mean, rel=1e-5)
+    assert trainer.state.pl_mean.item() == pytest.approx(mean, rel=1e-5)
     assert_gradients_close(gradients[0], expected)
 
 
@@ -265,14 +267,14 @@ def test_joint_gradient_is_the_mean_of_sequential_ones(new_trainer, monkeypatch,
     x_T, i = case(trainer, batch, times)
     h = trainer.model.mapping(x_T, times).detach()
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer._discriminator_step(i, h, times)
-    trainer._r1_step(i, times)
-    trainer._generator_step(x_T, times)
+    trainer.algorithm.update.discriminator(i, h, times)
+    trainer.algorithm.update.r1(i, times)
+    trainer.algorithm.update.generator(x_T, times)
     joint, gradients[:] = gradients[:], []
     for k, t in enumerate(times):
-        trainer._discriminator_step(i[[k]], h[[k]], [t])
-        trainer._r1_step(i[[k]], [t])
-        trainer._generator_step(x_T, [t])
+        trainer.algorithm.update.discriminator(i[[k]], h[[k]], [t])
+        trainer.algorithm.update.r1(i[[k]], [t])
+        trainer.algorithm.update.generator(x_T, [t])
     assert len(joint) == 3 and len(gradients) == 9  # D, R1, G, for each time
     for kind in range(3):
         each = gradients[kind::3]
@@ -289,9 +291,9 @@ def test_gradients_accumulate(new_trainer, monkeypatch, times):
         sizes = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: len(images))
         x_T, i = case(trainer, 6, times)
         gradients = keep_gradients(monkeypatch, trainer)
-        trainer._discriminator_step(i, trainer.model.mapping(x_T, times).detach(), times)
-        trainer._r1_step(i, times)
-        trainer._generator_step(x_T, times)
+        trainer.algorithm.update.discriminator(i, trainer.model.mapping(x_T, times).detach(), times)
+        trainer.algorithm.update.r1(i, times)
+        trainer.algorithm.update.generator(x_T, times)
         assert set(sizes) == {(batch_gpu or 6) * len(times)}
         found[batch_gpu] = gradients
     for pieces, whole in zip(found[2], found[None], strict=True):
@@ -299,15 +301,17 @@ def test_gradients_accumulate(new_trainer, monkeypatch, times):
     assert len(found[2]) == 3  # D, R1, G
 
 
-def test_interleaved_groups_hold_one_time(new_trainer):
+def test_interleaved_groups_hold_one_time(new_trainer, monkeypatch):
     """The statistic of the minibatch must not tell D which times lie side by side in it."""
     x = torch.randn(3, 8, 2, 4, 4)  # [k, N, C, H, W]
-    flat = _interleave(x)
+    flat = interleave(x)
     for n, k in itertools.product(range(8), range(3)):
         assert torch.equal(flat[n * 3 + k], x[k, n])
-    trainer = new_trainer(intervals=3)
-    assert trainer._times_of([0.2, 0.5, 1.0], 2).tolist() == pytest.approx([0.2, 0.5, 1.0, 0.2, 0.5, 1.0])
-    assert torch.equal(minibatch_std(flat, 4), _interleave(torch.stack([minibatch_std(part, 4) for part in x])))
+    trainer = new_trainer(batch=2, intervals=3)
+    seen = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: t.tolist())
+    trainer.algorithm.update.r1(torch.randn(3, 2, 1, 8, 8), [0.2, 0.5, 1.0])
+    assert seen == [pytest.approx([0.2, 0.5, 1.0, 0.2, 0.5, 1.0])]
+    assert torch.equal(minibatch_std(flat, 4), interleave(torch.stack([minibatch_std(part, 4) for part in x])))
 
 
 # ---- Lazy regularisation ----
@@ -316,13 +320,13 @@ def test_interleaved_groups_hold_one_time(new_trainer):
 def times_of_penalties(monkeypatch, trainer, method: str, iterations: int) -> list[tuple[int, list[float]]]:
     """(iteration, times) of every call of a penalty."""
     calls = []
-    original = getattr(trainer, method)
+    original = getattr(trainer.algorithm.update, method)
 
     def record(tensor, times):
         calls.append((trainer.iteration, times))
         original(tensor, times)
 
-    monkeypatch.setattr(trainer, method, record)
+    monkeypatch.setattr(trainer.algorithm.update, method, record)
     train(trainer, iterations)
     return calls
 
@@ -332,7 +336,7 @@ def times_of_penalties(monkeypatch, trainer, method: str, iterations: int) -> li
 def test_lazy_r1_meets_every_time(new_trainer, monkeypatch, updates, intervals):
     """Counted in steps, R1 of K = 2 would fall on t_1 every time, and no clean image would be regularised."""
     trainer = new_trainer(r1_interval=4, updates=updates, intervals=intervals, fixed_t=True)
-    calls = times_of_penalties(monkeypatch, trainer, "_r1_step", 16)
+    calls = times_of_penalties(monkeypatch, trainer, "r1", 16)
     path = [(k + 1) / intervals for k in range(intervals)]
     expected = [path] if updates == "joint" else [[t] for t in path]
     assert calls == [(iteration, times) for iteration in (0, 8) for times in expected]
@@ -340,14 +344,14 @@ def test_lazy_r1_meets_every_time(new_trainer, monkeypatch, updates, intervals):
 
 def test_lazy_path_length_meets_every_time(new_trainer, monkeypatch):
     trainer = new_trainer(pl_weight=1.0, pl_interval=3, intervals=2, fixed_t=True)
-    calls = times_of_penalties(monkeypatch, trainer, "_path_length_step", 12)
+    calls = times_of_penalties(monkeypatch, trainer, "path_length", 12)
     assert calls == [(1, [0.5]), (1, [1.0]), (7, [0.5]), (7, [1.0])]
-    assert trainer.pl_mean.item() > 0
+    assert trainer.state.pl_mean.item() > 0
 
 
 def test_no_regularisation_of_weight_zero(new_trainer, monkeypatch):
     trainer = new_trainer(r1_gamma=0, r1_interval=1, pl_weight=0, pl_interval=1)
-    calls = [spy(monkeypatch, trainer_module, name, lambda *_: 1) for name in ("r1_penalty", "path_lengths")]
+    calls = [spy(monkeypatch, updates, name, lambda *_: 1) for name in ("r1_penalty", "path_lengths")]
     train(trainer, 4)
     assert calls == [[], []]
 
@@ -362,7 +366,10 @@ def test_adam_is_corrected_for_lazy_regularisation(new_trainer):
     ]
     for changes, ratio_g, ratio_d in cases:
         trainer = new_trainer(**fields | changes)
-        for optimizer, lr, ratio in ((trainer.optimizer_g, 1e-3, ratio_g), (trainer.optimizer_d, 2e-3, ratio_d)):
+        for optimizer, lr, ratio in (
+            (trainer.state.optimizer_g, 1e-3, ratio_g),
+            (trainer.state.optimizer_d, 2e-3, ratio_d),
+        ):
             (group,) = optimizer.param_groups
             assert group["lr"] == pytest.approx(lr * ratio)
             assert group["betas"] == (0.0, pytest.approx(0.9**ratio))
@@ -399,11 +406,11 @@ def test_ema_half_life(new_trainer, ema_kimg, ema_rampup, seen):
     """After a half-life of 40 images, however they come in batches, the old weights count one half."""
     for batches in ([8] * 5, [40], [10, 30]):
         trainer = new_trainer(ema_kimg=ema_kimg, ema_rampup=ema_rampup)
-        trainer.images_seen = seen
+        trainer.state.images_seen = seen
         fill(trainer.ema, 0.0)
         fill(trainer.model, 1.0)
         for batch in batches:
-            trainer._update_ema(batch)
+            trainer.algorithm.update.average_weights(batch)
         for parameter in trainer.ema.parameters():
             torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5), rtol=0, atol=1e-5)
 
@@ -416,7 +423,7 @@ def test_ema_of_half_life_zero_is_the_model(new_trainer):
 
 def test_ema_update_counts_the_images_of_an_iteration(new_trainer, monkeypatch):
     trainer = new_trainer()
-    images = spy(monkeypatch, trainer, "_update_ema", lambda images: images)
+    images = spy(monkeypatch, trainer.algorithm.update, "average_weights", lambda images: images)
     train(trainer, 4)
     assert images == [4, 4]
     assert not trainer.ema.training and not any(p.requires_grad for p in trainer.ema.parameters())
@@ -448,9 +455,9 @@ def test_precision(new_trainer, precision, dtype):
         layer.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
     train(trainer, 6)
     assert dtypes == {dtype}
-    row = trainer._tick_row(0.0)
-    assert {"loss_d", "loss_g", "r1", "path_length_penalty"} <= row.keys()
-    assert all(math.isfinite(value) for value in row.values())
+    recorded = trainer.state.statistics.series()
+    assert {"loss_d", "loss_g", "r1", "path_length_penalty"} <= recorded.keys()
+    assert all(math.isfinite(value) for values in recorded.values() for value in values)
     assert {p.dtype for p in itertools.chain(trainer.model.parameters(), trainer.ema.parameters())} == {torch.float32}
 
 
@@ -458,12 +465,11 @@ def test_precision(new_trainer, precision, dtype):
 def test_ada_moves_p(new_trainer, target, signs):
     """Every 4 D iterations by 4 batches of 1000 kimg images, whatever K; up where D is surer than the target."""
     trainer = new_trainer(augment="ada", ada_target=target, ada_kimg=0.4)
-    trainer.augment.p.fill_(0.5)
+    trainer.state.augment.p.fill_(0.5)
     train(trainer, 7)
-    assert trainer.augment.p.item() == pytest.approx(0.5 + signs * 0.04) and not trainer._ada_signs
+    assert trainer.state.augment.p.item() == pytest.approx(0.5 + signs * 0.04) and not trainer.state.ada_signs
     train(trainer, 8)
-    assert trainer.augment.p.item() == pytest.approx(0.5 + signs * 0.08)
-    assert trainer._tick_row(0.0)["augment_p"] == pytest.approx(0.5 + signs * 0.08)
+    assert trainer.state.augment.p.item() == pytest.approx(0.5 + signs * 0.08)
 
 
 @pytest.mark.parametrize("name", ["diffaug", "ada"])
@@ -471,8 +477,8 @@ def test_discriminator_sees_augmented_images(new_trainer, monkeypatch, name):
     """One and the same augmentation for real and generated images, in both kinds of iteration and in R1."""
     trainer = new_trainer(augment=name, r1_interval=1, intervals=1)
     if name == "ada":
-        trainer.augment.p.fill_(1.0)
-    given = spy(monkeypatch, trainer.augment, "forward", lambda images: images.detach().clone())
+        trainer.state.augment.p.fill_(1.0)
+    given = spy(monkeypatch, trainer.state.augment, "forward", lambda images, rows: images.detach().clone())
     seen = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: images.detach().clone())
     train(trainer, 2)
     assert len(given) == len(seen) == 4  # D: generated, real, R1; G: generated
@@ -480,7 +486,7 @@ def test_discriminator_sees_augmented_images(new_trainer, monkeypatch, name):
     clean = digits(trainer).float() / 127.5 - 1
     for real in given[1:3]:
         torch.testing.assert_close(real, clean, rtol=0, atol=1e-6)
-    assert all(math.isfinite(value) for value in trainer._tick_row(0.0).values())
+    assert all(math.isfinite(value) for values in trainer.state.statistics.series().values() for value in values)
 
 
 class _Stop(Exception):
@@ -496,7 +502,7 @@ def test_xflip(new_trainer, monkeypatch, xflip):
         taken.append(path_interpolate(images, [1.0], **kwargs)[1][0])  # i(1), the clean images
         raise _Stop
 
-    monkeypatch.setattr(trainer_module, "path_interpolate", take)
+    monkeypatch.setattr(algorithm1, "path_interpolate", take)
     images = torch.randint(0, 256, (1000, 1, 8, 8), dtype=torch.uint8)
     with pytest.raises(_Stop):
         trainer.train_iteration(images)
@@ -527,12 +533,12 @@ def test_kernels_run_without_being_asked_for(new_trainer, noted_kernels):
 def test_no_noise_is_used_twice(new_trainer, monkeypatch):
     trainer = new_trainer(seed=7)
     calls = spy(
-        monkeypatch, trainer_module, "path_interpolate", lambda x, times, **kw: (kw["seed"], kw["offset"], x.numel())
+        monkeypatch, algorithm1, "path_interpolate", lambda x, times, **kw: (kw["seed"], kw["offset"], x.numel())
     )
     train(trainer, 4)
     assert [seed for seed, _, _ in calls] == [2**32 + 7] * 4  # a stream that no sample's seed reaches
     assert [offset for _, offset, _ in calls] == [0, 256, 512, 768] and {n for _, _, n in calls} == {4 * 64}
-    assert trainer.noise_offset == 1024
+    assert trainer.state.noise_offset == 1024
 
 
 def test_images_are_counted_once_whatever_k(new_trainer):
@@ -549,7 +555,7 @@ def test_fit_ends_after_total_kimg_with_a_generator_iteration(new_trainer, total
     trainer = new_trainer(total_kimg=total_kimg)
     ema = trainer.fit()
     assert ema is trainer.ema and not trainer.interrupted
-    assert trainer.images_seen == seen and trainer.images_drawn == 2 * seen and trainer.iteration == seen // 2
+    assert trainer.images_seen == seen and trainer.state.images_drawn == 2 * seen and trainer.iteration == seen // 2
 
 
 def test_every_iteration_draws_new_images(new_trainer, monkeypatch):
@@ -568,9 +574,9 @@ def _counting(trainer: Trainer, taken: list[Tensor]) -> Callable[[Tensor], None]
 
     def iteration(images: Tensor) -> None:
         taken.append(images)
-        trainer.images_seen += len(images) * (trainer.iteration % 2 == 0)
-        trainer._record(loss_d=torch.zeros(()), loss_g=torch.zeros(()))
-        trainer.iteration += 1
+        trainer.state.images_seen += len(images) * (trainer.iteration % 2 == 0)
+        trainer.state.record(loss_d=torch.zeros(()), loss_g=torch.zeros(()))
+        trainer.state.iteration += 1
 
     return iteration
 
@@ -599,13 +605,13 @@ def test_errors_of_construction(tiny_config, tmp_path):
 
 def poison(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, name: str, iteration: int) -> None:
     """From an iteration on the loss is not a number."""
-    original = getattr(trainer_module, name)
+    original = getattr(updates, name)
 
     def loss(*args: Tensor) -> Tensor:
         value = original(*args)
         return value * math.nan if trainer.iteration >= iteration else value
 
-    monkeypatch.setattr(trainer_module, name, loss)
+    monkeypatch.setattr(updates, name, loss)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +661,7 @@ def test_exploding_gradients_end_the_run(tiny_config, tmp_path):
     with pytest.raises(FloatingPointError, match=r"grad_norm_\w+ \(\S+\) is above grad_norm_limit = 1e\+06") as caught:
         trainer.fit()
     assert "set precision to fp32" in str(caught.value)
-    assert all(p.isfinite().all() for module in trainer._modules().values() for p in module.parameters())
+    assert all(p.isfinite().all() for module in trainer.state.modules().values() for p in module.parameters())
     assert [path.name for path in checkpoints(trainer.run_dir)] == ["checkpoint-00000000.safetensors"]
     # As the message says: another learning rate in config.json, and it goes on from the last good checkpoint.
     config = tiny_config(lr_g=1e-3).model_dump_json()
@@ -669,7 +675,7 @@ def test_where_a_step_may_not_be_waited_for_a_tick_finds_it(new_trainer, monkeyp
     """As on a GPU: the iteration is that of the step all the same."""
     trainer = new_trainer(snapshot_ticks=1)
     poison(monkeypatch, trainer, "fake_loss", iteration=6)
-    monkeypatch.setattr(trainer, "_step", lambda optimizer, name: optimizer.step())
+    trainer.algorithm.update.check_every_step = False
     with pytest.raises(FloatingPointError, match=r"loss_d \(nan\) is not finite at iteration 6 \(0.012 kimg\)"):
         trainer.fit()
     assert trainer.iteration == 8 and read_stats(trainer.run_dir)[-1]["iteration"] == 4
@@ -680,7 +686,8 @@ def test_norms_are_of_the_gradients(new_trainer, monkeypatch):
     trainer = new_trainer(pl_weight=1.0)
     gradients = keep_gradients(monkeypatch, trainer)
     train(trainer, 2)
-    recorded = [v.item() for n in ("d", "r1", "g", "pl") for v in trainer._statistics[f"grad_norm_{n}"]]
+    series = trainer.state.statistics.series()
+    recorded = [value for name in ("d", "r1", "g", "pl") for value in series[f"grad_norm_{name}"]]
     expected = [math.sqrt(sum(g.double().square().sum().item() for g in step.values())) for step in gradients]
     assert len(expected) == 8
     assert sorted(recorded) == pytest.approx(sorted(expected), rel=1e-5)
