@@ -230,7 +230,7 @@ def test_a_killed_study_goes_on_exactly(finished: Path, tmp_path: Path, iteratio
 def test_a_kill_before_the_first_checkpoint(finished: Path, tmp_path: Path) -> None:
     study, out = read_grid(grid(tmp_path)), tmp_path / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(Trainer, "snapshot", lambda self: sys.exit())
+        monkeypatch.setattr(Trainer, "_snapshot", lambda self: sys.exit())
         with pytest.raises(SystemExit):
             run(study, out)
     assert {path.name for path in (out / "k2").iterdir()} == {"config.json", "data.json", "reals.png"}
