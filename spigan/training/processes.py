@@ -1,8 +1,8 @@
-"""Several processes that train one model, each on its share of every minibatch, through Hugging Face accelerate.
+"""Train one model with several processes, each on its share of every minibatch, through Hugging Face accelerate.
 
-A launcher (torchrun, accelerate launch) starts them and sets WORLD_SIZE, RANK and LOCAL_RANK; with WORLD_SIZE unset or
-1 accelerate is not even imported. Every process draws the random numbers of the whole minibatch and keeps those of its
-own images. So all generators stay in step, and any number of processes does what one would do, up to rounding.
+A launcher (torchrun, accelerate launch) starts the processes and sets WORLD_SIZE, RANK and LOCAL_RANK. If WORLD_SIZE is
+unset or 1, accelerate is not imported. Every process draws the random numbers of the whole minibatch and keeps those of
+its own images. So all generators stay in step, and any number of processes computes what one would, up to rounding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of the joint minibatch are this process's: those of images rank, rank + processes, ...
+    """This process's rows of the joint minibatch: those of the images rank, rank + processes, ...
 
-    Images are dealt out in turn, because the groups of the minibatch standard deviation are strided: those of a process
-    are then groups of the joint minibatch.
+    Images are dealt out in turn because the groups of the minibatch standard deviation are strided; the groups of a
+    process are then groups of the joint minibatch.
 
     Attributes:
-        processes, rank: their number, and which one this is.
-        times: rows of an image, side by side.
+        processes: number of processes.
+        rank: number of this process.
+        times: number of rows of each image, side by side.
     """
 
     processes: int = 1
@@ -44,11 +45,11 @@ class Rows:
     times: int = 1
 
     def joint(self, n: int) -> int:
-        """Rows of all processes, where this one has n."""
+        """Return the number of rows of all processes, if this one has n."""
         return n * self.processes
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This process's rows of a joint tensor, which lie along `dim` (not negative)."""
+        """Return this process's rows of a joint tensor, which lie along `dim` (not negative)."""
         if self.processes == 1:
             return x
         parts = x.unflatten(dim, (-1, self.processes, self.times))
@@ -85,7 +86,7 @@ ALL_ROWS = Rows()
 
 
 class Processes:
-    """The processes that train together, as seen from one of them; a single one talks to nobody.
+    """The processes that train together, as seen from one of them. A single one sends no messages.
 
     Args:
         device: of the run; "cuda" without a number where there are several processes.
@@ -140,26 +141,26 @@ class Processes:
         """Which rows of the joint minibatch are this process's, with `times` of them an image."""
         return Rows(self.count, self.rank, times)
 
-    # ---- What processes tell one another; every process must call these, in the same order ----
+    # ---- Messages between processes: every process must call these methods, in the same order ----
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of every process's x."""
+        """Return the mean of x over all processes."""
         return x if self.count == 1 else self._call("reduce", x)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in one of them."""
+        """Return whether `flag` is set in at least one process."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def wait(self) -> None:
-        """Until every process is here, or has ended, which is an error."""
+        """Wait until every process is here; raise ConnectionError if one has ended."""
         self.any(False)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[N, ...] of the same shape everywhere -> [processes N, ...], in the order of their ranks."""
+        """Return [processes N, ...], the tensors [N, ...] of all processes in the order of their ranks."""
         return x if self.count == 1 else self._call("gather", x.contiguous())
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of the joint minibatch, each a mean over images, from those of every process's share of it."""
+        """Average gradients over all processes: each is then a mean over the images of the joint minibatch."""
         if self.count == 1:
             return
         # One message, after all backward passes: hooks that average while a gradient is computed do not go with R1's
