@@ -48,11 +48,11 @@ def test_iterations(row: Any, folder: Path, tmp_path: Path, intervals: int, impl
         images = torch.stack(list(trainer.dataset))
 
         def iterate() -> Tensor:
-            trainer._statistics.clear()
             with use_backend(backend):
                 trainer.train_iteration(images)
                 trainer.train_iteration(images)
-            return torch.stack([torch.stack(trainer._statistics[name]).mean() for name in ("loss_d", "loss_g")])
+            means = trainer.state.statistics.take_means()
+            return torch.tensor([means["loss_d"], means["loss_g"]])
 
         return iterate
 

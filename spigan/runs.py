@@ -1,4 +1,4 @@
-"""Reading a run folder: its configuration, statistics, metrics and best model."""
+"""Read a run folder: its configuration, statistics, metrics and best model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BEST_RECORD = "metrics.json"
 
 
 def run_of(model: str | Path) -> Path | None:
-    """The run folder of a model, which may be given as its model/ or best/; None where it is of no run."""
+    """Return the run folder of a model, given as that folder or its model/ or best/; None if it belongs to no run."""
     return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration of a run.
+    """Return the configuration of a run.
 
     Raises:
-        FileNotFoundError: `run_dir` is no run folder.
+        FileNotFoundError: `run_dir` is not a run folder.
         ValueError: its config.json is damaged.
     """
     path = run_dir / "config.json"
@@ -37,24 +37,24 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of stats.jsonl, the statistics of each tick."""
+    """Return the rows of stats.jsonl, the statistics of each tick."""
     return read_rows(run_dir / "stats.jsonl", "iteration")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl, the metrics during training."""
+    """Return the rows of metrics.jsonl, the metrics measured during training."""
     return read_rows(run_dir / "metrics.jsonl", "iteration")
 
 
 def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; a last line that is being written, or that a kill cut short, is left out.
+    """Return the rows of a JSON lines file, without a last line that is still being written or was cut short by a kill.
 
     Args:
-        path: of the file; without one there are no rows.
-        numbers: names that every row must have a number under.
+        path: the file; a missing one has no rows.
+        numbers: names of fields that must be numbers in every row.
 
     Raises:
-        ValueError: another line is no such row.
+        ValueError: any other line is not such a row.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -76,7 +76,7 @@ def _is_number(value: object) -> bool:
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """{"metric", "value", "iteration", "kimg", ...} of the model in best/; None where there is none."""
+    """Return {"metric", "value", "iteration", "kimg", ...} of the model in best/, if there is one."""
     try:
         record = read_json(run_dir / "best" / BEST_RECORD)
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Checkpoints: one safetensors file with every tensor of a run, its counters as JSON in the file's metadata.
+"""Checkpoints: safetensors files with all tensors of a run, and its counters as JSON in the metadata.
 
-One file, written beside its final name and renamed: a kill at any moment leaves the last good one.
+A file is written beside its final name and then renamed, so a kill at any moment leaves the last good one.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
 
 
 def checkpoint_path(run_dir: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is kept."""
+    """Return the path of the checkpoint of an iteration."""
     return run_dir / "checkpoints" / f"checkpoint-{iteration:08d}.safetensors"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All checkpoints of a run, oldest first."""
+    """Return all checkpoints of a run, oldest first."""
     found = [(int(m[1]), p) for p in (run_dir / "checkpoints").glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run, if any."""
+    return next(reversed(checkpoints(run_dir)), None)
+
+
 def remove_scratch(run_dir: Path) -> None:
-    """Delete the unfinished files that a kill in the middle of writing left behind."""
+    """Delete the unfinished files of a process that was killed while it wrote them."""
     patterns = (
         *("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".*.jsonl-*", ".*.json-*", "failed/.*-*"),
         *("best/.metrics.json-*", "best/.saving-*", "model/.saving-*"),
@@ -48,10 +53,10 @@ def remove_scratch(run_dir: Path) -> None:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and a JSON-serialisable state, whole or not at all.
+    """Write tensors and JSON-serialisable counters, whole or not at all.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the file cannot be written, as on a full disk.
     """
     metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}
     with atomic_path(path) as scratch:
@@ -62,37 +67,37 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_checkpoint` wrote.
+    """Return the tensors and counters that `save_checkpoint` wrote.
 
     Raises:
-        ValueError: the file is damaged or no checkpoint of this format.
+        ValueError: the file is damaged, or not a checkpoint of this format.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("spigan_checkpoint") != str(FORMAT):
-                raise ValueError(f"{path} is no spigan checkpoint of format {FORMAT}")
+                raise ValueError(f"{path} is not a spigan checkpoint of format {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or not a safetensors file ({shorten(error)}): remove it to go on from the checkpoint "
-            "before it"
+            f"{path} is damaged or not a safetensors file ({shorten(error)}): remove it to resume from the "
+            "checkpoint before it"
         ) from error
     try:
         state = json.loads(metadata["state"])
         if not isinstance(state, dict):
-            raise ValueError("they are no JSON object")
+            raise ValueError("expected a JSON object")
     except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no counters that can be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"the counters in {path} cannot be read ({type(error).__name__}: {error})") from error
     return tensors, state
 
 
 def counter(state: dict[str, Any], name: str) -> int:
-    """A count that `save_checkpoint` was given.
+    """Return a count from the counters of a checkpoint.
 
     Raises:
         KeyError: it is missing.
-        ValueError: it is no count.
+        ValueError: it is not a count.
     """
     value = state[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
@@ -101,11 +106,11 @@ def counter(state: dict[str, Any], name: str) -> int:
 
 
 def seconds(state: dict[str, Any], name: str) -> float:
-    """A duration that `save_checkpoint` was given.
+    """Return a duration in seconds from the counters of a checkpoint.
 
     Raises:
         KeyError: it is missing.
-        ValueError: it is no duration.
+        ValueError: it is not a duration.
     """
     value = state[name]
     if not isinstance(value, (int, float)) or not 0 <= value <= 1e12 or math.isnan(value):
@@ -114,10 +119,10 @@ def seconds(state: dict[str, Any], name: str) -> float:
 
 
 def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
-    """The values of a list that `save_checkpoint` was given stacked; none where there was no list.
+    """Return the values of a list that a checkpoint holds as one tensor; an empty list if it holds none.
 
     Raises:
-        ValueError: it is no list of floats.
+        ValueError: the tensor is not a list of floats.
     """
     values = tensors.get(name, torch.empty(0))
     if values.ndim != 1 or not values.is_floating_point():
@@ -126,7 +131,7 @@ def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
 
 
 def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless `tensors` has all of `expected`, in their shapes and dtypes."""
+    """Raise ValueError unless `tensors` has all names of `expected`, with the same shapes and dtypes."""
     problems = [f"it lacks {name!r}" for name in expected if name not in tensors]
     problems += [
         f"{name} is {found.dtype} {list(found.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
@@ -138,18 +143,18 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> No
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict with every name below `prefix`."""
+    """Return a module's state dict with `prefix` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `module_tensors`.
+    """Load what `module_tensors` returned.
 
     Raises:
-        ValueError: names, shapes or dtypes do not fit.
+        ValueError: names, shapes or dtypes differ.
     """
     start = prefix + "."
-    check_tensors(module_tensors(prefix, module), tensors)  # what is loaded would be cast
+    check_tensors(module_tensors(prefix, module), tensors)  # load_state_dict would cast
     try:
         module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
     except RuntimeError as error:
@@ -157,16 +162,16 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
 
 
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state, below `prefix.<parameter index>.<name>`."""
+    """Return an optimiser's state by names of the form `prefix.<parameter index>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{prefix}.{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
 
 
 def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`, of Adam; hyperparameters stay those of `optimizer`.
+    """Load what `optimizer_tensors` returned into an Adam, which keeps its hyperparameters.
 
     Raises:
-        ValueError: names, shapes or dtypes do not fit.
+        ValueError: names, shapes or dtypes differ.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
@@ -174,15 +179,15 @@ def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(parameters):
         start = f"{prefix}.{index}."
-        if any(key.startswith(start) for key in found):  # else it has had no step yet
+        if any(key.startswith(start) for key in found):  # otherwise it has not had a step yet
             expected[start + "step"] = torch.zeros((), dtype=torch.float32)
             expected |= {start + name: parameter for name in ("exp_avg", "exp_avg_sq")}
     check_tensors(expected, found)
     if unknown := [shorten(key) for key in found if key not in expected]:
-        raise ValueError(f"the checkpoint does not fit the run's configuration: {unknown[0]} is of no parameter")
+        raise ValueError(f"the checkpoint does not fit the run's configuration: {unknown[0]} belongs to no parameter")
     for key, tensor in found.items():
         number, name = key.removeprefix(prefix + ".").split(".")
-        if tensor.ndim:  # a moment: give it the memory layout of its parameter, which the fused optimiser relies on
+        if tensor.ndim:  # a moment: the fused optimiser relies on it having the memory layout of its parameter
             tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

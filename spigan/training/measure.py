@@ -4,43 +4,48 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
+from spigan.config import TrainConfig
+from spigan.data import ImageDataset
+from spigan.evaluation.evaluate import draw
+from spigan.evaluation.evaluator import Evaluator
+from spigan.evaluation.features import load_features
 from spigan.files import write_text
-from spigan.runs import BEST_RECORD, read_best
+from spigan.models import SPIGAN
+from spigan.runs import BEST_RECORD, read_best, read_metrics
 from spigan.sampling import Sampler
-
-if TYPE_CHECKING:
-    from spigan.config import TrainConfig
-    from spigan.data import ImageDataset
-    from spigan.models import SPIGAN
-    from spigan.training.processes import Processes
+from spigan.training.processes import Processes
+from spigan.training.run_folder import writing
+from spigan.training.signals import StopSignals
+from spigan.training.snapshots import Snapshots
+from spigan.training.statistics import StatsLog
 
 
 class RunMetrics:
-    """Measures the averaged model against the images it is trained on, without touching the run's random state.
+    """Measures the averaged model against the training images, without touching the run's random state.
 
     Args:
         config: of the run; its `metric_features` is set.
-        dataset: what it trains on (flips are not applied).
-        processes: those that train; each measures on its device, and draws its share of the samples.
-        progress: show progress bars.
+        dataset: the training images, which are not mirrored here.
+        processes: the processes that train; each measures on its device, and draws its share of the samples.
+        progress: show progress bars, and print each distance.
 
     Raises:
         FileNotFoundError, ValueError: the feature network cannot be loaded, or there are too few images.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, processes: Processes, progress: bool) -> None:
-        from spigan.evaluation.evaluator import Evaluator
-        from spigan.evaluation.features import load_features
-
         assert config.metric_features is not None
-        self.samples, self._processes, device = config.metric_samples, processes, processes.device
-        self._device = device
-        self._evaluator = Evaluator(dataset, load_features(config.metric_features, device=device), progress=progress)
+        self.samples, self._processes, self._progress = config.metric_samples, processes, progress
+        self._device = processes.device
+        features = load_features(config.metric_features, device=self._device)
+        self._evaluator = Evaluator(dataset, features, progress=progress)
         self._evaluator.check_count(self.samples)
         for doubt in self._evaluator.doubts(self.samples) if processes.main else []:
             warnings.warn(doubt, stacklevel=2)
@@ -51,16 +56,13 @@ class RunMetrics:
         return self._evaluator.distance
 
     def measure(self, model: SPIGAN) -> dict[str, float]:
-        """Metrics of the images of seeds 0, 1, ..., drawn in float32: a model's values depend on its weights alone.
+        """Return metrics of the images of seeds 0, 1, ..., drawn in float32; they depend on the weights alone.
 
-        Returns:
-            The metrics, in the main process; nothing in others.
+        Every process must call this; all but the main one get an empty dict.
         """
-        from spigan.evaluation.evaluate import draw
-
         # Sampling and metrics have generators of their own; a TorchScript network may not.
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            # Shares of one size: the last may draw some more than are counted.
+            # All shares have one size, so the last ones may draw some images more than are counted.
             share = -(-self.samples // self._processes.count)
             images = draw(Sampler(model, output="uint8"), share, seed=self._processes.rank * share)
             features, probabilities = self._evaluator.features(images, share)
@@ -71,12 +73,53 @@ class RunMetrics:
                 return {}
             return self._evaluator.compare(features, probabilities).values
 
+    def update(self, snapshots: Snapshots, log: StatsLog | None, stop: StopSignals) -> bool:
+        """Measure the averaged model unless the log has this iteration already, and keep the model if it is the best.
+
+        A signal ends the measurement; a resumed run then does it.
+
+        Args:
+            snapshots: of the run; they hold its state, and save it if a signal comes.
+            log: where to write the metrics, in the main process.
+            stop: signals.
+
+        Returns:
+            Whether the model is the best so far, so that its checkpoint must be kept.
+        """
+        state = snapshots.state
+        rows = read_metrics(snapshots.run_dir) if self._processes.main else []
+        if self._processes.any(bool(rows) and rows[-1]["iteration"] == state.iteration):
+            return False
+        dumped = state.dump()  # does not change meanwhile, except the random state, which is a copy
+        measure = partial(self.measure, state.ema)
+        with stop.backed(partial(snapshots.write, *dumped)):
+            # With several processes, one that stopped would leave the others waiting.
+            values = measure() if self._processes.count > 1 else stop.attempt(measure)
+        if values is None:  # abandoned anywhere, perhaps while the random state was being put back
+            snapshots.write(*dumped)
+            return False
+        return self._processes.any(log is not None and self._keep(values, snapshots, log))
+
+    def _keep(self, values: dict[str, float], snapshots: Snapshots, log: StatsLog) -> bool:
+        """Log the metrics, and keep the model if it is the best; return whether the best is of this iteration."""
+        state, run_dir = snapshots.state, snapshots.run_dir
+        counts = {"iteration": state.iteration, "kimg": state.images_seen / 1000, "seconds": round(state.elapsed, 3)}
+        row = counts | values
+        with writing(run_dir, f"metrics in {run_dir}"):
+            better = keep_best(run_dir, state.ema, row, self.distance)
+        log.write_metrics(row)  # last: a resumed run repeats all of this if the row is missing
+        if self._progress:
+            distance = f"{self.distance} {values[self.distance]:.4g}"
+            tqdm.write(f"{row['kimg']:.1f} kimg: {distance}{', the best so far' if better else ''}")
+        best = read_best(run_dir)  # of this iteration also if an attempt that was killed has kept it
+        return best is not None and best["iteration"] == state.iteration
+
 
 def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) -> bool:
-    """Write `model` to best/ where row[distance] is lower than that of the model there; says whether it was.
+    """Write `model` to best/ if row[distance] is lower than that of the model there; return whether it is.
 
-    The record comes last: after a kill between the two a lower value is still to be measured again, and then both
-    are written.
+    The record is written last. After a kill between the two the row is missing, so a resumed run measures again and
+    writes both.
     """
     folder = run_dir / "best"
     best = read_best(run_dir)

@@ -1,20 +1,23 @@
-"""Several processes that train one model, each on its share of every minibatch, through Hugging Face accelerate.
+"""Train one model with several processes, each on its share of every minibatch, through Hugging Face accelerate.
 
-A launcher (torchrun, accelerate launch) starts them and sets WORLD_SIZE, RANK and LOCAL_RANK; with WORLD_SIZE unset or
-1 accelerate is not even imported. Every process draws the random numbers of the whole minibatch and keeps those of its
-own images. So all generators stay in step, and any number of processes does what one would do, up to rounding.
+A launcher (torchrun, accelerate launch) starts the processes and sets WORLD_SIZE, RANK and LOCAL_RANK. If WORLD_SIZE is
+unset or 1, accelerate is not imported. Every process draws the random numbers of the whole minibatch and keeps those of
+its own images. So all generators stay in step, and any number of processes computes what one would, up to rounding.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spigan.ops import philox_normal
 
 # Of launchers that accelerate knows.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -26,14 +29,15 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of the joint minibatch are this process's: those of images rank, rank + processes, ...
+    """This process's rows of the joint minibatch: those of the images rank, rank + processes, ...
 
-    Images are dealt out in turn, because the groups of the minibatch standard deviation are strided: those of a process
-    are then groups of the joint minibatch.
+    Images are dealt out in turn because the groups of the minibatch standard deviation are strided; the groups of a
+    process are then groups of the joint minibatch.
 
     Attributes:
-        processes, rank: their number, and which one this is.
-        times: rows of an image, side by side.
+        processes: number of processes.
+        rank: number of this process.
+        times: number of rows of each image, side by side.
     """
 
     processes: int = 1
@@ -41,22 +45,48 @@ class Rows:
     times: int = 1
 
     def joint(self, n: int) -> int:
-        """Rows of all processes, where this one has n."""
+        """Return the number of rows of all processes, if this one has n."""
         return n * self.processes
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This process's rows of a joint tensor, which lie along `dim` (not negative)."""
+        """Return this process's rows of a joint tensor, which lie along `dim` (not negative)."""
         if self.processes == 1:
             return x
         parts = x.unflatten(dim, (-1, self.processes, self.times))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
+
+    def rand(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
+        """Draw as `torch.rand(*shape, **options)`, where `dim` counts this process's rows.
+
+        The numbers of all rows are drawn, so that every process's generator advances alike.
+        """
+        return self.own(torch.rand(self._joint_shape(shape, dim), **options), dim)
+
+    def randn(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
+        """Draw as `torch.randn(*shape, **options)`; see `rand`."""
+        return self.own(torch.randn(self._joint_shape(shape, dim), **options), dim)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Draw as `torch.randn_like(x)`, where dimension 0 counts this process's rows; see `rand`."""
+        joint = x.new_empty_strided(self._joint_shape(x.shape, 0), x.stride())
+        return self.own(torch.randn_like(joint))
+
+    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor | None:
+        """Draw as `ops.philox_normal`; None for a single process, for which an operation draws the same itself."""
+        if self.processes == 1:
+            return None
+        # Dealt out in turn, the rows of a process do not lie side by side in the stream.
+        return self.own(philox_normal(self._joint_shape(shape, 0), seed=seed, offset=offset, device=device))
+
+    def _joint_shape(self, shape: Sequence[int], dim: int) -> tuple[int, ...]:
+        return (*shape[:dim], self.joint(shape[dim]), *shape[dim + 1 :])
 
 
 ALL_ROWS = Rows()
 
 
 class Processes:
-    """The processes that train together, as seen from one of them; a single one talks to nobody.
+    """The processes that train together, as seen from one of them. A single one sends no messages.
 
     Args:
         device: of the run; "cuda" without a number where there are several processes.
@@ -111,26 +141,26 @@ class Processes:
         """Which rows of the joint minibatch are this process's, with `times` of them an image."""
         return Rows(self.count, self.rank, times)
 
-    # ---- What processes tell one another; every process must call these, in the same order ----
+    # ---- Messages between processes: every process must call these methods, in the same order ----
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of every process's x."""
+        """Return the mean of x over all processes."""
         return x if self.count == 1 else self._call("reduce", x)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in one of them."""
+        """Return whether `flag` is set in at least one process."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def wait(self) -> None:
-        """Until every process is here, or has ended, which is an error."""
+        """Wait until every process is here; raise ConnectionError if one has ended."""
         self.any(False)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[N, ...] of the same shape everywhere -> [processes N, ...], in the order of their ranks."""
+        """Return [processes N, ...], the tensors [N, ...] of all processes in the order of their ranks."""
         return x if self.count == 1 else self._call("gather", x.contiguous())
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of the joint minibatch, each a mean over images, from those of every process's share of it."""
+        """Average gradients over all processes: each is then a mean over the images of the joint minibatch."""
         if self.count == 1:
             return
         # One message, after all backward passes: hooks that average while a gradient is computed do not go with R1's
@@ -147,21 +177,21 @@ class Processes:
 
             PartialState().destroy_process_group()
 
-    def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
-        """See that every process has the same: averages of gradients of different models would mean nothing.
+    def check_agreement(self, facts: Mapping[str, int | str | Tensor]) -> None:
+        """Check that all processes have the same facts; averaging gradients of different models would mean nothing.
 
         Args:
-            facts: by name; of a tensor its bytes' sum is compared, which rounds nothing.
+            facts: by name. Of a text its CRC-32 is compared, of a tensor the sum of its bytes, which rounds nothing.
 
         Raises:
-            ValueError: they differ.
+            ValueError: the facts differ.
         """
         if self.count == 1:
             return
         values = [
             fact.detach().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64).to(self.device)
             if isinstance(fact, Tensor)
-            else torch.tensor(fact, device=self.device)
+            else torch.tensor(zlib.crc32(fact.encode()) if isinstance(fact, str) else fact, device=self.device)
             for fact in facts.values()
         ]
         found = self.gather(torch.stack(values)[None])

@@ -1,66 +1,60 @@
-"""What a training run leaves on disk while it runs: configuration, statistics, TensorBoard events, pictures."""
+"""The run folder: its name, whether it can be used, and errors of writing to it."""
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from spigan.files import write_text
-from spigan.runs import read_rows
+from safetensors import SafetensorError
+
+from spigan.training.checkpoint import newest_checkpoint
 
 
 def next_run_dir(parent: Path = Path("runs")) -> Path:
-    """First unused folder of the form runs/00000, runs/00001, ..."""
+    """Return the first unused folder of runs/00000, runs/00001, ..."""
     numbers = [int(p.name) for p in parent.glob("*") if p.name.isdigit()]
     return parent / f"{max(numbers, default=-1) + 1:05d}"
 
 
 def unused(run_dir: Path) -> bool:
-    """Whether a run may begin in a folder: there is none, or at most what a run leaves that is killed as it begins."""
+    """Return whether a run can begin in a folder.
+
+    It can if the folder is missing or empty, or holds only the files of a run that was killed while it began.
+    """
     ours = re.compile(r"data\.json|\.(config|data)\.json-.{8}")
     return not run_dir.is_dir() or all(ours.fullmatch(path.name) for path in run_dir.iterdir())
 
 
-class StatsLog:
-    """stats.jsonl (one JSON object a tick), metrics.jsonl (one for each measurement), and TensorBoard events of them.
+def check_writable(run_dir: Path) -> None:
+    """Raise OSError unless files can be made in the folder, or a folder of that name."""
+    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{run_dir} cannot be written: {error.strerror or error} ({folder}). Nothing has been changed; make the "
+            "folder writable, free some space, or choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def writing(run_dir: Path, what: str) -> Iterator[None]:
+    """Extend an OSError of the block by what has been saved and how to resume.
 
     Args:
-        run_dir: the run's folder.
-        iteration: iteration at which the run begins or goes on; what an earlier attempt wrote beyond it is dropped.
+        run_dir: the run.
+        what: names what the block writes.
     """
-
-    def __init__(self, run_dir: Path, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path, self.metrics_path = run_dir / "stats.jsonl", run_dir / "metrics.jsonl"
-        self.path.touch()
-        for path in (self.path, self.metrics_path):
-            if path.is_file():
-                kept = [row for row in read_rows(path, "iteration") if row["iteration"] <= iteration]
-                write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one tick; `row` holds at least "iteration"."""
-        self._append(self.path, row, "")
-
-    def write_metrics(self, row: dict[str, Any]) -> None:
-        """Append one measurement; `row` holds "iteration", "kimg", "seconds" and the metrics."""
-        self._append(self.metrics_path, row, "metrics/")
-
-    def _append(self, path: Path, row: dict[str, Any], prefix: str) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, value in row.items():
-            if name != "iteration":
-                self._events.add_scalar(prefix + name, value, row["iteration"])
-        self._events.flush()
-
-    def close(self) -> None:
-        """Finish the TensorBoard file."""
-        self._events.close()
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        newest = newest_checkpoint(run_dir)
+        saved = f"{newest} and all checkpoints before it are safe." if newest else "Nothing had been saved yet."
+        advice = f"then resume: spigan train --resume {run_dir}" if newest else "then start again"
+        raise OSError(
+            f"{what} could not be written: {error}. {saved} Free some space or make the folder writable, {advice}"
+        ) from error

@@ -311,7 +311,7 @@ def read_model(folder: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """Go on with a run: an iteration of each network, and its statistics."""
-    from spigan.training.run_folder import StatsLog
+    from spigan.training.statistics import StatsLog
     from spigan.training.trainer import Trainer
 
     trainer = Trainer.resume(folder, progress=False)
@@ -359,7 +359,7 @@ def read_evaluation(path: Path) -> None:
 def read_curves(path: Path) -> None:
     """Metrics of a run, for the table of a study and for its resumption."""
     from spigan.ablation.study import read_curve
-    from spigan.training.run_folder import StatsLog
+    from spigan.training.statistics import StatsLog
 
     read_curve(path.parent, "FD-ResNet56")
     StatsLog(path.parent, 4).close()

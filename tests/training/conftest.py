@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from spigan.config import TrainConfig
 from spigan.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent))  # for training_helpers
 
 TINY_MODEL = {
     "resolution": 8,

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from spigan.training import augment
-from spigan.training.augment import ADA, DiffAugment, make_augment
+from spigan.training.augment import ADA, DiffAugment, ada, diffaug, make_augment
 
 SHAPES = [(5, 1, 8, 8), (4, 3, 8, 8), (3, 1, 16, 16), (2, 3, 32, 32), (2, 3, 64, 64), (2, 1, 12, 12)]
 
@@ -115,7 +114,7 @@ class TestBoth:
 
     def test_works_in_training_after_inference_mode(self, module):
         """A matrix made and kept while sampling must not be an inference tensor."""
-        augment._resampling.cache_clear()
+        ada.resampling_matrices.cache_clear()
         with torch.inference_mode():
             module(images(2, 3, 8, 8))
         x = images(2, 3, 8, 8).requires_grad_()
@@ -146,14 +145,14 @@ def test_translate_fills_with_zeros(dx, dy):
     x = images(1, 3, 8, 8)
     padded = torch.nn.functional.pad(x, (8, 8, 8, 8))
     expected = padded[:, :, 8 - dy : 16 - dy, 8 - dx : 16 - dx]
-    assert torch.equal(augment.translate(x, torch.tensor([dx]), torch.tensor([dy])), expected)
+    assert torch.equal(diffaug.translate(x, torch.tensor([dx]), torch.tensor([dy])), expected)
 
 
 @pytest.mark.parametrize(("cx", "cy"), [(0, 0), (8, 3), (16, 16), (5, 12)])
 def test_cutout_is_a_square_of_half_the_size(cx, cy):
     expected = torch.ones(1, 1, 16, 16)
     expected[:, :, max(cy - 4, 0) : cy + 4, max(cx - 4, 0) : cx + 4] = 0
-    assert torch.equal(augment.cutout(torch.ones(1, 1, 16, 16), torch.tensor([cx]), torch.tensor([cy])), expected)
+    assert torch.equal(diffaug.cutout(torch.ones(1, 1, 16, 16), torch.tensor([cx]), torch.tensor([cy])), expected)
 
 
 def test_diffaugment_color_is_affine_around_the_means():
@@ -195,7 +194,7 @@ def test_diffaugment_refuses_unknown_policies(policy):
 
 
 def test_sym6_is_the_orthogonal_wavelet_with_six_vanishing_moments():
-    taps, k = np.array(augment.SYM6), np.arange(12)
+    taps, k = np.array(ada.SYM6), np.arange(12)
     assert taps.sum() == pytest.approx(math.sqrt(2), abs=1e-12)
     for shift in range(6):
         assert taps[2 * shift :] @ taps[: 12 - 2 * shift] == pytest.approx(float(shift == 0), abs=1e-11)
@@ -206,10 +205,10 @@ def test_sym6_is_the_orthogonal_wavelet_with_six_vanishing_moments():
 @pytest.mark.parametrize("size", [8, 12, 32])
 def test_resampling_matrices_filter_the_mirrored_row(size):
     row = np.random.default_rng(1).standard_normal(size)
-    up, down = augment._resampling(size, torch.device("cpu"), torch.float64)
+    up, down = ada.resampling_matrices(size, torch.device("cpu"), torch.float64)
     wide = np.zeros(2 * (5 * size))
     wide[::2] = np.pad(row, 2 * size, mode="reflect")  # pixel 0 is at sample 4 size
-    wide = math.sqrt(2) * np.convolve(wide, augment.SYM6)[4 * size :]
+    wide = math.sqrt(2) * np.convolve(wide, ada.SYM6)[4 * size :]
     np.testing.assert_allclose(up.numpy() @ row, wide[: 4 * size - 3], atol=1e-12)
     np.testing.assert_allclose(down.numpy() @ wide[: 2 * size + 10], row, atol=1e-10)
 
@@ -217,7 +216,7 @@ def test_resampling_matrices_filter_the_mirrored_row(size):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_warp_by_the_identity_gives_the_image_back(shape):
     x = images(*shape)
-    torch.testing.assert_close(augment.warp(x, torch.eye(3, dtype=x.dtype).repeat(shape[0], 1, 1)), x)
+    torch.testing.assert_close(ada.warp(x, torch.eye(3, dtype=x.dtype).repeat(shape[0], 1, 1)), x)
 
 
 @settings(max_examples=20, deadline=None)
@@ -226,19 +225,19 @@ def test_whole_pixel_translation_is_exact_with_endless_reflection(tx, ty):
     x = images(1, 3, 8, 8)
     plane = np.pad(x[0].numpy(), ((0, 0), (48, 48), (48, 48)), mode="reflect")
     expected = torch.from_numpy(plane[:, 48 + ty : 56 + ty, 48 + tx : 56 + tx])[None]
-    y = augment.warp(x, augment.translate2d(repeat(tx, 1), repeat(ty, 1)))
+    y = ada.warp(x, ada.translate2d(repeat(tx, 1), repeat(ty, 1)))
     torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize(
     "matrix",
     [
-        augment.rotate2d(repeat(0.2, 1)),
-        augment.rotate2d(repeat(-2.5, 1)),
-        augment.scale2d(repeat(1.2, 1), repeat(0.8, 1)),
-        augment.scale2d(repeat(-1.0, 1), repeat(1.0, 1)),
-        augment.translate2d(repeat(3.3, 1), repeat(-9.6, 1)),
-        augment.rotate2d(repeat(0.7, 1)) @ augment.translate2d(repeat(1.5, 1), repeat(-4.0, 1)),
+        ada.rotate2d(repeat(0.2, 1)),
+        ada.rotate2d(repeat(-2.5, 1)),
+        ada.scale2d(repeat(1.2, 1), repeat(0.8, 1)),
+        ada.scale2d(repeat(-1.0, 1), repeat(1.0, 1)),
+        ada.translate2d(repeat(3.3, 1), repeat(-9.6, 1)),
+        ada.rotate2d(repeat(0.7, 1)) @ ada.translate2d(repeat(1.5, 1), repeat(-4.0, 1)),
     ],
     ids=["turn", "far_turn", "stretch", "mirror", "slide", "turn_slide"],
 )
@@ -249,22 +248,20 @@ def test_warp_agrees_with_scipy_on_a_smooth_picture(matrix):
     expected = scipy.ndimage.affine_transform(
         picture, swap[:2, :2], offset=centre + swap[:2, 2] - swap[:2, :2] @ centre, order=3, mode="mirror"
     )
-    y = augment.warp(torch.from_numpy(picture)[None, None], matrix)[0, 0].numpy()
+    y = ada.warp(torch.from_numpy(picture)[None, None], matrix)[0, 0].numpy()
     assert np.abs(y - expected).max() < 0.03 * np.abs(picture).max()
 
 
 def test_warp_does_not_alias():
     """A stripe at 0.4 cycles a pixel, made half as large, would alias to a visible stripe if it were only sampled."""
     x = torch.cos(2 * math.pi * 0.4 * torch.arange(64, dtype=torch.float64)).expand(1, 1, 64, 64)
-    y = augment.warp(x, augment.scale2d(repeat(2.0, 1), repeat(1.0, 1)))
+    y = ada.warp(x, ada.scale2d(repeat(2.0, 1), repeat(1.0, 1)))
     assert y.std() < 0.1 * x[..., ::2].std()
 
 
 def test_warp_is_precise_in_float32():
-    x, matrix = images(2, 3, 32, 32), augment.rotate2d(torch.tensor([0.3, 2.0], dtype=torch.float64))
-    torch.testing.assert_close(
-        augment.warp(x.float(), matrix.float()).double(), augment.warp(x, matrix), atol=2e-5, rtol=0
-    )
+    x, matrix = images(2, 3, 32, 32), ada.rotate2d(torch.tensor([0.3, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(ada.warp(x.float(), matrix.float()).double(), ada.warp(x, matrix), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -272,12 +269,12 @@ def test_warp_is_precise_in_float32():
 def test_blit_is_flip_then_rot90(flip, turns):
     x = images(2, 3, 8, 8)
     expected = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
-    assert torch.equal(augment.blit(x, torch.tensor([flip] * 2), torch.tensor([turns] * 2)), expected)
+    assert torch.equal(ada.blit(x, torch.tensor([flip] * 2), torch.tensor([turns] * 2)), expected)
 
 
 def test_blit_treats_every_image_by_itself():
     x = images(3, 1, 8, 8)
-    y = augment.blit(x, torch.tensor([True, False, False]), torch.tensor([0, 0, 3]))
+    y = ada.blit(x, torch.tensor([True, False, False]), torch.tensor([0, 0, 3]))
     assert torch.equal(y, torch.stack([x[0].flip(2), x[1], x[2].rot90(3, (1, 2))]))
 
 
@@ -292,7 +289,7 @@ def test_geometry_is_composed_in_the_papers_order():
     """The matrix is the inverse of the paper's product, whose parameters are the inverses of those drawn."""
     n, size = 7, 16
     uniform, normal = draws(6, n), torch.randn(4, n, dtype=torch.float64)
-    _, _, matrix = augment.geometric_parameters(1.0, size, torch.zeros(8, n), uniform, normal)
+    _, _, matrix = ada.geometric_parameters(1.0, size, torch.zeros(8, n), uniform, normal)
 
     def rotate(angle):
         return np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
@@ -316,7 +313,7 @@ def test_each_geometric_transformation_happens_with_probability_p():
     for row in range(8):
         gate = torch.ones(8, n)
         gate[row] = torch.rand(n)  # only this one may happen
-        flip, turns, matrix = augment.geometric_parameters(p, 64, gate, draws(6, n), torch.randn(4, n).double())
+        flip, turns, matrix = ada.geometric_parameters(p, 64, gate, draws(6, n), torch.randn(4, n).double())
         moved = (matrix - torch.eye(3, dtype=matrix.dtype)).abs().amax((1, 2)) > 0
         expected = {0: p / 2, 1: p * 3 / 4, 2: p * (1 - 1 / 16**2), 6: 1 - math.sqrt(1 - p), 7: 1 - math.sqrt(1 - p)}
         happened = flip | (turns > 0) | moved
@@ -329,7 +326,7 @@ def test_each_colour_transformation_happens_with_probability_p():
     for row in range(5):
         gate = torch.ones(5, n)
         gate[row] = torch.rand(n)
-        parameters = augment.color_parameters(p, gate, draws(2, n), torch.randn(3, n).double())
+        parameters = ada.color_parameters(p, gate, draws(2, n), torch.randn(3, n).double())
         for index, (value, still) in enumerate(zip(parameters, [0, 1, 1, 0, 1], strict=True)):
             expected = 0 if index != row else p / 2 if row == 2 else p
             assert (value != still).double().mean() == pytest.approx(expected, abs=0.015)
@@ -338,14 +335,12 @@ def test_each_colour_transformation_happens_with_probability_p():
 def test_parameters_have_the_papers_spread():
     n = 20000
     on = torch.zeros(8, n)
-    flip, turns, matrix = augment.geometric_parameters(1.0, 64, on, draws(6, n), torch.randn(4, n).double())
+    flip, turns, matrix = ada.geometric_parameters(1.0, 64, on, draws(6, n), torch.randn(4, n).double())
     zoom = torch.linalg.det(matrix).log2() / 2  # stretching keeps areas
     assert zoom.std() == pytest.approx(0.2, rel=0.03) and zoom.mean() == pytest.approx(0, abs=0.01)
     assert torch.bincount(turns).double().div(n).tolist() == pytest.approx([0.25] * 4, abs=0.015)
     assert flip.double().mean() == pytest.approx(0.5, abs=0.015)
-    brightness, contrast, sign, hue, sat = augment.color_parameters(
-        1.0, on[:5], draws(2, n), torch.randn(3, n).double()
-    )
+    brightness, contrast, sign, hue, sat = ada.color_parameters(1.0, on[:5], draws(2, n), torch.randn(3, n).double())
     spread = [brightness.std(), contrast.log2().std(), sign.std(), hue.std(), sat.log2().std()]
     assert [float(s) for s in spread] == pytest.approx([0.2, 0.5, 1, math.pi / math.sqrt(3), 1], rel=0.03)
 
@@ -354,7 +349,7 @@ def test_parameters_have_the_papers_spread():
 
 
 def recolor(x, brightness=0.0, contrast=1.0, luma_sign=1.0, hue=0.0, sat=1.0):
-    return augment.recolor(x, *(repeat(v, x.shape[0]) for v in (brightness, contrast, luma_sign, hue, sat)))
+    return ada.recolor(x, *(repeat(v, x.shape[0]) for v in (brightness, contrast, luma_sign, hue, sat)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -442,10 +437,10 @@ def test_images_are_augmented_independently_of_each_other():
 
 def test_full_derivatives_of_the_sampler():
     x, grid = images(2, 2, 4, 4).requires_grad_(), images(2, 3, 5, 2) * 1.2
-    assert gradcheck(lambda x: augment._GridSample.apply(x, grid), x)
-    assert gradgradcheck(lambda x: augment._GridSample.apply(x, grid), x)
+    assert gradcheck(lambda x: ada.bilinear_sample(x, grid), x)
+    assert gradgradcheck(lambda x: ada.bilinear_sample(x, grid), x)
     expected = torch.nn.functional.grid_sample(x, grid, align_corners=True)
-    torch.testing.assert_close(augment._GridSample.apply(x, grid), expected)
+    torch.testing.assert_close(ada.bilinear_sample(x, grid), expected)
 
 
 def test_adapt_moves_p_towards_the_target_and_clamps():
@@ -520,5 +515,5 @@ def test_derivatives_on_a_gpu(module):
 
 @pytest.mark.gpu
 def test_warp_on_a_gpu_is_that_of_the_cpu():
-    x, matrix = images(4, 3, 32, 32), augment.rotate2d(images(4))
-    torch.testing.assert_close(augment.warp(x.cuda(), matrix.cuda()).cpu(), augment.warp(x, matrix))
+    x, matrix = images(4, 3, 32, 32), ada.rotate2d(images(4))
+    torch.testing.assert_close(ada.warp(x.cuda(), matrix.cuda()).cpu(), ada.warp(x, matrix))

@@ -137,8 +137,8 @@ def test_a_stopped_run_equals_one_that_never_stopped(tiny_config, tmp_path, stop
 
 def test_noise_goes_on_where_it_stopped(copy):
     trainer = Trainer.resume(copy, total_kimg=0.1, progress=False)
-    assert trainer.noise_offset == 12 * 4 * 64
-    assert (trainer.iteration, trainer.images_seen, trainer.images_drawn) == (12, 24, 48)
+    assert trainer.state.noise_offset == 12 * 4 * 64
+    assert (trainer.iteration, trainer.images_seen, trainer.state.images_drawn) == (12, 24, 48)
 
 
 def test_a_longer_resume_equals_one_long_run(tiny_config, finished, tmp_path):
@@ -162,7 +162,7 @@ def test_a_run_stopped_before_its_first_iteration(finished, copy):
     """Only the checkpoint of iteration 0 is left."""
     config = read_config(copy)
     trainer = Trainer(config, copy.parent / "new", progress=False)
-    trainer._snapshot()
+    trainer.snapshot()
     disturb()
     Trainer.resume(trainer.run_dir, progress=False).fit()
     assert_same_end(trainer.run_dir, finished)
@@ -373,11 +373,11 @@ def test_damaged_checkpoint(finished, copy, damage):
 def test_foreign_safetensors(copy):
     newest = checkpoints(copy)[-1]
     shutil.copy(copy / "model" / "model.safetensors", newest)
-    with pytest.raises(ValueError, match=r"is no spigan checkpoint of format 1") as caught:
+    with pytest.raises(ValueError, match=r"is not a spigan checkpoint of format 1") as caught:
         Trainer.resume(copy, progress=False)
     assert str(newest) in str(caught.value)
     save_file({"a": torch.ones(1)}, newest, {"spigan_checkpoint": "2", "state": "{}"})
-    with pytest.raises(ValueError, match="is no spigan checkpoint of format 1"):
+    with pytest.raises(ValueError, match="is not a spigan checkpoint of format 1"):
         load_checkpoint(newest)
 
 

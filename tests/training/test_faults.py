@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spigan.config import TrainConfig
 from spigan.runs import read_best, read_metrics, read_stats
-from spigan.training import faults
+from spigan.training import signals
 from spigan.training.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from spigan.training.trainer import Trainer
 
@@ -39,7 +39,7 @@ import ctypes, json, os, pathlib, signal, sys, time
 import safetensors.torch, sklearn.datasets, torch, torch.utils.tensorboard
 torch.set_num_threads(1)
 from spigan.config import TrainConfig
-from spigan.training import checkpoint, measure, run_folder, trainer
+from spigan.training import checkpoint, measure, signals, snapshots, statistics
 from spigan.training.trainer import Trainer
 
 def die():
@@ -91,18 +91,18 @@ def arrange(place, count):
                 file.write(line[: len(line) // 2] if due() else line)
             if calls[0] == count:
                 die()
-        run_folder.StatsLog.write = write
+        statistics.StatsLog.write = write
     elif place == "half a checkpoint":
         save_file.left = 16 * count - 8
     elif place == "before a snapshot":
-        before(Trainer, "_snapshot", die)
+        before(snapshots.Snapshots, "take", die)
     elif place == "a slow checkpoint":
         save_file.pause = 0.05
         before(checkpoint, "save_file", note)
     elif place == "an iteration":
         before(Trainer, "train_iteration", note)
     elif place == "a stuck iteration":
-        trainer._SLOW = 0.0
+        signals.SLOW = 0.0
         before(Trainer, "train_iteration", block)
     elif place == "a measurement":
         before(measure.RunMetrics, "measure", wait)
@@ -365,14 +365,14 @@ def test_sigterm_saves_beside_what_cannot_be_interrupted(
 
 
 def test_a_save_that_fails_beside_what_cannot_be_interrupted_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(faults, "GRACE", 0.0)
+    monkeypatch.setattr(signals, "GRACE", 0.0)
     tried = threading.Event()
 
     def save() -> None:
         tried.set()
         raise OSError("the disk is full")
 
-    with faults.StopSignals() as stop, stop.backed(save):
+    with signals.StopSignals() as stop, stop.backed(save):
         signal.raise_signal(signal.SIGTERM)
         assert tried.wait(30) and stop.is_set()
     assert capsys.readouterr().err == "The state could not be saved yet: the disk is full\n"
@@ -450,7 +450,12 @@ def test_full_disk(tiny_config, small_disk, tmp_path):
     with pytest.raises(OSError, match=r"could not be written: .*No space left") as caught:
         trainer.fit()
     good = checkpoint_path(trainer.run_dir, 4)
-    for text in (str(trainer.run_dir), f"Safe is {good}", "Make room", f"spigan train --resume {trainer.run_dir}"):
+    for text in (
+        str(trainer.run_dir),
+        f"{good} and all checkpoints before it are safe",
+        "Free some space",
+        f"spigan train --resume {trainer.run_dir}",
+    ):
         assert text in str(caught.value)
     assert checkpoints(trainer.run_dir) == [checkpoint_path(trainer.run_dir, 0), good]
     assert not list(trainer.run_dir.rglob(".*"))
@@ -505,7 +510,7 @@ def test_read_only_folder(tiny_config, tmp_path, make_read_only):
     at_iteration(trainer, 7, lambda: make_read_only(trainer.run_dir / "checkpoints"))
     with pytest.raises(OSError, match=r"the checkpoint of iteration 8 in .* could not be written") as caught:
         trainer.fit()
-    assert f"Safe is {checkpoint_path(trainer.run_dir, 4)}" in str(caught.value)
+    assert f"{checkpoint_path(trainer.run_dir, 4)} and all checkpoints before it are safe" in str(caught.value)
     assert len(checkpoints(trainer.run_dir)) == 2
     make_read_only(trainer.run_dir)
     before = {path: path.stat().st_mtime_ns for path in trainer.run_dir.rglob("*")}
@@ -545,8 +550,8 @@ def test_a_best_model_between_snapshots_has_its_checkpoint(config, tmp_path, mon
     monkeypatch.setenv("SPIGAN_CACHE", str(tmp_path / "cache"))
     settings = config.model_copy(update={"snapshot_ticks": 100, "keep_checkpoints": 1})
     trainer = Trainer(settings, tmp_path / "run", progress=False)
-    assert trainer._metrics is not None
+    assert trainer.metrics is not None
     values = iter([3.0, 1.0, 2.0, 1.0])
-    monkeypatch.setattr(trainer._metrics, "measure", lambda model: {trainer._metrics.distance: next(values)})
+    monkeypatch.setattr(trainer.metrics, "measure", lambda model: {trainer.metrics.distance: next(values)})
     trainer.fit()
     assert checkpoints(trainer.run_dir) == [checkpoint_path(trainer.run_dir, iteration) for iteration in (8, 18)]

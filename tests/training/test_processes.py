@@ -70,11 +70,11 @@ for name, job in json.load(open(sys.argv[1])).items():
                     signal.raise_signal(signal.SIGTERM)
         trainer.train_iteration = train_iteration
         if rank == 0 and job.get("stop") == "measuring":
-            measure = trainer._metrics.measure
+            measure = trainer.metrics.measure
             def measure_signalled(model):
                 signal.raise_signal(signal.SIGTERM)
                 return measure(model)
-            trainer._metrics.measure = measure_signalled
+            trainer.metrics.measure = measure_signalled
         trainer.fit()
         found[name] = {"iteration": trainer.iteration, "interrupted": trainer.interrupted}
     except (ValueError, FloatingPointError) as error:
@@ -249,7 +249,7 @@ def test_all_processes_find_the_same_divergence_and_the_main_one_saves_it(runs):
     folder, found, _ = runs
     told = [found[rank]["diverged"]["error"] for rank in (0, 1)]
     assert all(error.startswith("training has diverged: grad_norm_d (") for error in told)
-    assert told[0].startswith(told[1]) and "The state of now, with gradients, is in" in told[0]
+    assert told[0].startswith(told[1]) and "The current state, with gradients, is in" in told[0]
     assert [path.name for path in checkpoints(folder / "diverged")] == ["checkpoint-00000000.safetensors"]
     assert {path.name for path in (folder / "diverged" / "failed").iterdir()} == {
         "state-00000000.safetensors",

@@ -22,7 +22,8 @@ from spigan.images import make_grid, to_uint8
 from spigan.ops import philox_normal
 from spigan.runs import read_config, read_stats
 from spigan.training.checkpoint import checkpoints
-from spigan.training.run_folder import StatsLog, next_run_dir
+from spigan.training.run_folder import next_run_dir
+from spigan.training.statistics import StatsLog
 from spigan.training.trainer import Trainer
 
 ALWAYS = ["iteration", "kimg", "seconds", "images_per_sec"]
@@ -132,7 +133,7 @@ def test_stats_of_a_plain_run(new_trainer):
 def test_stats_are_means_of_the_tick(new_trainer, monkeypatch):
     trainer = new_trainer(r1_gamma=0)
     values = iter(range(100))
-    monkeypatch.setattr("spigan.training.trainer.generator_loss", lambda logits: 0 * logits.sum() + float(next(values)))
+    monkeypatch.setattr("spigan.training.updates.generator_loss", lambda logits: 0 * logits.sum() + float(next(values)))
     trainer.fit()
     # Two generator iterations a tick, two updates each: 0..3, 4..7, 8..11.
     assert [row["loss_g"] for row in read_stats(trainer.run_dir)] == [1.5, 5.5, 9.5]
@@ -276,9 +277,9 @@ def test_pictures_are_named_by_kimg(new_trainer):
 
     def iteration(images: torch.Tensor) -> None:
         """In place of training: count only."""
-        trainer.images_seen += len(images) * (trainer.iteration % 2 == 0)
-        trainer._record(loss_d=torch.zeros(()), loss_g=torch.zeros(()))
-        trainer.iteration += 1
+        trainer.state.images_seen += len(images) * (trainer.iteration % 2 == 0)
+        trainer.state.record(loss_d=torch.zeros(()), loss_g=torch.zeros(()))
+        trainer.state.iteration += 1
 
     trainer.train_iteration = iteration  # type: ignore[method-assign]
     trainer.fit()

@@ -1,0 +1,134 @@
+"""SIGINT and SIGTERM: training stops after the iteration, and its state is saved within seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+GRACE = 3.0
+"""Seconds between a signal and the moment when the state is saved while work is still running."""
+
+SLOW = 1.0
+"""Seconds of an iteration. Once one takes as long, each gets a copy of the state, in case a signal comes during it."""
+
+
+class _Abandoned(BaseException):
+    """Ends `StopSignals.attempt`. Not an Exception, so that no `except Exception` on the way swallows it."""
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM inside a `with` block, so that training can stop between iterations.
+
+    A SIGINT after either of them raises KeyboardInterrupt. Only the main thread may set signal handlers; in another
+    thread signals are not noted.
+
+    The state is to be on disk within 10 seconds of a signal, also while a long iteration or measurement runs. So work
+    that may last gets a function that saves the state as it was before (`backed`, `iteration`); a thread calls it if
+    the work still runs `GRACE` seconds after the signal.
+    """
+
+    def __init__(self) -> None:
+        self._noted, self._ended = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._save: Callable[[], object] | None = None
+        self._attempting = False
+        self._slowest = 0.0  # seconds of an iteration
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
+        # Python calls handlers only when the main thread returns to Python code, which may take long in C++. The
+        # signal's number is written to this socket at once.
+        here, there = socket.socketpair()
+        there.setblocking(False)
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False))
+        watcher = threading.Thread(target=self._watch, args=(here,), name="spigan-signals", daemon=True)
+        watcher.start()
+
+        def end_watcher() -> None:
+            self._ended.set()
+            there.shutdown(socket.SHUT_RDWR)  # closing is not enough: forked loader workers share the socket
+            watcher.join()
+            here.close()
+            there.close()
+
+        self._undo.callback(end_watcher)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def is_set(self) -> bool:
+        """Return whether a signal has come."""
+        return self._noted.is_set()
+
+    def attempt(self, function: Callable[[], T]) -> T | None:
+        """Return `function()`, or None if a signal has come or comes before it ends; it is then abandoned."""
+        try:
+            try:
+                self._attempting = True
+                return None if self.is_set() else function()
+            finally:
+                self._attempting = False
+        except _Abandoned:
+            return None
+
+    @contextlib.contextmanager
+    def backed(self, save: Callable[[], object] | None) -> Iterator[None]:
+        """Run a block that may last long; if it still runs `GRACE` seconds after a signal, a thread calls `save`."""
+        self._save = save
+        try:
+            yield
+        finally:
+            with self._lock:  # wait for a `save` that is running
+                self._save = None
+
+    @contextlib.contextmanager
+    def iteration(self, copy: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
+        """Run an iteration as the block, backed by a copy of the state once an iteration has taken `SLOW` seconds.
+
+        Args:
+            copy: copies the state, and returns a function that saves the copy, or None if none is needed.
+        """
+        began = time.perf_counter()
+        with self.backed(copy() if self._slowest >= SLOW else None):
+            yield
+        self._slowest = max(self._slowest, time.perf_counter() - began)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.is_set():
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a batch system may send SIGTERM to all processes, and torchrun passes on its own
+        self._noted.set()
+        if self._attempting:
+            raise _Abandoned
+
+    def _watch(self, wakeup: socket.socket) -> None:
+        """Call `save` after a signal; runs in a thread."""
+        while received := wakeup.recv(1):
+            if received[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if self._ended.wait(GRACE):
+                return
+            with self._lock:
+                save, self._save = self._save, None
+                if save is not None:
+                    try:
+                        save()
+                    except OSError as error:  # reported here, since the block may never end
+                        print(f"The state could not be saved yet: {error}", file=sys.stderr, flush=True)

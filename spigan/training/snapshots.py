@@ -1,0 +1,181 @@
+"""Snapshots of a run: checkpoints, the exported model, pictures, and the state in which it diverged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spigan.config import TrainConfig
+from spigan.data import ImageDataset
+from spigan.files import write_text
+from spigan.images import display_scale, make_grid, save_png, to_uint8
+from spigan.models import SPIGAN
+from spigan.ops import philox_normal
+from spigan.runs import read_best
+from spigan.training import checkpoint
+from spigan.training.processes import Processes
+from spigan.training.run_folder import writing
+from spigan.training.signals import StopSignals
+from spigan.training.state import TrainState
+from spigan.training.statistics import Diverged
+
+
+def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint, and check that it holds a model of this configuration.
+
+    Done before such a model is built: an untrusted configuration may ask for more memory than the machine has.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds another model.
+    """
+    tensors, counters = checkpoint.load_checkpoint(path)
+    with torch.device("meta"):  # shapes alone
+        expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
+    try:
+        checkpoint.check_tensors(expected, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tensors, counters
+
+
+class Snapshots:
+    """Saves and loads the state of a run. Only the main process writes.
+
+    Args:
+        run_dir: the run's folder.
+        config: of the run.
+        state: what is saved and loaded.
+        processes: the processes that train.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig, state: TrainState, processes: Processes) -> None:
+        self.run_dir, self.config, self.state, self.processes = run_dir, config, state, processes
+        self._saved: int | None = None  # iteration of the last checkpoint
+
+    def load(self, path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Load the content of a checkpoint into the state.
+
+        Raises:
+            ValueError: it lacks something, or a value does not fit.
+        """
+        try:
+            self.state.load(tensors, counters)
+        except KeyError as error:
+            raise ValueError(f"{path} lacks {error}: it is not a checkpoint of this run") from error
+        except (ValueError, RuntimeError) as error:  # RuntimeError: not the state of a random generator
+            raise ValueError(f"{path}: {error}") from error
+        self._saved = self.state.iteration
+
+    def take(self, stop: StopSignals | None = None) -> None:
+        """Write the exported model, a grid of samples and the checkpoint, and delete old checkpoints.
+
+        The checkpoint, from which a run resumes, is written last, when all else is complete. After a signal it is
+        written first, and the grid, which may take long, is left out. Every process must call this.
+
+        Raises:
+            OSError: the disk is full, for instance; the message tells what is safe.
+        """
+        dumped = self.state.dump()
+        if not self.processes.main:
+            return
+        if stop is not None and stop.is_set():
+            self.write(*dumped)
+        with writing(self.run_dir, f"the snapshot of iteration {self.state.iteration} in {self.run_dir}"):
+            self.state.ema.save_pretrained(self.run_dir / "model")
+            grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
+            if grid is not None:
+                save_png(grid, self.run_dir / f"samples-{self.state.images_seen // 1000:06d}.png")
+        self.write(*dumped)
+        self._rotate()
+
+    def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Write a checkpoint in the main process, unless that of the iteration has just been written.
+
+        Raises:
+            OSError: the disk is full, for instance; the message tells what is safe.
+        """
+        iteration = counters["iteration"]
+        if self.processes.main and self._saved != iteration:
+            with writing(self.run_dir, f"the checkpoint of iteration {iteration} in {self.run_dir}"):
+                checkpoint.save_checkpoint(checkpoint.checkpoint_path(self.run_dir, iteration), tensors, counters)
+            self._saved = iteration
+
+    def backup(self) -> Callable[[], None] | None:
+        """Return a function that saves the state as it is now, from a copy; None if it is saved already.
+
+        Also None if several processes train: a copy would cost them a message in every iteration.
+        """
+        if self._saved == self.state.iteration or self.processes.count > 1:
+            return None
+        self.state.statistics.check()
+        tensors, counters = self.state.dump()
+        return partial(self.write, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters)
+
+    @contextlib.contextmanager
+    def diagnosing(self) -> Iterator[None]:
+        """If the block finds that training has diverged, save the state for a diagnosis.
+
+        It goes to failed/, apart from the checkpoints, together with the gradients.
+
+        Raises:
+            FloatingPointError: training has diverged; the message says where, and what to change.
+        """
+        try:
+            yield
+        except Diverged as error:
+            if not self.processes.main:  # gradients are joint, so the main process comes here too
+                raise FloatingPointError(str(error)) from None
+            failed, good = self.run_dir / "failed", checkpoint.newest_checkpoint(self.run_dir)
+            try:
+                self._write_failed(failed, str(error))
+                saved = f"The current state, with gradients, is in {failed}"
+            except OSError as problem:  # the divergence is what matters
+                saved = f"The current state could not be saved ({problem})"
+            raise FloatingPointError(
+                f"{error}, in {self.run_dir / 'config.json'}, and resume from the last good checkpoint, {good}, by "
+                f"`spigan train --resume {self.run_dir}`; unchanged, it would diverge again. {saved}"
+            ) from None
+
+    def sample_grid(self) -> Tensor:
+        """Return a uint8 [C, H, W] grid of the averaged model's images of seeds 0, 1, ..., enlarged."""
+        resolution = self.config.model.resolution
+        side = 8 if resolution <= 64 else 4
+        seeds = torch.arange(side * side, device=self.processes.device)
+        z = philox_normal((len(seeds), *self.config.model.z_shape), seed=seeds)
+        with torch.no_grad():
+            parts = [to_uint8(self.state.ema(part)) for part in z.split(self.config.batch_gpu or self.config.batch)]
+        return make_grid(torch.cat(parts), columns=side, scale=display_scale(resolution)).cpu()
+
+    def write_reals(self, dataset: ImageDataset) -> None:
+        """Write reals.png, a grid of images spread over the dataset, in the main process."""
+        if not self.processes.main:
+            return
+        side = 8 if self.config.model.resolution <= 64 else 4
+        step = max(1, len(dataset) // (side * side))
+        images = torch.stack([dataset[i] for i in range(0, len(dataset), step)][: side * side])
+        grid = make_grid(images, columns=side, scale=display_scale(self.config.model.resolution))
+        with writing(self.run_dir, f"pictures in {self.run_dir}"):
+            save_png(grid, self.run_dir / "reals.png")
+
+    def _rotate(self) -> None:
+        """Delete all but the newest checkpoints and that of the best model."""
+        best = read_best(self.run_dir)
+        kept = best and checkpoint.checkpoint_path(self.run_dir, int(best["iteration"]))
+        with writing(self.run_dir, f"checkpoints in {self.run_dir}"):
+            for old in checkpoint.checkpoints(self.run_dir)[: -self.config.keep_checkpoints]:
+                if old != kept:
+                    old.unlink()
+
+    def _write_failed(self, folder: Path, text: str) -> None:
+        tensors, counters = self.state.dump(joint=False)
+        for name, module in self.state.modules().items():
+            gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
+            tensors |= {f"grad.{name}.{key}": gradient for key, gradient in gradients.items()}
+        checkpoint.save_checkpoint(folder / f"state-{self.state.iteration:08d}.safetensors", tensors, counters)
+        write_text(folder / "error.txt", f"{text}\n")

@@ -1,0 +1,212 @@
+"""The updates of Algorithm 1: gradients of losses and penalties, optimiser steps, averages and ADA's p."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from spigan.config import TrainConfig
+from spigan.training.augment import ADA
+from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
+from spigan.training.processes import Processes
+from spigan.training.state import TrainState, images_at_a_time
+
+ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras et al. 2020a, section 3.1)
+
+
+class Updates:
+    """Updates the networks of a training state by minibatches of N images at k times each.
+
+    Gradients are those of the joint minibatch of all processes, accumulated over `batch_gpu` images at a time.
+
+    Args:
+        config: how to train.
+        state: what is trained; changed in place.
+        processes: the processes that share each minibatch.
+
+    Attributes:
+        check_every_step: look for divergence before each optimiser step. On a GPU that would mean waiting for it, so
+            there it is found at the end of a tick.
+    """
+
+    def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
+        self.config, self.state, self.processes = config, state, processes
+        self.check_every_step = processes.device.type == "cpu"
+        self._at_a_time = images_at_a_time(config, processes)
+
+    # ---- Updates ----
+
+    def solve(self, z: Tensor, times: list[float]) -> Tensor:
+        """Return the latents h(t_k) [k, N, D] that the mapping network makes of z."""
+        h: Tensor = self.state.model.mapping(z, times)
+        return h
+
+    def discriminator(self, real: Tensor, h: Tensor, times: list[float]) -> Tensor:
+        """Update the discriminator.
+
+        Args:
+            real: [k, N, C, H, W] points i(t_k) of the paths.
+            h: [k, N, D] latents h(t_k).
+            times: t_k.
+
+        Returns:
+            Mean sign of the logits of the real images.
+        """
+        state = self.state
+        state.discriminator.requires_grad_(True)
+        state.optimizer_d.zero_grad(set_to_none=True)
+        signs = []
+        for real_part, h_part in self._parts(real, h, dim=1):
+            share = real_part.shape[1] / real.shape[1]
+            with torch.no_grad():
+                generated = self._generate(interleave(h_part), times)
+            fake = self._logits(generated, times)
+            loss_fake = fake_loss(fake)
+            (loss_fake * share).backward()
+            logits = self._logits(interleave(real_part), times)
+            loss_real = real_loss(logits)
+            (loss_real * share).backward()
+            signs.append(logits.detach().sign().mean() * share)
+            state.record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
+        self._step(state.optimizer_d, "d")
+        return torch.stack(signs).sum()
+
+    def r1(self, real: Tensor, times: list[float]) -> None:
+        """Update the discriminator by the lazy R1 penalty, weighted by the number of updates it stands for.
+
+        Args:
+            real: [k, N, C, H, W] points i(t_k) of the paths.
+            times: t_k.
+        """
+        state = self.state
+        state.optimizer_d.zero_grad(set_to_none=True)
+        weight = 0.5 * self.config.r1_gamma * self.config.r1_interval
+        for (part,) in self._parts(real, dim=1):
+            images = interleave(part).detach().requires_grad_(True)
+            penalty = r1_penalty(self._logits(images, times), images)
+            (penalty * (weight * part.shape[1] / real.shape[1])).backward()
+            state.record(r1=penalty)
+        self._step(state.optimizer_d, "r1")
+
+    def generator(self, z: Tensor, times: list[float]) -> None:
+        """Update the mapping network and the generator.
+
+        Args:
+            z: [N, ...] inputs of the mapping network.
+            times: t_k.
+        """
+        state = self.state
+        state.discriminator.requires_grad_(False)
+        state.optimizer_g.zero_grad(set_to_none=True)
+        for (part,) in self._parts(z, dim=0):
+            generated = self._generate(interleave(self.solve(part, times)), times)
+            loss = generator_loss(self._logits(generated, times))
+            (loss * (len(part) / len(z))).backward()
+            state.record(loss_g=loss)
+        self._step(state.optimizer_g, "g")
+
+    def path_length(self, z: Tensor, times: list[float]) -> None:
+        """Update mapping network and generator by the lazy path-length penalty.
+
+        It is the squared distance of path lengths from their running mean (Karras et al. 2020b, section 3.2), on
+        N / pl_batch_shrink images.
+
+        Args:
+            z: [N, ...] inputs of the mapping network.
+            times: t_k.
+        """
+        state = self.state
+        state.optimizer_g.zero_grad(set_to_none=True)
+        z = z[: max(1, len(z) // self.config.pl_batch_shrink)]
+        weight = self.config.pl_weight * self.config.pl_interval
+        for (part,) in self._parts(z, dim=0):
+            h = interleave(self.solve(part, times))
+            h = h[:, None].expand(-1, state.model.generator.num_ws, -1)  # a latent for each layer, as in StyleGAN2
+            lengths = path_lengths(self._generate(h, times), h, self.processes.rows(len(times)))
+            with torch.no_grad():
+                state.pl_mean.lerp_(self.processes.mean(lengths.mean()), self.config.pl_decay)
+            penalty = (lengths - state.pl_mean).square().mean()
+            (penalty * (weight * len(part) / len(z))).backward()
+            state.record(path_length=lengths.mean(), path_length_penalty=penalty)
+        self._step(state.optimizer_g, "pl")
+
+    def adapt_augmentation(self, signs: list[Tensor], images: int) -> None:
+        """Every `ADA_INTERVAL` calls, move ADA's p by the mean sign of D(real) over the images since the last move.
+
+        Args:
+            signs: what each call of `discriminator` in this iteration returned.
+            images: number of images of the joint minibatch.
+        """
+        state, sign = self.state, torch.stack(signs).mean()
+        state.record(real_sign=sign)
+        if not isinstance(state.augment, ADA):
+            return
+        state.ada_signs.append(self.processes.mean(sign))
+        if len(state.ada_signs) == ADA_INTERVAL:
+            mean = torch.stack(state.ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
+            state.augment.adapt(mean.item(), ADA_INTERVAL * images)
+            state.ada_signs.clear()
+
+    @torch.no_grad()
+    def average_weights(self, images: int) -> None:
+        """Move the averaged weights towards the current ones, so that old weights have a half-life of `ema_kimg`.
+
+        Args:
+            images: number of images since the last call.
+        """
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup is not None:
+            half_life = min(half_life, self.state.images_seen * self.config.ema_rampup)
+        weight = 1.0 - 0.5 ** (images / max(half_life, 1e-8))
+        model, ema = self.state.model, self.state.ema
+        for average, current in zip(ema.parameters(), model.parameters(), strict=True):
+            average.lerp_(current, weight)
+        for kept, newest in zip(ema.buffers(), model.buffers(), strict=True):
+            kept.copy_(newest)
+
+    # ---- Their parts ----
+
+    def _parts(self, *tensors: Tensor, dim: int) -> Iterator[tuple[Tensor, ...]]:
+        """Split a minibatch into parts of `batch_gpu` images, whose gradients accumulate."""
+        return zip(*(tensor.split(self._at_a_time, dim=dim) for tensor in tensors), strict=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _generate(self, h: Tensor, times: list[float]) -> Tensor:
+        """Return images [n k, C, H, W] of latents [n k, D] or [n k, num_ws, D]."""
+        rows, generator = self.processes.rows(len(times)), self.state.model.generator
+        noise = None  # drawn by the generator
+        if rows.processes > 1:
+            noise = [rows.own(x) for x in generator.draw_noise(rows.joint(len(h)), self.processes.device)]
+        with self._autocast():
+            images: Tensor = generator(h, noise)
+        return images
+
+    def _logits(self, images: Tensor, times: list[float]) -> Tensor:
+        """Return D's logits [n k] of augmented images [n k, C, H, W], real or generated, of n images at k times."""
+        images = self.state.augment(images, self.processes.rows(len(times)))
+        t = torch.tensor(times, device=images.device).repeat(len(images) // len(times))
+        with self._autocast():
+            logits: Tensor = self.state.discriminator(images, t)
+        return logits
+
+    def _step(self, optimizer: torch.optim.Optimizer, name: str) -> None:
+        """Take a step by the gradients of the joint minibatch, unless training is seen to have diverged."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.processes.average_gradients(parameters)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.state.record(**{f"grad_norm_{name}": nn.utils.get_total_norm(gradients)})
+        if self.check_every_step:
+            self.state.statistics.check()
+        optimizer.step()
+
+
+def interleave(x: Tensor) -> Tensor:
+    """Reshape [k, N, ...] to [N k, ...], the k times of an image side by side.
+
+    In this order each group of the minibatch standard deviation, which is strided, holds images of one time.
+    """
+    return x.transpose(0, 1).flatten(0, 1)
