@@ -1,12 +1,14 @@
-"""Train one model with several processes, each on its share of every minibatch, through Hugging Face accelerate.
+"""Train one model in several processes, each on its share of every minibatch, through Hugging Face accelerate.
 
-A launcher (torchrun, accelerate launch) starts the processes and sets WORLD_SIZE, RANK and LOCAL_RANK. If WORLD_SIZE is
-unset or 1, accelerate is not imported. Every process draws the random numbers of the whole minibatch and keeps those of
-its own images. So all generators stay in step, and any number of processes computes what one would, up to rounding.
+A launcher (torchrun or accelerate launch) starts the processes and sets WORLD_SIZE, RANK and LOCAL_RANK. If WORLD_SIZE
+is unset or 1, accelerate is not imported. Every process draws the random numbers of the whole minibatch and keeps those
+of its own images. All generators therefore stay in step, and the result does not depend on the number of processes, up
+to rounding.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +21,11 @@ from torch import Tensor, nn
 
 from spigan.ops import philox_normal
 
-# Of launchers that accelerate knows.
+# Variables in which the launchers that accelerate supports pass the number of processes.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# How long processes wait for one that measures or saves. One that has ended gloo finds out at once; beside NCCL the
-# launcher does, and ends the others.
+# How long processes wait for one that is measuring or saving. If a process has ended, gloo notices at once; with NCCL
+# the launcher notices and ends the others.
 _PATIENCE = timedelta(hours=2)
 
 
@@ -86,19 +88,23 @@ ALL_ROWS = Rows()
 
 
 class Processes:
-    """The processes that train together, as seen from one of them. A single one sends no messages.
+    """The processes that train together, as seen from one of them.
+
+    With a single process all methods return at once and nothing is communicated.
 
     Args:
-        device: of the run; "cuda" without a number where there are several processes.
+        device: device of the run. With several processes it must be "cpu", or "cuda" without an index.
 
     Attributes:
-        count, rank: number of processes, and which one this is.
-        main: whether this is the one that prints and writes files.
-        device: the device of this process: of several on a machine each takes a GPU of its own.
+        count: number of processes.
+        rank: index of this process, from 0.
+        main: whether this process prints and writes files. True for rank 0.
+        device: device of this process. With several processes, each takes its own GPU.
 
     Raises:
-        ImportError: several processes without accelerate.
-        ValueError: a device that they cannot share.
+        ImportError: there are several processes, but accelerate is not installed.
+        ValueError: the launcher's environment variables are incomplete, the processes cannot share `device`, or
+            accelerate is already running with another number of processes or device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,79 +118,101 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise ImportError(
-                f'{self.count} processes train through accelerate: pip install "spigan[distributed]" ({error})'
+                f'training in {self.count} processes needs accelerate: pip install "spigan[distributed]" ({error})'
             ) from error
         missing = [name for name in ("WORLD_SIZE", *_LAUNCHED) if name not in os.environ]
         if missing:
             given = next(name for name in _COUNTS if int(os.environ.get(name) or 1) == self.count)
             raise ValueError(
-                f"{given} says {self.count} processes, but {', '.join(missing)} is not set: start them by torchrun or "
-                f"accelerate launch, or unset {given} to train in one"
+                f"{given} is {self.count}, but {', '.join(missing)} is not set: start the processes with torchrun or "
+                f"accelerate launch, or unset {given} to train in one process"
             )
         if self.device.type == "cuda":
             gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
             if self.device.index is not None:
-                raise ValueError(f"several processes take a GPU each: use the device cuda or auto, not {self.device}")
+                raise ValueError(
+                    f"with several processes, each takes its own GPU: set the device to cuda or auto, not {self.device}"
+                )
             if local >= gpus:
                 raise ValueError(
-                    f"process {local} of this machine has no GPU of its own, there are {gpus}: start fewer processes"
+                    f"process {local} of this machine has no GPU, because there are only {gpus}: start at most {gpus} "
+                    "processes here"
                 )
+        begun_before = torch.distributed.is_initialized()
         state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
+        if not begun_before:
+            self._close_at_exit()
         if (state.num_processes, state.device.type) != (self.count, self.device.type):
             raise ValueError(
-                f"accelerate was started before, for {state.num_processes} process(es) on {state.device.type}; the run "
-                f"is for {self.count} on {self.device}: make them agree, or leave starting it to spigan"
+                f"accelerate is already running with {state.num_processes} process(es) on {state.device.type}, but "
+                f"this run needs {self.count} on {self.device}: make the two agree, or let spigan start accelerate"
             )
         self.rank, self.device = state.process_index, state.device
 
+    def _close_at_exit(self) -> None:
+        """Have the process group closed when the program ends, however it ends, if gloo carries it.
+
+        After a collective has returned, gloo's thread may still hold its tensors. If it drops them while the
+        interpreter shuts down, it waits for the GIL, which ends the thread in the middle of a C++ destructor, and the
+        process aborts with "terminate called without an active exception" (pytorch issue 190489). Closing the group
+        joins gloo's threads, and needs no other process, so that it is safe after an error too.
+
+        Closing an NCCL group is different: it waits for the other processes of the machine, so one that has failed
+        could hang there. NCCL does not have the problem, and its group is left to `close`.
+        """
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            atexit.register(self.close)
+
     def rows(self, times: int = 1) -> Rows:
-        """Which rows of the joint minibatch are this process's, with `times` of them an image."""
+        """Return this process's rows of the joint minibatch, with `times` rows per image."""
         return Rows(self.count, self.rank, times)
 
-    # ---- Messages between processes: every process must call these methods, in the same order ----
+    # ---- Collectives: every process must call these, in the same order ----
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean of x over all processes."""
         return x if self.count == 1 else self._call("reduce", x)
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is set in at least one process."""
+        """Return whether `flag` is true in any process."""
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def wait(self) -> None:
-        """Wait until every process is here; raise ConnectionError if one has ended."""
+        """Wait until every process has called this. Raises ConnectionError if one has ended."""
         self.any(False)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return [processes N, ...], the tensors [N, ...] of all processes in the order of their ranks."""
+        """Concatenate [N, ...] of every process, of the same shape, to [processes N, ...] in the order of ranks."""
         return x if self.count == 1 else self._call("gather", x.contiguous())
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients over all processes: each is then a mean over the images of the joint minibatch."""
+        """Replace gradients that are means over this process's images by means over the joint minibatch."""
         if self.count == 1:
             return
-        # One message, after all backward passes: hooks that average while a gradient is computed do not go with R1's
-        # derivatives of derivatives, nor with the several passes of a step.
+        # One message after all backward passes. Hooks that average during the backward pass, as in
+        # DistributedDataParallel, support neither R1's second derivatives nor several passes per step.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
 
     def close(self) -> None:
-        """End the communication, at the end of a program."""
-        if self.count > 1:
-            from accelerate import PartialState
+        """End the communication at the end of a program. Calling it again does nothing.
 
-            PartialState().destroy_process_group()
+        On the CPU this happens at exit by itself, unless the program had started torch.distributed before. On GPUs
+        call it in every process after the last `Trainer.fit`; otherwise torch prints a warning at exit.
+        """
+        if self.count > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
-    def check_agreement(self, facts: Mapping[str, int | str | Tensor]) -> None:
-        """Check that all processes have the same facts; averaging gradients of different models would mean nothing.
+    def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
+        """Check that every process trains the same model on the same data, before their gradients are averaged.
 
         Args:
-            facts: by name. Of a text its CRC-32 is compared, of a tensor the sum of its bytes, which rounds nothing.
+            facts: what must be equal, by name. Tensors are compared by the exact sum of their bytes.
 
         Raises:
-            ValueError: the facts differ.
+            ValueError: the processes differ.
         """
         if self.count == 1:
             return
@@ -212,5 +240,5 @@ class Processes:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(
-                f"another of the {self.count} processes has ended; its own error says why ({reason})"
+                f"another of the {self.count} processes has ended; see the error it printed ({reason})"
             ) from error
