@@ -16,7 +16,10 @@ import spigan
 from spigan.models.layers import channels_at
 from spigan.ops import BACKENDS, modulated_conv2d
 from spigan.ops.backends import why_unavailable
-from spigan.ops.modulated_conv2d import convolve, demodulation, prepare_weight
+from spigan.ops.demodulation import demodulation
+from spigan.ops.frozen_layer import frozen_modulated_conv2d
+from spigan.ops.layer_end import LayerEnd
+from spigan.ops.layer_weights import prepare_weight
 from spigan.ops.upfirdn2d import fir_filter
 
 from .conftest import DEVICE, grouped_modulated_conv2d
@@ -101,9 +104,11 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
 
     def run() -> Tensor:
         if form in FORMS:
-            return convolve("cpp", x.permute(0, 2, 3, 1), prepared, up=up, padding=1, **inference)[0].permute(
-                0, 3, 1, 2
+            images = x.permute(0, 2, 3, 1)
+            result, _ = frozen_modulated_conv2d(
+                "cpp", images, prepared, end, style=style, up=up, padding=1, filter=filter
             )
+            return result.permute(0, 3, 1, 2)
         if implementation == "torch.compile":
             return compiled(x, "reference")
         if implementation == "grouped":
@@ -112,8 +117,10 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
 
     if form in FORMS:
         prepared = prepare_weight(weight, form, dtype, "cpp")
-        inference = options | {"style": style, "factor": demodulation(weight, style), "filter": fir_filter()}
-        del inference["up"]
+        filter = fir_filter()
+        end = LayerEnd(
+            factor=demodulation(weight, style), **{name: value for name, value in options.items() if name != "up"}
+        )
     compiled = torch.compile(layer)
     if implementation == "torch.compile":
         torch.compiler.reset()

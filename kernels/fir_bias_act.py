@@ -1,5 +1,5 @@
 """FIR resampling, a factor for each channel, noise, bias, activation, gain and clamp in one pass over memory, and the
-derivatives of all but the resampling in another.
+derivatives of all but the resampling in another pass.
 
 PyTorch twin: spigan/ops/fir_bias_act.py; C++ twins: csrc/common/layer_end.h and csrc/common/arguments.h.
 """
@@ -10,75 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox_normal import philox_normals_at
+from .layer_end import add_partial_sums, layer_end, of_images, partial_sums, store_rgb
 
 NUM_WARPS = 4
 THREAD_BYTES = 64
-"""That a thread has of one tensor's tile: 4 loads of 16 bytes."""
+"""Bytes of one tensor's tile that a thread holds: 4 loads of 16 bytes."""
 
 UNALIGNED_NUMBERS = 4
-"""That a thread has of a tile without such loads, where each number takes registers for its address."""
+"""Numbers of a tile that a thread holds without such loads, when each number takes registers for its address."""
 
 MAX_BLOCK_C = 1024
-"""Channels that one program takes where it sums over them; more are summed from several programs' sums."""
-
-
-# ---- The end of a layer; kernels/modulated_conv2d.py has it too ----
-
-
-@triton.jit
-def of_images(pointer, o_n, o_c, m_c, C):
-    """Channels o_c [B] of a float32 tensor [N, C]: [1, B] for one image o_n, [rows, B] for o_n [rows, 1]."""
-    return tl.load(pointer + o_n * C + o_c[None, :], mask=m_c[None, :], other=0.0)
-
-
-@triton.jit
-def layer_end(
-    b_v,  # [rows, B] float32
-    o_n,  # int64 image, or [rows, 1] images
-    o_e,  # [rows] int64 pixels, counted through all images
-    o_noise,  # [rows] int64 pixels in the noise
-    m_e,  # [rows]
-    o_c,  # [B]
-    m_c,  # [B]
-    C,
-    factor,
-    noise,
-    seed,
-    strength,
-    bias,
-    slope,
-    gain,
-    clamp,
-    BIAS_OF_IMAGE: tl.constexpr,
-):
-    """clamp(gain act(factor v + strength noise + bias)); NaN stays NaN."""
-    if factor is not None:
-        b_v *= of_images(factor, o_n, o_c, m_c, C)
-    if noise is not None or seed is not None:
-        if noise is not None:
-            b_noise = tl.load(noise + o_noise, mask=m_e, other=0.0)
-        else:
-            b_noise = philox_normals_at(tl.load(seed), o_e)
-        if strength is not None:
-            b_noise *= tl.load(strength)
-        b_v += b_noise[:, None]
-    if bias is not None:
-        if BIAS_OF_IMAGE:
-            b_v += of_images(bias, o_n, o_c, m_c, C)
-        else:
-            b_v += tl.load(bias + o_c, mask=m_c, other=0.0)[None, :]
-    b_v *= tl.where(b_v < 0.0, slope * gain, gain)
-    b_v = tl.where(b_v > clamp, clamp, b_v)
-    return tl.where(b_v < -clamp, -clamp, b_v)
-
-
-@triton.jit
-def store_rgb(rgb, rgb_weight, b_v, o_n, o_e, m_e, o_c, m_c, C, R: tl.constexpr):
-    """rgb[e, r] = sum over these channels of rgb_weight[n, r, c] v[e, c]."""
-    for r in tl.static_range(R):
-        b_weight = of_images(rgb_weight + r * tl.cast(C, tl.int64), o_n * R, o_c, m_c, C)
-        tl.store(rgb + o_e * R + r, tl.sum(b_v * b_weight, 1), mask=m_e)
+"""Most channels over which one program sums. For more channels, the sums of several programs are added."""
 
 
 # ---- fir_bias_act ----
@@ -144,10 +86,10 @@ def fir_bias_act_kernel(
         p_x = x + o_n * x_height * x_width * C + o_c[None, :]
         o_r = o_r * DOWN - pad
         o_w = o_w * DOWN - pad
-        # Of the taps those count that meet a pixel and no inserted zero: every UP-th, from the first one on.
+        # Only the taps that meet a pixel, not an inserted zero, count: every UP-th, starting at the first one.
         o_first_j = -o_r & (UP - 1)
         o_first_i = -o_w & (UP - 1)
-        # Not unrolled: all loads at once would take more registers than there are.
+        # Not unrolled: all loads at once would need more registers than exist.
         for step_j in tl.range(0, (TAPS + UP - 1) // UP, loop_unroll_factor=1):
             o_j = o_first_j + UP * step_j
             o_y = (o_r + o_j) >> (UP - 1)
@@ -180,22 +122,11 @@ def fir_bias_act_kernel(
 
 
 def tile(channels: int, element_size: int, whole: bool) -> tuple[int, int]:
-    """(pixels, channels) of a program's tile; `whole`: with all channels up to `MAX_BLOCK_C`."""
+    """Return (pixels, channels) of a program's tile; with `whole`, all channels up to `MAX_BLOCK_C`."""
     block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C if whole else 64)
     aligned = channels * element_size % 16 == 0
     numbers = 32 * NUM_WARPS * (THREAD_BYTES // element_size if aligned else UNALIGNED_NUMBERS)
     return max(1, numbers // block_c), block_c
-
-
-def partial_sums(result: torch.Tensor | None, tiles: int) -> torch.Tensor | None:
-    """Memory [tiles, *result.shape] for the tiles' sums, `result` itself where there is one tile."""
-    return result if result is None or tiles == 1 else result.new_empty((tiles, *result.shape))
-
-
-def add_partial_sums(result: torch.Tensor | None, sums: torch.Tensor | None) -> None:
-    """Sum what the tiles wrote to `partial_sums`, always in the same order."""
-    if result is not None and sums is not None and sums is not result:
-        torch.sum(sums, 0, out=result)
 
 
 def fir_bias_act(
@@ -221,12 +152,12 @@ def fir_bias_act(
     gain: float,
     clamp: float,
 ) -> None:
-    """out = next_factor clamp(gain act(factor fir_gain FIR(x) + strength noise + bias)) + add, in float32.
+    """Compute out = next_factor clamp(gain act(factor fir_gain FIR(x) + strength noise + bias)) + add, in float32.
 
     Args:
-        out: [N, H', W', C] result, or None where only `rgb` is wanted; all tensors are contiguous, on one device, and
-            float32 where nothing else is said. It may be `x` where no filter is.
-        rgb: [N, H', W', R] result, sums over channels of rgb_weight times what stands before `next_factor`, or None.
+        out: [N, H', W', C] result, or None if only `rgb` is wanted. Without a filter it may be `x`. All tensors are
+            contiguous, on one device, and float32 unless stated otherwise.
+        rgb: [N, H', W', R] result, or None: sums over channels of rgb_weight times the value before `next_factor`.
         x: [N, H, W, C] float32, bfloat16 or float16.
         filter: [m, m], m <= 8, or None: FIR(x) = x and `fir_gain` is not used.
         factor: [N, C], or None: 1.
@@ -236,13 +167,13 @@ def fir_bias_act(
         bias: [C] or [N, C], or None.
         add: like `out` and of its dtype, or None.
         next_factor: [N, C], or None: 1.
-        rgb_weight: [N, R, C], R <= 4; where `rgb` is.
+        rgb_weight: [N, R, C], R <= 4, if `rgb` is given.
         up, down: 1 or 2; up - 1 zeros follow each pixel of x, every down-th pixel is kept.
-        pad: zeros before the first row and column, on the upsampled grid; negative crops.
+        pad: zeros before the first row and column, on the upsampled grid; negative values crop.
         flip: convolve with the filter; False: correlate.
         fir_gain: factor of the filter.
         slope: of act's negative side.
-        gain, clamp: see above; a clamp of inf is none.
+        gain, clamp: see above; inf does not clamp.
     """
     size = out if out is not None else rgb
     if size is None or size.numel() == 0:
@@ -295,7 +226,7 @@ def fir_bias_act(
         BLOCK_W=block_w,
         BLOCK_C=block_c,
         num_warps=NUM_WARPS,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )
     add_partial_sums(rgb, sums)
 
@@ -380,17 +311,19 @@ def bias_act_backward(
     gain: float,
     clamp: float,
 ) -> None:
-    """Derivatives of `fir_bias_act` without filter, next_factor, add and rgb: u = grad times that of clamp(gain act()).
+    """Compute the derivatives of `fir_bias_act` without filter, next_factor, add and rgb.
+
+    u is grad times the derivative of clamp(gain act()).
 
     Args:
-        grad_x: [N, P, C] result factor u, or None: not wanted; it may be `grad`. All tensors are contiguous and on one
-            device; images are float32, bfloat16 or float16, the others float32.
+        grad_x: [N, P, C] result factor u, or None if it is not wanted; it may be `grad`. All tensors are contiguous and
+            on one device. Images are float32, bfloat16 or float16, the others float32.
         sum_u: [N, parts, C] result, sums of u over pixels; part k has those from k ceil(P / parts) on; or None.
         sum_ux: the same of u x, or None.
         sum_c: [N, P] result, sums of u over channels, or None.
         grad: [N, P, C].
         out: result of the forward pass, like `grad`, or None: the derivative is `gain` everywhere.
-        x: like `grad`; None where `sum_ux` is.
+        x: like `grad`; may be None if `sum_ux` is.
         factor: [N, C], or None: 1.
         slope, gain, clamp: as of `fir_bias_act`; gain > 0.
     """
@@ -421,7 +354,7 @@ def bias_act_backward(
         BLOCK_P=block_p,
         BLOCK_C=block_c,
         num_warps=NUM_WARPS,
-        # All that a thread can have: without a bound ptxas spills some to fit more programs on a multiprocessor.
+        # The most a thread can have: without a bound, ptxas spills some to fit more programs on a multiprocessor.
         maxnreg=255,
         enable_fp_fusion=True,
     )

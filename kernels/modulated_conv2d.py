@@ -1,15 +1,16 @@
-"""The convolution of a StyleGAN2 layer as an implicit matrix product that ends with the end of the layer, so that
-nothing but its input, weights and result passes through memory.
+"""The convolution of a StyleGAN2 layer as an implicit matrix product with the end of the layer in its epilogue.
 
-Rows of the product are pixels of the result, through all images; columns are output channels; the sum is over taps and
-input channels. PyTorch twin: spigan/ops/modulated_conv2d.py.
+Only the layer's input, weights and result pass through memory.
+
+Rows of the product are pixels of the result, of all images; columns are output channels; the sum is over taps and input
+channels. PyTorch twin: spigan/ops/frozen_layer.py.
 
 ESTIMATE for an H200, not measured: a tile of 128 x 256 in bfloat16 loads 48 KiB from the L2 cache for 2.1 M products.
-At 30 bytes a clock and multiprocessor, of an L2 cache that gives about 7 TB/s, that is 1600 clocks, where the matrix
-unit takes 1024: some 60 % of its rate, or 500 to 600 TFLOP/s. Exact float32 has 67 TFLOP/s at most.
+At 30 bytes per clock and multiprocessor, from an L2 cache that provides about 7 TB/s, that is 1600 clocks. The matrix
+unit takes 1024, so it reaches about 60 % of its rate, or 500 to 600 TFLOP/s. Exact float32 has at most 67 TFLOP/s.
 """
 
-# ruff: noqa: E741 -- I and O are input and output channels here as everywhere in the project.
+# ruff: noqa: E741 -- I and O are input and output channels, as everywhere in the project.
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .fir_bias_act import add_partial_sums, layer_end, of_images, partial_sums, store_rgb
+from .layer_end import add_partial_sums, layer_end, of_images, partial_sums, store_rgb
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def products(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Products of pixels and weights, summed over taps and input channels: float32 [BLOCK_M, BLOCK_O]."""
+    """Multiply pixels and weights, summed over taps and input channels: float32 [BLOCK_M, BLOCK_O]."""
     STEP: tl.constexpr = 2 if TRANSPOSED else 1
     SIGN: tl.constexpr = -1 if TRANSPOSED else 1
     o_i = tl.arange(0, BLOCK_I)
@@ -55,7 +56,7 @@ def products(
     p_weight = weight + o_c.to(tl.int64)[None, :] * I + o_i[:, None]
     b_y = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     taps = taps_y * taps_x
-    # Taps follow each other fastest: they read almost the same pixels, which the cache then still has.
+    # Taps are the inner loop: they read almost the same pixels, which are then still in the cache.
     for step in range(taps * tl.cdiv(I, BLOCK_I)):
         tap = step % taps
         i = step // taps * BLOCK_I
@@ -173,9 +174,9 @@ def transposed_conv2d_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """One program computes BLOCK_M pixels, whose rows are all even or all odd, their columns too, in BLOCK_O channels.
+    """One program computes BLOCK_M pixels in BLOCK_O channels. Their rows are all even or all odd, like their columns.
 
-    Pixel 2 h + t of y is the product of pixel h of x and tap t: even pixels have the even taps and odd ones the odd.
+    Pixel 2 h + t of y is the product of pixel h of x and tap t: even pixels have the even taps, odd ones the odd taps.
     """
     odd_y = tl.program_id(1) // 2
     odd_x = tl.program_id(1) % 2
@@ -187,7 +188,7 @@ def transposed_conv2d_kernel(
     tiles_o = tl.cdiv(O, BLOCK_O)
     o_c = tl.program_id(0) % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     first = (tl.program_id(0) // tiles_o).to(tl.int64) * BLOCK_M
-    if first >= tl.cast(N, tl.int64) * pixels:  # of all four kinds of pixels the even ones are the most
+    if first >= tl.cast(N, tl.int64) * pixels:  # the grid is for the even pixels, the most of the four kinds
         return
     o_n = first // pixels
     o_p = (first - o_n * pixels).to(tl.int32) + tl.arange(0, BLOCK_M)
@@ -221,10 +222,10 @@ class Blocks(NamedTuple):
 MATRIX_UNIT = ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4), (64, 32, 4))
 EXACT = ((128, 64, 8), (64, 64, 4), (32, 64, 4), (32, 32, 4))
 SEVERAL_IMAGES = 64 * 64
-"""Numbers in the largest tile whose pixels may be of several images, which takes registers for the factors of each."""
+"""Numbers in the largest tile whose pixels may be of several images: the factors of each take registers."""
 
 UNALIGNED = 64 * 32
-"""Numbers in the largest tile where no loads of 16 bytes are: each number then takes registers for its address."""
+"""Numbers in the largest tile without loads of 16 bytes: each number then takes registers for its address."""
 
 STAGES_BYTES = 144 * 1024
 """Shared memory for the tiles in flight; sm_80 has 163 KiB."""
@@ -233,16 +234,16 @@ STAGES_BYTES = 144 * 1024
 def choose_blocks(
     images: int, pixels: int, channels_out: int, channels_in: int, bits: int, exact: bool, widest: int, processors: int
 ) -> Blocks:
-    """Block sizes for a product [images pixels, channels_in k k] by [channels_in k k, channels_out].
+    """Choose the block sizes for a product [images pixels, channels_in k k] by [channels_in k k, channels_out].
 
-    What a step of the sum loads, and so its time, grows as the sum of a tile's sides. Chosen is the tile of the least
-    such time in as many rounds as the GPU's multiprocessors need for all tiles.
+    The bytes that a step of the sum loads, and so its time, grow as the sum of a tile's sides. The chosen tile takes
+    the least time, given the rounds that the GPU's multiprocessors need for all tiles.
 
     Args:
-        bits: of a number.
-        exact: the matrix unit is not used.
-        widest: most channels of a tile.
-        processors: multiprocessors of the GPU.
+        bits: Of a number.
+        exact: The matrix unit is not used.
+        widest: Most channels of a tile.
+        processors: Multiprocessors of the GPU.
     """
     unaligned = channels_in * bits % 128 != 0
 
@@ -267,7 +268,7 @@ def choose_blocks(
 
 
 def properties(device: torch.device) -> tuple[int, int]:
-    """(compute capability's major number, multiprocessors); of no GPU where Triton's interpreter runs on the CPU."""
+    """Return (major compute capability, multiprocessors); (0, 1) on the CPU, for Triton's interpreter."""
     if device.type != "cuda":
         return 0, 1
     found = torch.cuda.get_device_properties(device)
@@ -275,14 +276,14 @@ def properties(device: torch.device) -> tuple[int, int]:
 
 
 def blocks_for(images: int, pixels: int, x: torch.Tensor, weight: torch.Tensor, rgb: bool) -> tuple[Blocks, str]:
-    """Block sizes for `pixels` pixels of each image, and how float32 is multiplied."""
-    _, _, channels_out, channels_in = weight.shape
-    # Not allow_tf32, which raises once precisions were set by their new names; these follow the old ones.
+    """Choose the block sizes for `pixels` pixels of each image, and how float32 is multiplied."""
+    channels_out, channels_in = weight.shape[2:]
+    # Not allow_tf32, which raises once precisions have been set by their new names; the new ones follow the old ones.
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 else "ieee"
     exact = x.dtype == torch.float32 and precision == "ieee"
     capability, processors = properties(x.device)
-    # The widest tile is for sm_90 alone, whose operands take no registers, and not for sums over channels beside it.
+    # The widest tile is only for sm_90, whose operands take no registers, and only without sums over channels.
     widest = 256 if capability >= 9 and x.dtype != torch.float32 and not rgb else 128
     widest = min(widest, max(32, triton.next_power_of_2(channels_out)))
     bits = 8 * x.element_size()
@@ -307,14 +308,15 @@ def conv2d(
     gain: float,
     clamp: float,
 ) -> None:
-    """out = next_factor clamp(gain act(factor conv(x, weight) + strength noise + bias)), rounded once.
+    """Compute out = next_factor clamp(gain act(factor conv(x, weight) + strength noise + bias)), rounded once.
 
     Args:
-        out: [N, H', W', O] result, H' = H + 2 padding - k + 1, or None where only `rgb` is wanted; H' W' < 2^30. All
-            tensors are contiguous, on one device, and float32 where nothing else is said.
-        x: [N, H, W, I] float32, bfloat16 or float16, scaled by the style.
+        out: [N, H', W', O] result, H' = H + 2 padding - k + 1, or None if only `rgb` is wanted; H' W' < 2^30. All
+            tensors are contiguous, on one device, and float32 unless stated otherwise.
+        x: [N, H, W, I] float32, bfloat16 or float16, already scaled by the style.
         weight: [k, k, O, I], of x's dtype; correlated as by `torch.nn.functional.conv2d`.
-        (the others: as of `spigan.kernels.fir_bias_act.fir_bias_act`.)
+        padding: Zeros around x.
+        factor, ..., clamp: See `spigan.kernels.fir_bias_act.fir_bias_act`.
     """
     size = out if out is not None else rgb
     if size is None or size.numel() == 0:
@@ -338,9 +340,7 @@ def conv2d(
         next_factor,
         rgb_weight,
         n,
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
+        *x.shape[1:],
         channels_out,
         height,
         width,
@@ -360,16 +360,16 @@ def conv2d(
         BLOCK_I=blocks.depth,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )
     add_partial_sums(rgb, sums)
 
 
 def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """Stride-2 transposed convolution, as `torch.nn.functional.conv_transpose2d` computes it without padding.
+    """Compute the stride-2 transposed convolution of `torch.nn.functional.conv_transpose2d` without padding.
 
     Args:
-        y: [N, 2 H + k - 2, 2 W + k - 2, O] result; fewer than 2^30 pixels an image.
+        y: [N, 2 H + k - 2, 2 W + k - 2, O] result; fewer than 2^30 pixels per image.
         x: [N, H, W, I] float32, bfloat16 or float16; all tensors are contiguous, on one device and of one dtype.
         weight: [k, k, O, I].
     """
@@ -377,7 +377,7 @@ def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
         return
     n, height, width, channels_out = y.shape
     most = triton.cdiv(height, 2) * triton.cdiv(width, 2)  # pixels of an image whose row and column are even
-    # Their tiles span images: there is no factor of an image here.
+    # Tiles may span images, because no factor depends on the image.
     blocks, precision = blocks_for(1, 4 * n * most, x, weight, False)
     tiles = triton.cdiv(n * most, blocks.pixels) * triton.cdiv(channels_out, blocks.channels)
     transposed_conv2d_kernel[(tiles, 4)](
@@ -385,9 +385,7 @@ def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
         x,
         weight,
         n,
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
+        *x.shape[1:],
         channels_out,
         KERNEL=weight.shape[0],
         WHOLE=x.shape[3] % blocks.depth == 0,
@@ -397,5 +395,5 @@ def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
         BLOCK_I=blocks.depth,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )

@@ -118,5 +118,5 @@ def path_interpolate(
         WIDTH=1 if flips is None else x0.shape[3],
         BLOCK=BLOCK_PHILOX,
         num_warps=NUM_WARPS,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )

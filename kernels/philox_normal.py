@@ -158,5 +158,5 @@ def philox_normal(out: torch.Tensor, seeds: torch.Tensor, offset: int) -> None:
         SKIP=skip,
         BLOCK=BLOCK_PHILOX,
         num_warps=NUM_WARPS,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )

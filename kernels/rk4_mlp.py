@@ -261,5 +261,5 @@ def rk4_mlp(
         num_stages=3,
         # All that a thread can have: without a bound ptxas spills some to fit two programs on a multiprocessor.
         maxnreg=255,
-        enable_fp_fusion=True,  # for speed alone, and stated because Triton's default differs between versions
+        enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spigan import _C
-from spigan.ops import backends
+from spigan.ops import backends, frozen_layer, layer_weights
 
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)
@@ -53,10 +52,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def added_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends that the test adds are gone after it."""
-    for name in ("_implementations", "_functions"):
-        registry = getattr(backends, name)
-        monkeypatch.setattr(backends, name, {op: dict(entries) for op, entries in registry.items()})
-    monkeypatch.setattr(backends, "_auto_order", dict(backends._auto_order))
+    copy = {op: dict(by_backend) for op, by_backend in backends.implementations.items()}
+    monkeypatch.setattr(backends, "implementations", copy)
+    monkeypatch.setattr(backends, "auto_order", dict(backends.auto_order))
 
 
 @pytest.fixture(params=["library's", "own"])
@@ -66,19 +64,14 @@ def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     Otherwise `modulated_conv2d` chooses by size, and images as small as the tests' would never meet some of them.
     """
     own = request.param == "own"
-    changes = {
-        "_WINOGRAD_MIN_TILES": 1 if own else sys.maxsize,
-        "_WINOGRAD_MIN_TILES_KEPT": 1 if own else sys.maxsize,
-        "_WINOGRAD_MIN_CHANNELS": 1,
-        "_ONEDNN_MIN_PRODUCTS": 1000,  # some of the tests' products are larger and some are not
-        "_PRODUCTS_MAX_PIXELS": sys.maxsize if own else 0,
-        "_PRODUCTS_MIN_CHANNELS": sys.maxsize,
-        "_MIN_PART_BYTES": 1,
-    }
-    # The package's attribute of that name is the function.
-    module = importlib.import_module("spigan.ops.modulated_conv2d")
-    for name, value in changes.items():
-        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_TILES", 1 if own else sys.maxsize)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_TILES_KEPT", 1 if own else sys.maxsize)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_CHANNELS", 1)
+    monkeypatch.setattr(layer_weights, "PRODUCTS_MAX_PIXELS", sys.maxsize if own else 0)
+    monkeypatch.setattr(layer_weights, "PRODUCTS_MIN_CHANNELS", sys.maxsize)
+    # Some of the tests' products are larger and some are not.
+    monkeypatch.setattr(frozen_layer, "ONEDNN_MIN_PRODUCTS", 1000)
+    monkeypatch.setattr(frozen_layer, "MIN_PART_BYTES", 1)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_report():
 
 
 def test_report_is_one_line_per_operation_and_the_causes(monkeypatch):
-    monkeypatch.setattr(backends, "_implementations", {})
+    monkeypatch.setattr(backends, "implementations", {})
     for op in ("first", "second_op"):
         backends.register(op, "reference", backends.always_available)
     backends.register("first", "cpp", lambda device: "it is out of order")
@@ -93,7 +93,7 @@ def test_report_is_one_line_per_operation_and_the_causes(monkeypatch):
     ]
     monkeypatch.setenv("SPIGAN_BACKEND", "cpp")
     assert backend_section(info.report().split("\nbackends on cuda:")[0])[:2] == [
-        "  first      NONE       (cpp was asked for by SPIGAN_BACKEND: it is out of order)",
+        "  first      NONE       (cpp was requested by SPIGAN_BACKEND: it is out of order)",
         "    cpp cannot run: it is out of order",
     ]
 

@@ -15,21 +15,16 @@ from torch.nn import functional as F
 
 from spigan.models.layers import LRELU_GAIN, Linear, channels_at, check_resolution, compute_dtype, frozen_state
 from spigan.ops import backends, fir_bias_act, modulated_conv2d
-from spigan.ops.fir_bias_act import draw_noise, upsample2d, wide
+from spigan.ops.demodulation import demodulation_of_sums, normalized_style, normalized_weight, squared_sums
+from spigan.ops.fir_bias_act import upsample2d
+from spigan.ops.frozen_layer import frozen_modulated_conv2d
+from spigan.ops.layer_end import LayerEnd, wide
+from spigan.ops.layer_weights import LayerWeight, prepare_weight, weight_form
 from spigan.ops.library import why_transformed
-from spigan.ops.modulated_conv2d import (
-    LayerWeight,
-    convolve,
-    demodulation_of_sums,
-    normalized_style,
-    normalized_weight,
-    prepare_weight,
-    squared_sums,
-    weight_form,
-)
+from spigan.ops.limits import MAX_RGB_CHANNELS
+from spigan.ops.noise import draw_noise
 from spigan.ops.upfirdn2d import fir_filter
 
-MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/bindings.h
 NOISE_MODES = ("random", "const", "none")
 
 
@@ -352,24 +347,27 @@ class Generator(nn.Module):
                     kept.weights[key] = weight
             source = sources[index]
             given = layer.noise_const[None, None] if noise == "const" else source if noise == "given" else None
-            x, rgb = convolve(
-                backend,
-                x,
-                weight,
-                style=None,
+            end = LayerEnd(
                 factor=wide(factors[index], dtype),
-                up=layer.up,
-                padding=1,
-                filter=layer.resample_filter.float(),  # the module's dtype may be another
                 noise=wide(given, dtype),
-                strength=None if noise == "none" else wide(layer.noise_strength, dtype),
                 seed=source.reshape(1) if source is not None and noise == "random" else None,
+                strength=None if noise == "none" else wide(layer.noise_strength, dtype),
                 bias=wide(layer.bias, dtype),
                 activation="lrelu",
                 gain=LRELU_GAIN,
                 clamp=layer.clamp,
-                next_style=None if last else styles[index + 1],
+                next_factor=None if last else styles[index + 1],
                 rgb_weight=rgb_weight,
+            )
+            x, rgb = frozen_modulated_conv2d(
+                backend,
+                x,
+                weight,
+                end,
+                style=None,
+                up=layer.up,
+                padding=1,
+                filter=layer.resample_filter.float(),  # the module's dtype may be another
                 keep=not last,
             )
             if rgb is not None:

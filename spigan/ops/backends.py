@@ -1,4 +1,7 @@
-"""Which backend runs an operation: asked for by name it runs or raises, chosen automatically it may fall back."""
+"""Choose the backend that runs an operation.
+
+A backend that is requested by name runs or raises `BackendUnavailable`; with "auto" the next one may take over.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,40 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 KERNELS = ("cpp", "triton", "cuda")
-"""The backends whose kernels are operators of torch.library (see spigan/ops/library.py)."""
+"""The backends whose kernels are operators of torch.library (see spigan/ops/operation.py)."""
 
 BACKENDS = ("reference", *KERNELS)
-"""Every name that `backend=` takes, beside "auto" and what `register_backend` has added."""
-
-_auto_order = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
-
-_implementations: dict[str, dict[str, Callable[[torch.device], str | None]]] = {}
-_functions: dict[str, dict[str, Callable[..., Any]]] = {}  # by operation, of the backends that are no kernels
-_override: list[list[str]] = []  # of `use_backend`, innermost last; each block removes its own entry
+"""Every name that `backend=` accepts, besides "auto" and the names added by `register_backend`."""
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for by name cannot run this operation here; the message says why."""
+    """The requested backend cannot run this operation here; the message says why."""
+
+
+class Implementation(NamedTuple):
+    """One backend's implementation of an operation.
+
+    Attributes:
+        unavailable: Returns why the backend cannot run on a device, or None if it can.
+        function: Called like the operation's reference; None for a kernel, which torch.library calls.
+    """
+
+    unavailable: Callable[[torch.device], str | None]
+    function: Callable[..., Any] | None = None
+
+
+implementations: dict[str, dict[str, Implementation]] = {}
+"""By operation and backend."""
+
+auto_order = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""The backends that "auto" tries, by type of device. Other types run the reference."""
+
+_override: list[list[str]] = []  # of `use_backend`, innermost last; each block removes its own entry
 
 
 def register(
@@ -35,17 +53,8 @@ def register(
     unavailable: Callable[[torch.device], str | None],
     function: Callable[..., Any] | None = None,
 ) -> None:
-    """Declare that `backend` implements `op`.
-
-    Args:
-        op: name of the operation.
-        backend: its name.
-        unavailable: tells for a device why the backend cannot run there, or None when it can.
-        function: the implementation, called as the operation's reference is; None for one of `KERNELS`.
-    """
-    _implementations.setdefault(op, {})[backend] = unavailable
-    if function is not None:
-        _functions.setdefault(op, {})[backend] = function
+    """Declare that `backend` implements `op`; see `Implementation`."""
+    implementations.setdefault(op, {})[backend] = Implementation(unavailable, function)
 
 
 def register_backend(
@@ -55,75 +64,76 @@ def register_backend(
     unavailable: Callable[[torch.device], str | None] | None = None,
     auto: Sequence[str] = (),
 ) -> None:
-    """Add a backend of your own: from then on `backend=`, `use_backend` and SPIGAN_BACKEND take its name.
+    """Add your own backend. `backend=`, `use_backend` and SPIGAN_BACKEND then accept its name.
 
-    A function is called with the arguments of the operation's reference (`spigan.ops.rk4_mlp.rk4_mlp_reference` and so
-    on): checked, with all defaults filled in. It returns what the reference returns, and is responsible for its own
-    derivatives where the result shall have any. Registering a name again replaces that backend.
+    Each function is called like the operation's reference (for example `spigan.ops.rk4_mlp.rk4_mlp_reference`). Its
+    arguments have been checked, and all defaults are filled in. It must return what the reference returns, and must
+    provide its own derivatives if the result needs any. Registering a name again replaces that backend.
 
     Args:
-        name: of the backend; not "auto" and none of `BACKENDS`.
-        functions: the operations that it implements, by name: {"rk4_mlp": function}. Asked for any other one by name,
-            it raises `BackendUnavailable`.
-        unavailable: tells for a device why the backend cannot run there, or None when it can; default: it runs on all.
-        auto: types of device ("cpu", "cuda", ...) on which "auto" takes it before all others.
+        name: Name of the backend; neither "auto" nor one of `BACKENDS`.
+        functions: The operations that it implements, by name: {"rk4_mlp": function}. If another operation is requested
+            from this backend by name, it raises `BackendUnavailable`.
+        unavailable: Returns why the backend cannot run on a device, or None if it can. By default it runs on all
+            devices.
+        auto: Device types ("cpu", "cuda", ...) on which "auto" prefers this backend to all others.
 
     Raises:
-        TypeError, ValueError: a name that is taken, an operation that does not exist, no function for it, or an `auto`
-            that is no list of types.
+        TypeError, ValueError: The name is taken, an operation does not exist, its value is not a function, or `auto` is
+            not a list of device types.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a backend's name must be an identifier, got {name!r}")
     if name in ("auto", *BACKENDS):
-        raise ValueError(f"{name!r} is a backend of spigan itself: choose another name")
+        raise ValueError(f"{name!r} is one of spigan's own backends: choose another name")
     if not functions:
-        raise ValueError(f"the backend {name!r} must implement one operation at least: {', '.join(_implementations)}")
+        raise ValueError(f"the backend {name!r} must implement at least one operation: {', '.join(implementations)}")
     for op, function in functions.items():
-        if op not in _implementations:
-            raise ValueError(f"there is no operation {op!r}; there are {', '.join(_implementations)}")
+        if op not in implementations:
+            raise ValueError(f"unknown operation {op!r}; expected one of {', '.join(implementations)}")
         if not callable(function):
             raise TypeError(f"the backend {name!r} needs a function for {op}, got {type(function).__name__}")
     if isinstance(auto, str) or not all(isinstance(kind, str) and kind.isidentifier() for kind in auto):
-        raise ValueError(f'auto must be a list of types of device, such as ["cpu", "cuda"], got {auto!r}')
-    for op in _implementations:
-        _implementations[op].pop(name, None)
-        _functions[op].pop(name, None)
+        raise ValueError(f'auto must be a list of device types, such as ["cpu", "cuda"], got {auto!r}')
+    for by_backend in implementations.values():
+        by_backend.pop(name, None)
     for op, function in functions.items():
         register(op, name, unavailable or always_available, function)
-    for kind in {*_auto_order, *auto}:
-        others = tuple(other for other in _auto_order.get(kind, ("reference",)) if other != name)
-        _auto_order[kind] = (name, *others) if kind in auto else others
+    for kind in {*auto_order, *auto}:
+        others = tuple(other for other in auto_order.get(kind, ("reference",)) if other != name)
+        auto_order[kind] = (name, *others) if kind in auto else others
 
 
 def function(op: str, backend: str) -> Callable[..., Any] | None:
-    """The Python function of `op` that `backend` is; None for a kernel."""
-    return _functions[op].get(backend)
-
-
-def _names() -> tuple[str, ...]:
-    """`BACKENDS`, and those that were added."""
-    return tuple(dict.fromkeys((*BACKENDS, *(name for functions in _functions.values() for name in functions))))
+    """Return the Python function with which `backend` implements `op`; None if it is a kernel or missing."""
+    implementation = implementations[op].get(backend)
+    return None if implementation is None else implementation.function
 
 
 def operations() -> tuple[str, ...]:
-    """Names of all registered operations."""
-    return tuple(_implementations)
+    """Return the names of all operations."""
+    return tuple(implementations)
 
 
-def _check_name(backend: str, where: str) -> str:
+def _names() -> tuple[str, ...]:
+    """Return `BACKENDS` and the names that were added."""
+    return tuple(dict.fromkeys((*BACKENDS, *(name for by_backend in implementations.values() for name in by_backend))))
+
+
+def _check_name(backend: str, source: str) -> str:
     if backend != "auto" and backend not in BACKENDS and backend not in _names():
-        raise ValueError(f"{where} names the backend {backend!r}; expected one of {', '.join(('auto', *_names()))}")
+        raise ValueError(f"{source} names the backend {backend!r}; expected one of {', '.join(('auto', *_names()))}")
     return backend
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Run every operation inside the `with` block on `backend` (an argument of the call still wins).
+    """Run every operation inside the `with` block on `backend`. The `backend` argument of a call takes precedence.
 
-    The choice is the process's, so that it also holds in autograd's and other threads of the block.
+    The choice applies to the whole process, so that it also holds in autograd's and other threads.
 
     Args:
-        backend: "auto", one of `BACKENDS`, or one that `register_backend` has added.
+        backend: "auto", one of `BACKENDS`, or a name added by `register_backend`.
     """
     entry = [_check_name(backend, "use_backend")]
     _override.append(entry)
@@ -135,10 +145,12 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def requested(backend: str | None = None) -> tuple[str, str]:
-    """The backend that is asked for, and by whom: argument, then `use_backend`, then SPIGAN_BACKEND, then "auto".
+    """Return the requested backend and where the request comes from.
+
+    The argument comes first, then `use_backend`, then SPIGAN_BACKEND, then "auto".
 
     Args:
-        backend: the `backend` argument of the call.
+        backend: The `backend` argument of the call.
 
     Returns:
         (backend, source of the request).
@@ -153,56 +165,59 @@ def requested(backend: str | None = None) -> tuple[str, str]:
 
 
 def why_unavailable(op: str, backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run `op` on `device`; None when it can."""
-    implementations = _implementations[op]
-    if backend not in implementations:
-        return f"this version of spigan has no {backend} implementation of {op} (it has: {', '.join(implementations)})"
-    return implementations[backend](device)
+    """Return why `backend` cannot run `op` on `device`, or None if it can."""
+    by_backend = implementations[op]
+    if backend not in by_backend:
+        return f"this version of spigan has no {backend} implementation of {op} (it has: {', '.join(by_backend)})"
+    return by_backend[backend].unavailable(device)
 
 
 def unlimited(backend: str) -> str | None:
-    """`limit` of operations whose backends all take the same arguments."""
+    """`limit` of operations whose backends all accept the same arguments."""
     return None
 
 
 def choose(op: str, backend: str | None, device: torch.device, limit: Callable[[str], str | None] = unlimited) -> str:
-    """Name of the backend that runs `op` on `device`.
+    """Return the name of the backend that runs `op` on `device`.
 
     Args:
-        op: name of the operation.
-        backend: the `backend` argument of the call.
-        device: device of the tensors.
-        limit: tells for a backend why it does not take this call's arguments, or None when it does.
+        op: Name of the operation.
+        backend: The `backend` argument of the call.
+        device: Device of the tensors.
+        limit: Returns why a backend does not accept this call's arguments, or None if it does.
 
     Raises:
-        BackendUnavailable: `backend` was asked for by name and cannot run.
+        BackendUnavailable: `backend` was requested by name and cannot run.
     """
     name, source = requested(backend)
     if name == "auto":
-        order = _auto_order.get(device.type, ("reference",))
+        order = auto_order.get(device.type, ("reference",))
         return next(b for b in order if why_unavailable(op, b, device) is None and limit(b) is None)
     if (cause := why_unavailable(op, name, device) or limit(name)) is not None:
-        raise BackendUnavailable(f"{op}: backend {name!r} (asked for by {source}) cannot run on {device}: {cause}")
+        raise BackendUnavailable(f"{op}: backend {name!r} (requested by {source}) cannot run on {device}: {cause}")
     return name
+
+
+# ---- Where spigan's own backends run ----
 
 
 def _load_extension() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("spigan._C"), None
     except Exception as error:
-        # Not only ImportError: a damaged extension may raise anything, and `spigan info` must still be able to tell.
+        # Not only ImportError: a damaged extension may raise anything, and `spigan info` must still report it.
         return None, f"the compiled extension spigan._C does not load ({type(error).__name__}: {error})"
 
 
-# Loaded here and not at first use: torch.compile traces `choose` and cannot trace an import.
+# Loaded here rather than at first use: torch.compile traces `choose` and cannot trace an import.
 _extension, _extension_cause = _load_extension()
 
 
 def extension() -> ModuleType:
-    """The compiled extension `spigan._C`.
+    """Return the compiled extension `spigan._C`.
 
     Raises:
-        BackendUnavailable: it is missing or broken.
+        BackendUnavailable: It is missing or broken.
     """
     if _extension is None:
         raise BackendUnavailable(_extension_cause)
@@ -210,13 +225,13 @@ def extension() -> ModuleType:
 
 
 def extension_on_cpu(device: torch.device) -> str | None:
-    """`unavailable` function of the cpp backends: they need `spigan._C` and tensors on the CPU."""
+    """Availability of the cpp backends: they need `spigan._C` and tensors on the CPU."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     return _extension_cause
 
 
-# Found out once, here: compilers trace `choose`, and could not trace this.
+# Determined once, here: compilers trace `choose` and could not trace this.
 _TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -230,12 +245,12 @@ def _old_gpu(device: torch.device) -> str | None:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     major, minor = _capabilities[index]
     if major < 8:
-        return f"it needs compute capability 8.0 or more, {device} has {major}.{minor}"
+        return f"it needs compute capability 8.0 or higher, {device} has {major}.{minor}"
     return None
 
 
 def triton_on_gpu(device: torch.device) -> str | None:
-    """`unavailable` function of the triton backends: CUDA tensors, or CPU tensors where TRITON_INTERPRET=1."""
+    """Availability of the triton backends: CUDA tensors, or CPU tensors if TRITON_INTERPRET=1."""
     if not _TRITON:
         return "the package triton is not installed"
     if device.type == "cuda":
@@ -246,26 +261,26 @@ def triton_on_gpu(device: torch.device) -> str | None:
 
 
 def cuda_on_gpu(device: torch.device) -> str | None:
-    """`unavailable` function of the cuda backends: they need `spigan._C` built with CUDA, and CUDA tensors."""
+    """Availability of the cuda backends: they need `spigan._C` built with CUDA, and CUDA tensors."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
     if _extension is None:
         return _extension_cause
     if not _extension.build_info()["cuda"]:
         return (
-            "spigan._C was built without CUDA: put nvcc on PATH and install again "
-            "(SPIGAN_CUDA=ON makes its absence an error)"
+            "spigan._C was built without CUDA: put nvcc on PATH and reinstall spigan "
+            "(with SPIGAN_CUDA=ON a missing nvcc is an error)"
         )
     return _old_gpu(device)
 
 
 def always_available(device: torch.device) -> str | None:
-    """`unavailable` function of the reference backends."""
+    """Availability of the reference backends."""
     return None
 
 
 def describe(device: torch.device) -> dict[str, dict[str, Any]]:
-    """For each operation: the backend chosen on `device`, and what became of the other ones.
+    """Report, for each operation, the backend chosen on `device` and the status of the others.
 
     Returns:
         {op: {"chosen": name or None, "why": reason, "not_chosen": [backends that could run],
@@ -273,18 +288,18 @@ def describe(device: torch.device) -> dict[str, dict[str, Any]]:
     """
     report: dict[str, dict[str, Any]] = {}
     name, source = requested()
-    for op, implementations in _implementations.items():
+    for op, by_backend in implementations.items():
         try:
             chosen: str | None = choose(op, None, device)
-            why = f"auto: first that runs on {device.type}" if name == "auto" else f"asked for by {source}"
+            why = f"auto: first that runs on {device.type}" if name == "auto" else f"requested by {source}"
         except BackendUnavailable:
-            chosen, why = None, f"{name} was asked for by {source}: {why_unavailable(op, name, device)}"
-        causes = {other: why_unavailable(op, other, device) for other in _names() if other in implementations}
+            chosen, why = None, f"{name} was requested by {source}: {why_unavailable(op, name, device)}"
+        causes = {other: why_unavailable(op, other, device) for other in _names() if other in by_backend}
         report[op] = {
             "chosen": chosen,
             "why": why,
             "not_chosen": [other for other, cause in causes.items() if cause is None and other != chosen],
             "cannot_run": {other: cause for other, cause in causes.items() if cause is not None},
-            "not_implemented": [other for other in BACKENDS if other not in implementations],
+            "not_implemented": [other for other in BACKENDS if other not in by_backend],
         }
     return report

@@ -1,4 +1,4 @@
-"""Checks of arguments that every operation shares: early, and they name what was given, expected and to be done."""
+"""Argument checks that the operations share. Their messages name what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
-    """Readable list of dtypes."""
+    """Return a readable list of dtypes."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -29,16 +29,16 @@ def check_tensor(
     """Check that `value` is a tensor of the expected shape, dtype and device.
 
     Args:
-        name: name of the argument.
-        value: the argument.
-        layout: its expected shape in words, such as "[N, D]"; its commas give the number of dimensions.
-        shape: expected sizes; None matches any size.
-        dtypes: allowed dtypes.
-        device: expected device.
+        name: Name of the argument.
+        value: The argument.
+        layout: Its expected shape in words, such as "[N, D]"; the commas give the number of dimensions.
+        shape: Expected sizes; None matches any size.
+        dtypes: Allowed dtypes.
+        device: Expected device.
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype.
-        ValueError: a wrong shape or device.
+        TypeError: It is not a tensor, or has the wrong dtype.
+        ValueError: It has the wrong shape or is on the wrong device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(value).__name__}")
@@ -74,9 +74,9 @@ def check_index(name: str, value: object, *, minimum: int = 0) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value}")
     if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]  # traced by torch.export: it stands for an int
+        return value  # type: ignore[return-value]  # traced by torch.export: stands for an int
     if isinstance(value, int):
-        number = value  # operator.index would make torch.compile compile anew for each seed and size
+        number = value  # operator.index would make torch.compile recompile for each seed and size
     else:
         try:
             number = operator.index(value)  # type: ignore[arg-type]
@@ -85,3 +85,15 @@ def check_index(name: str, value: object, *, minimum: int = 0) -> int:
     if not minimum <= number < 2**63:
         raise ValueError(f"{name} must be in [{minimum}, 2**63), got {number}")
     return number
+
+
+def check_activation(activation: str) -> None:
+    """Check the activation of a layer."""
+    if activation not in ("linear", "lrelu"):
+        raise ValueError(f'activation must be "linear" or "lrelu", got {activation!r}')
+
+
+def check_clamp(clamp: float | None) -> None:
+    """Check the bound of a layer's result."""
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"clamp must be positive or None, got {clamp}")

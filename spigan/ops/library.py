@@ -1,15 +1,16 @@
-"""How kernels are made known to PyTorch and launched.
+"""Register kernels with PyTorch and launch them.
 
-Every operation with kernels is one operator `spigan::<op>` of torch.library with a `backend` argument, so that
-torch.compile, torch.export and the profiler see it as one node. References are not registered: they are plain PyTorch,
-which compilers trace and autograd differentiates.
+Every kernel is an operator `spigan::<name>` of torch.library, so that torch.compile, torch.export and the profiler see
+it as one node. spigan/ops/operation.py adds what makes it an operation: a reference, and a choice of backends.
 """
 
 from __future__ import annotations
 
 import os
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -25,17 +26,20 @@ library = torch.library.Library("spigan", "FRAGMENT")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+# ---- Ranges in profilers ----
+
+
 def _nvtx_is_on() -> bool:
     return os.environ.get("SPIGAN_NVTX") == "1" and torch.cuda.is_available()
 
 
 def annotate(name: str, enabled: bool | None = None) -> Callable[[Function], Function]:
-    """Decorator: each call is an NVTX range `name`, which Nsight Systems shows.
+    """Decorator that makes each call an NVTX range `name`, which Nsight Systems shows.
 
     Args:
-        name: name of the range.
-        enabled: None: where SPIGAN_NVTX=1 is set and CUDA is available. Else the function comes back as it was, so
-            that a range that is off costs nothing.
+        name: Name of the range.
+        enabled: By default, ranges are on if SPIGAN_NVTX=1 is set and CUDA is available. If they are off, the function
+            is returned unchanged, so that they cost nothing.
     """
     if enabled is None:
         enabled = _nvtx_is_on()
@@ -57,9 +61,9 @@ def annotate(name: str, enabled: bool | None = None) -> Callable[[Function], Fun
 
 
 def stage(name: str) -> AbstractContextManager[Any]:
-    """A range `name` around a part of the model, in PyTorch's profiler while that runs and in Nsight Systems.
+    """Mark a part of the model as a range `name` in PyTorch's profiler and in Nsight Systems.
 
-    Like `annotate`, it costs next to nothing where nobody looks.
+    Like `annotate`, it costs next to nothing while neither is running.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -69,23 +73,67 @@ def stage(name: str) -> AbstractContextManager[Any]:
     return torch.profiler.record_function(name) if profiled else nullcontext()
 
 
-def _without_autocast(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """`kernel` with autocast off: PyTorch's operators in it must return the dtype that it reads by address."""
+# ---- Operators ----
 
-    def run(*args: Any) -> Any:
-        if not torch.is_autocast_enabled(device_type):
-            return kernel(*args)
-        with torch.autocast(device_type, enabled=False):
-            return kernel(*args)
 
-    return run
+def register_operator(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Register `spigan::<schema>` for CPU and CUDA tensors.
+
+    The schema is the only list of the operator's arguments: the functions receive them as one named tuple `args`. The
+    first argument must be a tensor. It determines the device on which kernels run.
+
+    Args:
+        schema: In torch.library's notation, without the namespace.
+        kernel: kernel(args) allocates, computes and returns the results. It runs without autocast, because it passes
+            tensors by address and so relies on their dtypes, and with the tensors' device as the current one.
+        fake: fake(args) returns tensors with the shapes and dtypes of the results, for compilers.
+        setup_context: setup_context(ctx, args, output) saves what `backward` needs.
+        backward: backward(ctx, *grads) returns the gradients of the arguments. Without it there are none.
+
+    Returns:
+        The operator, to be called with all arguments by position.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    operator = getattr(torch.ops.spigan, name)
+    arguments = namedtuple(name, [argument.name for argument in operator.default._schema.arguments])  # type: ignore[misc]
+
+    def run_on_cpu(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return kernel(arguments(*args))
+        with torch.autocast("cpu", enabled=False):
+            return kernel(arguments(*args))
+
+    def run_on_cuda(*args: Any) -> Any:
+        with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
+            return kernel(arguments(*args))
+
+    for key, run in (("CPU", run_on_cpu), ("CUDA", run_on_cuda)):
+        library.impl(name, annotate(f"spigan::{name}")(run), key)
+    torch.library.register_fake(f"spigan::{name}", lambda *args: fake(arguments(*args)), lib=library)
+    if backward is not None:
+        save = setup_context
+        assert save is not None, "backward needs setup_context"
+        torch.library.register_autograd(
+            f"spigan::{name}",
+            backward,
+            setup_context=lambda ctx, inputs, output: save(ctx, arguments(*inputs), output),
+            lib=library,
+        )
+    return operator
 
 
 def why_transformed(*tensors: Tensor | None) -> str | None:
-    """Why no kernel takes `tensors`: a kernel has reverse-mode derivatives only and does not see through torch.func.
+    """Return why no kernel accepts `tensors`, or None if kernels do.
 
-    Returns:
-        The cause for a `limit` of `backends.choose`, or None.
+    Kernels have reverse-mode derivatives only and do not see through torch.func.
     """
     if torch.compiler.is_compiling():
         return None
@@ -94,47 +142,56 @@ def why_transformed(*tensors: Tensor | None) -> str | None:
             continue
         dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
         if dual or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return "forward-mode derivatives and the transforms of torch.func are for the reference"
+            return "only the reference supports forward-mode derivatives and the transforms of torch.func"
     return None
 
 
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register `spigan::<schema>` for CPU and CUDA tensors.
+# ---- Compiled kernels ----
+
+
+def compiled(backend: str) -> ModuleType:
+    """Return the module with the compiled kernels of "cpp" or "cuda"."""
+    return backends.extension() if backend == "cpp" else backends.extension().cuda
+
+
+@cache
+def dtype_number(dtype: torch.dtype) -> int:
+    """Return the number that stands for `dtype` in compiled kernels."""
+    return int(backends.extension().DTYPES.index(str(dtype).removeprefix("torch.")))
+
+
+_PLAIN = frozenset((int, float, bool, list, tuple))  # tested first: isinstance of a number and Tensor is slow
+
+
+def _native(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return dtype_number(value) if isinstance(value, torch.dtype) else value
+
+
+def launch(backend: str, kernel: str, *args: Any, **kwargs: Any) -> None:
+    """Call a compiled kernel.
+
+    Tensors are passed as the addresses of their first elements, None as 0, and dtypes as numbers. The last argument of
+    every kernel, the number of threads or the current CUDA stream, is added.
 
     Args:
-        schema: schema in torch.library's notation, without the namespace.
-        kernel: the implementation; it allocates the results.
-        fake: makes tensors of the results' shapes and dtypes for compilers.
-    """
-    name = schema.partition("(")[0]
-    library.define(schema)
-    for device_type in ("cpu", "cuda"):
-        library.impl(name, annotate(f"spigan::{name}")(_without_autocast(kernel, device_type)), device_type.upper())
-    torch.library.register_fake(f"spigan::{name}", fake, lib=library)
-
-
-def launcher(backend: str, device: torch.device) -> tuple[ModuleType, int]:
-    """Module with the compiled kernels of "cpp" or "cuda", and what each of its functions takes last.
-
-    Returns:
-        (module, number of threads) or (module, address of the current stream).
+        backend: "cpp", or "cuda" for the current CUDA device.
+        kernel: Name of a function of `spigan._C` or `spigan._C.cuda`.
+        args, kwargs: Its arguments. Tensors must be contiguous.
     """
     if backend == "cpp":
-        return backends.extension(), torch.get_num_threads()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return backends.extension().cuda, stream
+        kwargs["threads"] = torch.get_num_threads()
+    else:
+        kwargs["stream"] = torch.cuda.current_stream().cuda_stream
+    function = getattr(compiled(backend), kernel)
+    function(*[_native(arg) for arg in args], **{name: _native(arg) for name, arg in kwargs.items()})
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Context in which kernels launch on `device`."""
+    """Context in which `device` is the current device, if it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def dtype_number(module: ModuleType, dtype: torch.dtype) -> int:
-    """The number by which compiled kernels know `dtype`."""
-    return int(module.DTYPES.index(str(dtype).removeprefix("torch.")))
-
-
-def address(tensor: Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()

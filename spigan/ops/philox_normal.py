@@ -1,5 +1,7 @@
 """Standard normal numbers from the counter-based generator Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers:
-as easy as 1, 2, 3"): element e of a seed's stream is the same number on every backend, whoever draws it.
+as easy as 1, 2, 3").
+
+Element e of a seed's stream is the same number on every backend, however the stream is split into draws.
 
 Twins: csrc/common/philox.h (arithmetic), csrc/cpu/philox_normal.cpp, csrc/cuda/philox_normal.cu,
 kernels/philox_normal.py.
@@ -9,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spigan.ops import backends
 from spigan.ops.checks import FLOATS, check_index, dtype_names
-from spigan.ops.library import address, define, dtype_number, launcher, on
+from spigan.ops.library import launch
+from spigan.ops.operation import Operation
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -25,11 +28,11 @@ Words = tuple[Tensor, ...]
 
 
 def philox4x32_10(counter: Words, key: Words) -> Words:
-    """Ten rounds of Philox4x32.
+    """Apply ten rounds of Philox4x32.
 
     Args:
-        counter: four int64 tensors that hold 32-bit words.
-        key: two int64 tensors that hold 32-bit words, broadcastable with the counter.
+        counter: Four int64 tensors that hold 32-bit words.
+        key: Two int64 tensors that hold 32-bit words, broadcastable with the counter.
 
     Returns:
         Four int64 tensors of 32-bit words.
@@ -37,7 +40,7 @@ def philox4x32_10(counter: Words, key: Words) -> Words:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit product wraps into int64; its words come back by an arithmetic shift and a mask.
+        # The 64-bit product wraps into int64; an arithmetic shift and a mask recover its words.
         p0, p1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]
         c0, c1 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32
         c2, c3 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
@@ -46,9 +49,9 @@ def philox4x32_10(counter: Words, key: Words) -> Words:
 
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two normals from two 32-bit words, in float32."""
-    # 2^-33 keeps the logarithm's argument above 0. The product is by a power of two and so exact: the sum rounds once,
-    # with or without a fused multiply-add.
+    """Return two float32 normals from two 32-bit words."""
+    # 2^-33 keeps the logarithm's argument above 0. A product with a power of two is exact, so the sum rounds once, with
+    # or without a fused multiply-add.
     u1 = word0.to(torch.float32) * 2.0**-32 + 2.0**-33
     u2 = word1.to(torch.float32) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(u1))
@@ -64,8 +67,8 @@ def philox_normal_reference(seeds: Tensor, row_numel: int, offset: int) -> Tenso
 
     Args:
         seeds: [R] int64.
-        row_numel: numbers to draw for each seed.
-        offset: index of the first element in every seed's stream.
+        row_numel: Count of numbers to draw for each seed.
+        offset: Index of the first element in every seed's stream.
 
     Returns:
         [R, row_numel] float32.
@@ -90,26 +93,26 @@ def philox_normal(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normal tensor that depends on (seed, element index) alone.
+    """Draw standard normal numbers that depend only on the seed and the element's index.
 
-    Splitting a draw at any `offset`, changing the backend or the device gives the same numbers (up to 1e-5: they are
-    computed in float32 whatever `dtype`, and libraries round logarithm and cosine differently).
+    The numbers are the same however a stream is split at `offset`. Backends and devices agree up to 1e-5: all compute
+    in float32 whatever `dtype`, but libraries round the logarithm and the cosine differently.
 
     Args:
-        shape: shape of the result.
-        seed: integer in [0, 2^63); or an int64 tensor [N] of them, then row i of the result (`shape[0]` = N) is drawn
-            from stream `seed[i]`, as `philox_normal(shape[1:], seed=seed[i], offset=offset)` would.
-        offset: index of the first element in the stream, in [0, 2^63).
-        device: device of the result; default: that of a seed tensor, else the CPU.
+        shape: Shape of the result.
+        seed: Integer in [0, 2^63), or an int64 tensor [N] of such integers. With a tensor, `shape[0]` must be N, and
+            row i of the result equals `philox_normal(shape[1:], seed=seed[i], offset=offset)`.
+        offset: Index of the first element in the stream, in [0, 2^63).
+        device: Device of the result; by default that of a seed tensor, otherwise the CPU.
         dtype: float32, float64, bfloat16 or float16.
-        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`.
+        backend: "auto" or one of `BACKENDS`; for the default see `spigan.ops.use_backend`.
 
     Returns:
         Tensor of `shape`. It carries no gradient.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type or range.
-        BackendUnavailable: a backend asked for by name cannot run.
+        TypeError, ValueError: An argument has the wrong type or is out of range.
+        BackendUnavailable: A backend requested by name cannot run.
     """
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be a sequence of sizes, got {type(shape).__name__}")
@@ -128,43 +131,41 @@ def philox_normal(
         seeds = torch.full((1,), check_index("seed", seed), dtype=torch.int64, device=device)
         row_numel = math.prod(size)
 
-    def limit(name: str) -> str | None:
-        if name == "triton" and dtype == torch.float64:
-            return "it draws float32, bfloat16 or float16, not float64"
-        return None
-
     row_numel = check_index("the number of elements of shape", row_numel)
-    name = backends.choose("philox_normal", backend, seeds.device, limit)
-    if (function := backends.function("philox_normal", name)) is not None:
+    name, function = _OPERATION.choose(backend, seeds.device, (), dtype)
+    if function is not None:
         return function(seeds, row_numel, offset).view(size).to(dtype)
-    return torch.ops.spigan.philox_normal(seeds, row_numel, offset, dtype, name).view(size)
+    return _OPERATION.kernel(seeds, row_numel, offset, dtype, name).view(size)
 
 
-def _kernel(seeds: Tensor, row_numel: int, offset: int, dtype: torch.dtype, backend: str) -> Tensor:
-    seeds = seeds.contiguous()
-    out = seeds.new_empty((seeds.shape[0], row_numel), dtype=dtype)
-    with on(out.device):
-        if backend == "triton":
-            from spigan.kernels.philox_normal import philox_normal as draw
+def _limit(backend: str, dtype: torch.dtype) -> str | None:
+    if backend == "triton" and dtype == torch.float64:
+        return "it draws float32, bfloat16 or float16, not float64"
+    return None
 
-            draw(out, seeds, offset)
-        else:
-            module, context = launcher(backend, out.device)
-            number = dtype_number(module, dtype)
-            module.philox_normal(address(out), number, address(seeds), *out.shape, offset, context)
+
+def _empty(args: Any) -> Tensor:
+    return args.seeds.new_empty((args.seeds.shape[0], args.row_numel), dtype=args.dtype)
+
+
+def _compiled(args: Any) -> Tensor:
+    out = _empty(args)
+    launch(args.backend, "philox_normal", out, args.dtype, args.seeds.contiguous(), *out.shape, args.offset)
     return out
 
 
-def _fake(seeds: Tensor, row_numel: int, offset: int, dtype: torch.dtype, backend: str) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], row_numel), dtype=dtype)
+def _triton(args: Any) -> Tensor:
+    from spigan.kernels.philox_normal import philox_normal as draw
+
+    out = _empty(args)
+    draw(out, args.seeds.contiguous(), args.offset)
+    return out
 
 
-define(
+_OPERATION = Operation(
     "philox_normal(Tensor seeds, SymInt row_numel, SymInt offset, ScalarType dtype, str backend) -> Tensor",
-    _kernel,
-    _fake,
+    reference=philox_normal_reference,
+    kernels={"cpp": _compiled, "triton": _triton, "cuda": _compiled},
+    fake=_empty,
+    limit=_limit,
 )
-backends.register("philox_normal", "reference", backends.always_available, philox_normal_reference)
-backends.register("philox_normal", "cpp", backends.extension_on_cpu)
-backends.register("philox_normal", "triton", backends.triton_on_gpu)
-backends.register("philox_normal", "cuda", backends.cuda_on_gpu)

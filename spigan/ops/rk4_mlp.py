@@ -1,4 +1,4 @@
-"""Integration of the mapping network's ODE dh/dt = r(h, t), r a small MLP, by the classical Runge-Kutta method
+"""The mapping network's ODE dh/dt = r(h, t), where r is a small MLP, integrated by the classical Runge-Kutta method
 (the paper's eq. 6 and section 3.3).
 
 Twins: csrc/common/rk4.h and activations.h (arithmetic), csrc/cpu/rk4_mlp.cpp, csrc/cuda/rk4_mlp.cu, kernels/rk4_mlp.py.
@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor, check_times
-from spigan.ops.library import address, define, dtype_number, launcher, library, on, why_transformed
+from spigan.ops.library import compiled, dtype_number, launch, register_operator
+from spigan.ops.limits import MAX_ODE_DIM, MAX_ODE_LAYERS, MAX_ODE_TIMES, ODE_DIM_MULTIPLE
+from spigan.ops.operation import Operation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,15 +31,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def mlp_vector_field(
     h: Tensor, t: float | Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor, activation: str
 ) -> Tensor:
-    """r(h, t): layer l computes y <- weight[l] y + bias[l] + t time_weight[l], activations between, the last linear.
+    """Evaluate the vector field r(h, t).
+
+    Layer l computes y <- weight[l] y + bias[l] + t time_weight[l]. The activation follows every layer but the last.
 
     Args:
         h: [N, D].
-        t: time.
+        t: Time.
         weight: [L, D, D] (out, in).
         bias: [L, D].
         time_weight: [L, D].
-        activation: one of `ACTIVATIONS`.
+        activation: One of `ACTIVATIONS`.
 
     Returns:
         [N, D] dh/dt.
@@ -50,28 +54,31 @@ def mlp_vector_field(
     return h
 
 
-def intervals(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, int]]:
-    """(start, length of a step, number of steps) that lead from 0 to each of `times` in turn.
+def segments(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, int]]:
+    """Yield (start, step length, number of steps) of the segments that lead from 0 to each of `times` in turn.
 
-    An interval of length d is divided into ceil(steps d) equal steps.
+    A segment of length d has ceil(steps d) equal steps.
     """
     start = 0.0
     for end in times:
-        # 1e-6 of a step keeps rounding in e.g. 0.7 - 0.2 from adding one.
+        # 1e-6 of a step, so that rounding (of 0.7 - 0.2, for example) does not add one.
         count = max(1, math.ceil(steps * (end - start) - 1e-6))
         yield start, (end - start) / count, count
         start = end
 
 
 def step_grid(times: Sequence[float], steps: int) -> Iterator[tuple[float, float, bool]]:
-    """Steps (start, length, whether it ends at a requested time) that lead from 0 through all `times`."""
-    for start, length, count in intervals(times, steps):
+    """Yield the steps from 0 through all `times`: (start, length, whether it ends at a requested time)."""
+    for start, length, count in segments(times, steps):
         for i in range(count):
             yield start + i * length, length, i == count - 1
 
 
 def rk4_step(field: Callable[[Tensor, float], Tensor], h: Tensor, t: float, dt: float) -> Tensor:
-    """One step of the classical fourth-order Runge-Kutta method: nodes (0, 1/2, 1/2, 1), weights (1, 2, 2, 1) / 6."""
+    """Take a step of the classical fourth-order Runge-Kutta method.
+
+    Its nodes are (0, 1/2, 1/2, 1), its weights (1, 2, 2, 1) / 6.
+    """
     k1 = field(h, t)
     k2 = field(h + (dt / 2) * k1, t + dt / 2)
     k3 = field(h + (dt / 2) * k2, t + dt / 2)
@@ -86,7 +93,7 @@ def integrate(
     times: Sequence[float],
     steps: int,
 ) -> Tensor:
-    """Solve dh/dt = field(h, t), h(0) = h0 once through all `times` (the paper's section 3.5, "implementation trick").
+    """Solve dh/dt = field(h, t), h(0) = h0, once through all `times` (the paper's section 3.5, "implementation trick").
 
     Returns:
         [K, N, D] h at the K times.
@@ -123,8 +130,8 @@ def rk4_mlp(
 ) -> Tensor:
     """Integrate dh/dt = r(h, t) from h(0) = h0 through all `times` with classical Runge-Kutta steps.
 
-    r is an MLP of L layers, y <- weight[l] y + bias[l] + t time_weight[l], activations between, the last linear. An
-    interval of length d between requested times takes ceil(steps d) equal steps.
+    r is an MLP of L layers y <- weight[l] y + bias[l] + t time_weight[l]. The activation follows every layer but the
+    last. A segment of length d between requested times takes ceil(steps d) equal steps.
 
     Args:
         h0: [N, D] state at t = 0.
@@ -132,19 +139,19 @@ def rk4_mlp(
         bias: [L, D].
         time_weight: [L, D] weight of the time, which is concatenated to each layer's input.
         times: K increasing floats in (0, 1], shared by the batch.
-        steps: steps for the whole interval [0, 1].
+        steps: Number of steps for the whole interval [0, 1].
         activation: "silu", "lrelu" (slope 0.2), "tanh" or "softplus".
-        backend: "auto" or one of `BACKENDS`; default: see `spigan.ops.use_backend`. "triton" and "cuda" take D a
-            multiple of 16 up to 1024, L up to 8, at most 64 times and no float64.
+        backend: "auto" or one of `BACKENDS`; for the default see `spigan.ops.use_backend`. "triton" and "cuda" accept D
+            that is a multiple of 16 up to 1024, up to 8 layers, up to 64 times, and no float64.
 
     Returns:
-        [K, N, D] h at the requested times. Differentiable in all tensors, to any order: a kernel's first derivatives
-        are those of its own steps (discretise, then optimise) from one saved state per step, with the stages computed
-        again; second derivatives are computed by the reference.
+        [K, N, D] h at the requested times. Differentiable in all tensors, to any order. A kernel's first derivatives
+        are those of its own steps (discretise, then optimise): one state per step is saved, and the stages are computed
+        again. Second derivatives are computed by the reference.
 
     Raises:
-        TypeError, ValueError: an argument of wrong type, shape, dtype, device or range.
-        BackendUnavailable: a backend asked for by name cannot run.
+        TypeError, ValueError: An argument has the wrong type, shape, dtype or device, or is out of range.
+        BackendUnavailable: A backend requested by name cannot run.
     """
     check_tensor("h0", h0, "[N, D]")
     dim, layers = h0.shape[1], weight.shape[0] if isinstance(weight, Tensor) and weight.ndim else None
@@ -160,91 +167,71 @@ def rk4_mlp(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
     inputs = (h0, weight, bias, time_weight)
-    transformed = why_transformed(*inputs)
-
-    def limit(name: str) -> str | None:
-        if name in backends.KERNELS and transformed is not None:
-            return transformed
-        if name not in ("triton", "cuda"):
-            return None
-        if h0.dtype == torch.float64:
-            return "it takes float32, bfloat16 and float16, not float64"
-        if dim % 16 != 0 or not 16 <= dim <= 1024 or weight.shape[0] > 8:
-            return f"it takes D a multiple of 16 up to 1024 and up to 8 layers, got D = {dim} and {weight.shape[0]}"
-        return f"it takes at most 64 times, got {len(times)}" if len(times) > 64 else None
-
-    name = backends.choose("rk4_mlp", backend, h0.device, limit)
-    if (function := backends.function("rk4_mlp", name)) is not None:
+    name, function = _OPERATION.choose(backend, h0.device, inputs, h0.dtype, dim, weight.shape[0], len(times))
+    if function is not None:
         return function(h0, weight, bias, time_weight, times, steps, activation)
-    # Where a backward pass may follow, the state after every step is written and kept for it.
+    # If a backward pass may follow, the state after every step is written and kept for it.
     every_step = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, every_step, activation, name)
+    states = _OPERATION.kernel(*inputs, times, steps, every_step, activation, name)
     if not every_step:
         return states
     return torch.stack([states[step] for step in _written(times, steps, False)])
 
 
+def _limit(backend: str, dtype: torch.dtype, dim: int, layers: int, times: int) -> str | None:
+    if backend == "cpp":
+        return None
+    if dtype == torch.float64:
+        return "it accepts float32, bfloat16 and float16, not float64"
+    if dim % ODE_DIM_MULTIPLE != 0 or not ODE_DIM_MULTIPLE <= dim <= MAX_ODE_DIM or layers > MAX_ODE_LAYERS:
+        return (
+            f"it accepts D that is a multiple of {ODE_DIM_MULTIPLE} up to {MAX_ODE_DIM} and up to {MAX_ODE_LAYERS} "
+            f"layers, got D = {dim} and {layers} layers"
+        )
+    return f"it accepts at most {MAX_ODE_TIMES} times, got {times}" if times > MAX_ODE_TIMES else None
+
+
+# ---- Kernels ----
+
+
 def _written(times: Sequence[float], steps: int, every_step: bool) -> list[int]:
-    """The steps after which a state is written."""
+    """Return the indices of the steps after which a state is written."""
     return [step for step, (_, _, ends) in enumerate(step_grid(times, steps)) if ends or every_step]
 
 
-def _kernel(
-    h0: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    time_weight: Tensor,
-    times: Sequence[float],
-    steps: int,
-    every_step: bool,
-    activation: str,
-    backend: str,
-) -> Tensor:
-    h0, weight, bias, time_weight = (x.contiguous() for x in (h0, weight, bias, time_weight))
-    grid = tuple(intervals(times, steps))
-    out = _fake(h0, weight, bias, time_weight, times, steps, every_step, activation, backend)
-    with on(h0.device):
-        if backend == "triton":
-            from spigan.kernels.rk4_mlp import rk4_mlp as solve
+def _empty(args: Any) -> Tensor:
+    return args.h0.new_empty((len(_written(args.times, args.steps, args.every_step)), *args.h0.shape))
 
-            solve(out, h0, weight, bias, time_weight, grid, every_step, activation)
-        else:
-            module, context = launcher(backend, h0.device)
-            number, sizes = dtype_number(module, h0.dtype), (*h0.shape, weight.shape[0])
-            needed = module.rk4_mlp_workspace_bytes(number, *sizes) if backend == "cuda" else 0
-            workspace = h0.new_empty(needed, dtype=torch.uint8)
-            module.rk4_mlp(
-                address(out),
-                number,
-                address(h0),
-                address(weight),
-                address(bias),
-                address(time_weight),
-                *sizes,
-                grid,
-                every_step,
-                module.ACTIVATIONS.index(activation),
-                context,
-                address(workspace),
-            )
+
+def _compiled(args: Any) -> Tensor:
+    out = _empty(args)
+    h0, weight, bias, time_weight = (x.contiguous() for x in (args.h0, args.weight, args.bias, args.time_weight))
+    module = compiled(args.backend)
+    sizes = (*h0.shape, weight.shape[0])
+    workspace = None
+    if args.backend == "cuda":
+        needed = module.rk4_mlp_workspace_bytes(dtype_number(h0.dtype), *sizes)
+        workspace = h0.new_empty(needed, dtype=torch.uint8)
+    launch(
+        args.backend, "rk4_mlp", out, h0.dtype, h0, weight, bias, time_weight, *sizes,
+        tuple(segments(args.times, args.steps)), args.every_step, module.ACTIVATIONS.index(args.activation),
+        workspace=workspace,
+    )  # fmt: skip
     return out
 
 
-def _fake(
-    h0: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    time_weight: Tensor,
-    times: Sequence[float],
-    steps: int,
-    every_step: bool,
-    activation: str,
-    backend: str,
-) -> Tensor:
-    return h0.new_empty((len(_written(times, steps, every_step)), *h0.shape))
+def _triton(args: Any) -> Tensor:
+    from spigan.kernels.rk4_mlp import rk4_mlp as solve
+
+    out = _empty(args)
+    h0, weight, bias, time_weight = (x.contiguous() for x in (args.h0, args.weight, args.bias, args.time_weight))
+    solve(out, h0, weight, bias, time_weight, tuple(segments(args.times, args.steps)), args.every_step, args.activation)
+    return out
 
 
-# Gradient in the input of an activation, from the gradient in its output and the input.
+# ---- Derivatives ----
+
+# Gradient with respect to an activation's input, from the gradient with respect to its output and the input.
 _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
     "lrelu": lambda grad, x: torch.ops.aten.leaky_relu_backward(grad, x, 0.2, False),
@@ -253,22 +240,14 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _backward_kernel(
-    grad_states: Tensor,
-    states: Tensor,
-    h0: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    time_weight: Tensor,
-    times: Sequence[float],
-    steps: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `rk4_mlp` from those of the states after every step [S, N, D].
+def _backward_kernel(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of `rk4_mlp` from those of the states after every step [S, N, D].
 
-    Plain PyTorch on any device: matrix products are most of its time, and the library's are the fastest. Each step's
-    four stages are computed again from the state before it; sums of gradients are float32 for half types.
+    This is plain PyTorch on any device: most of the time goes into matrix products, and the library's are the fastest.
+    The four stages of each step are computed again from the state before it. Gradients of half types are summed in
+    float32.
     """
+    grad_states, states, h0, weight, bias, time_weight, times, steps, activation = args
     dtype, layers = h0.dtype, weight.shape[0]
     exact = torch.promote_types(dtype, torch.float32)
     act, act_backward = ACTIVATIONS[activation], _ACTIVATION_BACKWARD[activation]
@@ -278,8 +257,8 @@ def _backward_kernel(
         grad_h = grad_h + grad_states[step]
         h = (states[step - 1] if step else h0).to(exact)
         nodes = [(t, 0.0), (t + dt / 2, dt / 2), (t + dt / 2, dt / 2), (t + dt, dt)]  # of the four stages: time, length
-        inputs: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] what the layer multiplies
-        before: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] what its activation was given
+        inputs: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] input of the layer
+        before: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] input of its activation
         k = torch.zeros_like(h)
         for time, length in nodes:
             x = (h + length * k).to(dtype)
@@ -289,7 +268,7 @@ def _backward_kernel(
                 before[layer].append(x)
                 x = act(x) if layer < layers - 1 else x
             k = x.to(exact)
-        # Backwards through k4 .. k1; the stage after stage s starts at h + length k_s.
+        # Backwards through k4, ..., k1; the stage after stage s starts at h + length k_s.
         grads: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage, last first]
         grad_k, grad_start = (dt / 6) * grad_h, grad_h
         for stage in reversed(range(4)):
@@ -312,54 +291,58 @@ def _backward_kernel(
     return grad_h.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype), grad_time.to(dtype)
 
 
-def _backward_fake(grad_states, states, h0, weight, bias, time_weight, times, steps, activation):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (h0, weight, bias, time_weight))
+def _backward_fake(args: Any) -> tuple[Tensor, ...]:
+    inputs = (args.h0, args.weight, args.bias, args.time_weight)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.times, ctx.steps, ctx.every_step, ctx.activation, ctx.backend = inputs
+def _setup_context(ctx: Any, args: Any, output: Tensor) -> None:
+    *tensors, ctx.times, ctx.steps, ctx.every_step, ctx.activation, ctx.backend = args
     ctx.save_for_backward(*tensors, output)
 
 
-def _backward(ctx, grad_states):  # type: ignore[no-untyped-def]
+def _reference_grads(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients by the reference, with a graph for second derivatives."""
+    # Views, because the inputs may be functions of each other, and each is to be differentiated only as an input.
+    inputs = [x.view_as(x) for x in ctx.saved_tensors[:4]]
+    needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
+    h, weight, bias, time_weight = inputs
+    field = partial(_field, weight, bias, time_weight, ctx.activation)
+    every = []
+    for t, dt, _ in step_grid(ctx.times, ctx.steps):
+        h = rk4_step(field, h, t, dt)
+        every.append(h)
+    output = torch.stack([every[step] for step in _written(ctx.times, ctx.steps, ctx.every_step)])
+    grads = iter(torch.autograd.grad(output, needed, grad_states, create_graph=True))
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad[:4])
+
+
+def _backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, states = ctx.saved_tensors
     times, steps, activation = ctx.times, ctx.steps, ctx.activation
     if torch.is_grad_enabled():
-        # A second derivative was asked for: the reference again, with a graph. Views, because the inputs may be
-        # functions of each other, and only what this operation makes of each is to be differentiated.
-        inputs = [x.view_as(x) for x in inputs]
-        needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-        h, weight, bias, time_weight = inputs
-        field = partial(_field, weight, bias, time_weight, activation)
-        every = []
-        for t, dt, _ in step_grid(times, steps):
-            h = rk4_step(field, h, t, dt)
-            every.append(h)
-        output = torch.stack([every[step] for step in _written(times, steps, ctx.every_step)])
-        grads = iter(torch.autograd.grad(output, needed, grad_states, create_graph=True))
-        return *(next(grads) if need else None for need in ctx.needs_input_grad[:4]), *(None,) * 5
-    if not ctx.every_step:  # the states between were not kept
-        states = torch.ops.spigan.rk4_mlp(*inputs, times, steps, True, activation, ctx.backend)
+        return *_reference_grads(ctx, grad_states), *(None,) * 5
+    if not ctx.every_step:  # the states between the requested times were not kept
+        states = _OPERATION.kernel(*inputs, times, steps, True, activation, ctx.backend)
         every_grad = torch.zeros_like(states)
         every_grad[_written(times, steps, False)] = grad_states
         grad_states = every_grad
-    return *torch.ops.spigan.rk4_mlp_backward(grad_states, states, *inputs, times, steps, activation), *(None,) * 5
+    return *_backward_operator(grad_states, states, *inputs, times, steps, activation), *(None,) * 5
 
 
-define(
-    "rk4_mlp(Tensor h0, Tensor weight, Tensor bias, Tensor time_weight, float[] times, SymInt steps, bool every_step, "
-    "str activation, str backend) -> Tensor",
-    _kernel,
-    _fake,
-)
-define(
+_backward_operator = register_operator(
     "rk4_mlp_backward(Tensor grad_states, Tensor states, Tensor h0, Tensor weight, Tensor bias, Tensor time_weight, "
     "float[] times, SymInt steps, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )
-torch.library.register_autograd("spigan::rk4_mlp", _backward, setup_context=_setup_context, lib=library)
-backends.register("rk4_mlp", "reference", backends.always_available, rk4_mlp_reference)
-backends.register("rk4_mlp", "cpp", backends.extension_on_cpu)
-backends.register("rk4_mlp", "triton", backends.triton_on_gpu)
-backends.register("rk4_mlp", "cuda", backends.cuda_on_gpu)
+_OPERATION = Operation(
+    "rk4_mlp(Tensor h0, Tensor weight, Tensor bias, Tensor time_weight, float[] times, SymInt steps, bool every_step, "
+    "str activation, str backend) -> Tensor",
+    reference=rk4_mlp_reference,
+    kernels={"cpp": _compiled, "triton": _triton, "cuda": _compiled},
+    fake=_empty,
+    limit=_limit,
+    setup_context=_setup_context,
+    backward=_backward,
+)

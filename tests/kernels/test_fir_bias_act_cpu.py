@@ -5,7 +5,6 @@ Expected values come in the layout of the kernels, [N, H, W, C].
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan import _C
-from spigan.ops import modulated_conv2d
+from spigan.ops import frozen_layer, layer_weights, modulated_conv2d
 from spigan.ops.philox_normal import philox_normal_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -540,15 +539,14 @@ def test_layers_by_windows(kernel: int, padding: int, monkeypatch: pytest.Monkey
     """The operator's own windows, of a few rows."""
     if padding < kernel // 2:
         padding = kernel // 2
-    module = importlib.import_module("spigan.ops.modulated_conv2d")
-    monkeypatch.setattr(module, "_WINOGRAD_MIN_TILES", 1)
-    monkeypatch.setattr(module, "_WINOGRAD_MIN_CHANNELS", 1)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_TILES", 1)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_CHANNELS", 1)
     x, weight, style = torch.randn(2, 6, 7, 5), torch.randn(4, 6, kernel, kernel), torch.randn(2, 6)
     for up in (1, 2):
         exact = modulated_conv2d(*(t.double() for t in (x, weight, style)), up=up, padding=padding, backend="reference")
         for products, tiles in ((1, 1), (4 * kernel**2 * 5 * 3, 7)):
-            monkeypatch.setattr(module, "_PRODUCTS_CHUNK", products)
-            monkeypatch.setattr(module, "_WINOGRAD_CHUNK", tiles * 6)
+            monkeypatch.setattr(frozen_layer, "PRODUCTS_CHUNK", products)
+            monkeypatch.setattr(frozen_layer, "WINOGRAD_CHUNK", tiles * 6)
             actual = modulated_conv2d(x, weight, style, up=up, padding=padding, backend="cpp")
             torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-5)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spigan.ops import BACKENDS, fir_bias_act, modulated_conv2d, path_interpolate, philox_normal, rk4_mlp
 from spigan.ops.backends import choose, describe, why_unavailable
-from spigan.ops.fir_bias_act import launch_fir_bias_act
+from spigan.ops.layer_end import LayerEnd, finish_layer
 from spigan.ops.rk4_mlp import ACTIVATIONS
 from spigan.ops.upfirdn2d import fir_filter
 
@@ -372,10 +372,10 @@ def test_colors_of_a_layer(backend, channels, colors, dtype, assert_accurate, po
     (out_plain, rgb_plain), (out_exact, rgb_exact) = expected(torch.float32), expected(torch.float64)
     for keep in (True, False):
         out, rgb = x.to(CUDA), torch.full((n, height, width, colors), torch.nan, device=CUDA)
-        launch_fir_bias_act(
-            backend, out if keep else None, out, **place(wide, CUDA), slope=0.2, gain=1.5, clamp=2.0,
-            rgb=rgb, rgb_weight=weight.to(CUDA),
+        end = LayerEnd(
+            **place(wide, CUDA), activation="lrelu", gain=1.5, clamp=2.0, rgb_weight=weight.to(CUDA)
         )  # fmt: skip
+        finish_layer(backend, out if keep else None, out, end, rgb=rgb)
         assert_accurate(rgb.cpu(), rgb_plain, rgb_exact)
         if keep:
             assert_accurate(out.cpu(), out_plain.to(dtype), out_exact)

@@ -593,7 +593,7 @@ def test_limits():
     zeros = torch.zeros
     with pytest.raises(BackendUnavailable, match=r"'triton' .* it draws float32, bfloat16 or float16, not float64"):
         philox_normal((3,), seed=0, dtype=torch.float64, backend="triton")
-    with pytest.raises(BackendUnavailable, match=r"'triton' .* it takes D a multiple of 16 up to 1024"):
+    with pytest.raises(BackendUnavailable, match=r"'triton' .* it accepts D that is a multiple of 16 up to 1024"):
         rk4_mlp(zeros(2, 24), zeros(1, 24, 24), zeros(1, 24), zeros(1, 24), [1.0], backend="triton")
-    with pytest.raises(BackendUnavailable, match=r"'triton' .* it takes at most 8 times, got 9"):
+    with pytest.raises(BackendUnavailable, match=r"'triton' .* it accepts at most 8 times, got 9"):
         path_interpolate(zeros(1, 1, 1, 1), [k / 9 for k in range(1, 10)], seed=0, backend="triton")

@@ -14,6 +14,7 @@ import torch
 
 from spigan import ops
 from spigan.ops import BACKENDS, BackendUnavailable, backends, use_backend
+from spigan.ops.backends import Implementation
 
 CPU = torch.device("cpu")
 OP = "philox_normal"  # it has two backends on the CPU
@@ -38,7 +39,7 @@ def test_auto_takes_the_first_that_can_run():
 
 
 def test_auto_goes_down_the_order(monkeypatch):
-    monkeypatch.setattr(backends, "_implementations", {})
+    monkeypatch.setattr(backends, "implementations", {})
     reasons = {"cuda": "no driver", "triton": "no compiler", "reference": None}
     for backend in reasons:
         backends.register("op", backend, lambda device, backend=backend: reasons[backend])
@@ -131,9 +132,9 @@ def test_a_backend_asked_for_by_name_runs_or_raises(op, monkeypatch):
         }.items():
             with pytest.raises(BackendUnavailable) as error:
                 request()
-            assert str(error.value) == f"{op}: backend {backend!r} (asked for by {source}) cannot run on cpu: {cause}"
+            assert str(error.value) == f"{op}: backend {backend!r} (requested by {source}) cannot run on cpu: {cause}"
         monkeypatch.setenv("SPIGAN_BACKEND", backend)
-        with pytest.raises(BackendUnavailable, match="asked for by SPIGAN_BACKEND"):
+        with pytest.raises(BackendUnavailable, match="requested by SPIGAN_BACKEND"):
             _call(op, None)
         monkeypatch.delenv("SPIGAN_BACKEND")
 
@@ -144,7 +145,7 @@ def _within(backend: str, op: str) -> None:
 
 
 def test_cause_of_a_backend_without_implementation(monkeypatch):
-    monkeypatch.setattr(backends, "_implementations", {"op": {"reference": backends.always_available}})
+    monkeypatch.setattr(backends, "implementations", {"op": {"reference": Implementation(backends.always_available)}})
     with pytest.raises(BackendUnavailable, match=r"no triton implementation of op \(it has: reference\)"):
         backends.choose("op", "triton", CPU)
 
@@ -166,8 +167,8 @@ def everywhere(monkeypatch):
     """Let every backend run on the CPU, as far as `choose` can tell, cuda first; calls end with the choice."""
     for op in ("philox_normal", "path_interpolate", "rk4_mlp"):
         for backend in ("triton", "cuda"):
-            monkeypatch.setitem(backends._implementations[op], backend, backends.always_available)
-    monkeypatch.setitem(backends._auto_order, "cpu", ("cuda", "triton", "cpp", "reference"))
+            monkeypatch.setitem(backends.implementations[op], backend, Implementation(backends.always_available))
+    monkeypatch.setitem(backends.auto_order, "cpu", ("cuda", "triton", "cpp", "reference"))
     choose = backends.choose
 
     def stop(*args):
@@ -191,13 +192,13 @@ def _normal(dtype, **options):
     ops.philox_normal((3,), seed=0, dtype=dtype, **options)
 
 
-FLOAT64 = "it takes float32, bfloat16 and float16, not float64"
-WIDTH = "it takes D a multiple of 16 up to 1024 and up to 8 layers, got D = {} and {}"
-PATH_FLOAT64 = "it computes in float32: float64 images or results are for the reference"
+FLOAT64 = "it accepts float32, bfloat16 and float16, not float64"
+WIDTH = "it accepts D that is a multiple of 16 up to 1024 and up to 8 layers, got D = {} and {} layers"
+PATH_FLOAT64 = "it computes in float32; only the reference accepts float64 images or results"
 # (call, what "auto" falls back to, backends that refuse, cause)
 BEYOND = [
     (lambda **o: _normal(torch.float64, **o), "cuda", ["triton"], "it draws float32, bfloat16 or float16, not float64"),
-    (lambda **o: _path(9, **o), "reference", ["cpp", "triton", "cuda"], "it takes at most 8 times, got 9"),
+    (lambda **o: _path(9, **o), "reference", ["cpp", "triton", "cuda"], "it accepts at most 8 times, got 9"),
     (lambda **o: _path(x0_dtype=torch.float64, **o), "reference", ["cpp", "triton", "cuda"], PATH_FLOAT64),
     (lambda **o: _path(dtype=torch.float64, **o), "reference", ["cpp", "triton", "cuda"], PATH_FLOAT64),
     (lambda **o: _mlp(24, **o), "cpp", ["triton", "cuda"], WIDTH.format(24, 2)),
@@ -205,7 +206,7 @@ BEYOND = [
     (lambda **o: _mlp(0, **o), "cpp", ["triton", "cuda"], WIDTH.format(0, 2)),
     (lambda **o: _mlp(1040, 1, **o), "cpp", ["triton", "cuda"], WIDTH.format(1040, 1)),
     (lambda **o: _mlp(16, 9, **o), "cpp", ["triton", "cuda"], WIDTH.format(16, 9)),
-    (lambda **o: _mlp(times=65, **o), "cpp", ["triton", "cuda"], "it takes at most 64 times, got 65"),
+    (lambda **o: _mlp(times=65, **o), "cpp", ["triton", "cuda"], "it accepts at most 64 times, got 65"),
     (lambda **o: _mlp(dtype=torch.float64, **o), "cpp", ["triton", "cuda"], FLOAT64),
 ]
 WITHIN = [
@@ -224,7 +225,7 @@ def test_beyond_a_limit(call, fallback, refusing, cause, everywhere):
     with pytest.raises(_Chosen, match=f"^{fallback}$"):
         call()
     for backend in refusing:
-        message = rf"backend '{backend}' \(asked for by use_backend\) cannot run on cpu: {re.escape(cause)}"
+        message = rf"backend '{backend}' \(requested by use_backend\) cannot run on cpu: {re.escape(cause)}"
         with pytest.raises(BackendUnavailable, match=message), use_backend(backend):
             call()
     for backend in set(BACKENDS) - set(refusing):
@@ -263,7 +264,7 @@ def test_what_no_kernel_takes_is_computed_by_the_reference(noted_kernels):
         (True, True, "cpu", None),
         (True, True, "meta", "it runs on CUDA devices, not on meta"),
         (True, False, "cuda", None),
-        (True, False, "cuda:1", "it needs compute capability 8.0 or more, cuda:1 has 7.5"),
+        (True, False, "cuda:1", "it needs compute capability 8.0 or higher, cuda:1 has 7.5"),
     ],
 )
 def test_where_triton_runs(installed, interpret, device, cause, monkeypatch):
@@ -284,7 +285,7 @@ def test_where_cuda_runs(monkeypatch):
     with_cuda = True
     assert backends.cuda_on_gpu(torch.device("cuda")) is None
     assert backends.cuda_on_gpu(CPU) == "it runs on CUDA devices, not on cpu"
-    assert "it needs compute capability 8.0 or more" in backends.cuda_on_gpu(torch.device("cuda:1"))
+    assert "it needs compute capability 8.0 or higher" in backends.cuda_on_gpu(torch.device("cuda:1"))
     with_cuda = False
     assert backends.cuda_on_gpu(torch.device("cuda")).startswith("spigan._C was built without CUDA: put nvcc on PATH")
     monkeypatch.setattr(backends, "_extension", None)
@@ -316,11 +317,13 @@ def test_describe(monkeypatch):
         everything = [*chosen, *entry["not_chosen"], *entry["cannot_run"], *entry["not_implemented"]]
         assert sorted(everything) == sorted(BACKENDS), op
     monkeypatch.setenv("SPIGAN_BACKEND", "reference")
-    assert backends.describe(CPU)[OP]["why"] == "asked for by SPIGAN_BACKEND"
-    monkeypatch.setattr(backends, "_implementations", {"op": {"reference": lambda device: "out of order"}})
+    assert backends.describe(CPU)[OP]["why"] == "requested by SPIGAN_BACKEND"
+    monkeypatch.setattr(
+        backends, "implementations", {"op": {"reference": Implementation(lambda device: "out of order")}}
+    )
     entry = backends.describe(CPU)["op"]
     assert entry["chosen"] is None and entry["cannot_run"] == {"reference": "out of order"}
-    assert entry["why"] == "reference was asked for by SPIGAN_BACKEND: out of order"
+    assert entry["why"] == "reference was requested by SPIGAN_BACKEND: out of order"
     assert entry["not_implemented"] == ["cpp", "triton", "cuda"]
 
 
@@ -393,7 +396,7 @@ def test_automatic_where_it_says_so(added_backends):
     ops.register_backend("mine", {OP: functions["rk4_mlp"]})  # again: nothing of the first is left
     assert backends.choose("rk4_mlp", None, CPU) == "cpp"
     assert backends.function("rk4_mlp", "mine") is None and backends.function(OP, "mine") is not None
-    assert backends._auto_order["cpu"] == ("cpp", "reference")
+    assert backends.auto_order["cpu"] == ("cpp", "reference")
 
 
 def test_the_generator_without_gradients_calls_it(added_backends):
@@ -418,11 +421,11 @@ def test_the_generator_without_gradients_calls_it(added_backends):
 @pytest.mark.parametrize(
     ("name", "functions", "error", "message"),
     [
-        ("cpp", {OP: print}, ValueError, "'cpp' is a backend of spigan itself"),
-        ("auto", {OP: print}, ValueError, "'auto' is a backend of spigan itself"),
+        ("cpp", {OP: print}, ValueError, "'cpp' is one of spigan's own backends"),
+        ("auto", {OP: print}, ValueError, "'auto' is one of spigan's own backends"),
         ("", {OP: print}, ValueError, "must be an identifier, got ''"),
-        ("mine", {}, ValueError, "must implement one operation at least: "),
-        ("mine", {"philox": print}, ValueError, "there is no operation 'philox'; there are "),
+        ("mine", {}, ValueError, "must implement at least one operation: "),
+        ("mine", {"philox": print}, ValueError, "unknown operation 'philox'; expected one of "),
         ("mine", {OP: "print"}, TypeError, "needs a function for philox_normal, got str"),
     ],
 )
@@ -436,10 +439,10 @@ def test_backends_that_are_refused(name, functions, error, message, added_backen
 @pytest.mark.parametrize("auto", ["cpu", ["cuda:0"], [torch.device("cpu")]])
 def test_automatic_on_what_is_no_type_of_device(auto, added_backends):
     """As a list, "cpu" would be the devices c, p and u, which are never met."""
-    before = dict(backends._auto_order)
-    with pytest.raises(ValueError, match="auto must be a list of types of device"):
+    before = dict(backends.auto_order)
+    with pytest.raises(ValueError, match="auto must be a list of device types"):
         ops.register_backend("mine", {OP: print}, auto=auto)
-    assert backends._auto_order == before and backends.function(OP, "mine") is None
+    assert backends.auto_order == before and backends.function(OP, "mine") is None
 
 
 SABOTAGE = {
@@ -460,7 +463,7 @@ SABOTAGE = {
     [("missing", "ModuleNotFoundError: import of spigan._C halted"), ("damaged", "OSError: undefined symbol: some_f")],
 )
 def test_without_the_extension(sabotage, cause, tmp_path):
-    """auto falls back to the reference; cpp, asked for by name, raises with the import's own error."""
+    """auto falls back to the reference; cpp, requested by name, raises with the import's own error."""
     program = textwrap.dedent(SABOTAGE[sabotage]) + textwrap.dedent("""
         import torch
         from spigan import ops

@@ -288,12 +288,12 @@ def test_errors_name_the_argument(change, error, message):
 
 def test_what_kernels_do_not_take():
     x = torch.randn(2, 3, 12, 12, requires_grad=True)
-    with pytest.raises(ValueError, match='add has gradients with activation "linear" and no clamp only'):
+    with pytest.raises(ValueError, match='add has gradients only with activation="linear" and clamp=None'):
         fir_bias_act(x, add=torch.zeros(2, 3, 12, 12), clamp=1.0)
     for options, cause in (
         ({"filter": torch.ones(9, 9)}, "filters of at most 8 taps, got 9"),
         ({"filter": torch.ones(2, 2, requires_grad=True)}, "no derivative with respect to the filter"),
-        ({"gain": -1.0}, "derivatives for a positive gain only, got -1.0"),
+        ({"gain": -1.0}, "derivatives only for a positive gain, got -1.0"),
     ):
         torch.testing.assert_close(fir_bias_act(x, **options), fir_bias_act(x, **options, backend="reference"))
         for backend in KERNELS:

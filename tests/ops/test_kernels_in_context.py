@@ -48,7 +48,14 @@ def test_default_dtype_changes_nothing():
 def test_a_filter_of_one_dimension_is_ignored_without_upsampling():
     inputs = [x.requires_grad_() for x in layer()]
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], requires_grad=True)
-    torch.autograd.grad(modulated_conv2d(*inputs, resample_filter=taps, backend="cpp").sum(), inputs)
+    results = [modulated_conv2d(*inputs, resample_filter=filter, backend="cpp") for filter in (taps, None)]
+    assert torch.equal(*results)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in results]
+    for with_filter, without in zip(*gradients, strict=True):
+        assert torch.equal(with_filter, without) and without.abs().max() > 0.1
+    # No gradient reaches the filter.
+    y = modulated_conv2d(*(x.detach() for x in inputs), resample_filter=taps, backend="cpp")
+    assert not y.requires_grad
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -84,8 +91,14 @@ def test_forward_mode_is_the_references():
         torch.testing.assert_close(actual, expected)
 
 
-def test_odd_arguments():
+def test_too_many_elements():
     with pytest.raises(ValueError, match="the number of elements of shape must be in"):
         philox_normal((2**40, 2**40), seed=3)
-    x0 = torch.zeros(1, 1, 2, 2)
-    path_interpolate(x0, [1.0], noise=x0, offset=-1, backend="cpp")
+
+
+def test_given_noise_needs_no_seed_and_ignores_the_offset():
+    x0, noise = torch.rand(2, 1, 1, 2, 2).unbind()
+    actual = path_interpolate(x0, [0.5], noise=noise, offset=-1, backend="cpp")
+    expected = path_interpolate(x0, [0.5], noise=noise, backend="reference")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)

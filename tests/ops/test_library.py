@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spigan import _C
-from spigan.ops import library, rk4_mlp
+from spigan.ops import backends, library, rk4_mlp
 
 OPERATORS = ["path_interpolate", "philox_normal", "rk4_mlp", "rk4_mlp_backward"]
 
@@ -24,23 +25,34 @@ def test_operators_are_registered_for_both_devices_and_compilers(name):
 def test_numbers_of_dtypes_and_activations_are_those_of_the_extension():
     assert _C.DTYPES == ("float32", "bfloat16", "float16", "float64", "uint8")
     for name in _C.DTYPES:
-        assert _C.DTYPES[library.dtype_number(_C, getattr(torch, name))] == name
+        assert _C.DTYPES[library.dtype_number(getattr(torch, name))] == name
     with pytest.raises(ValueError, match="not in tuple"):
-        library.dtype_number(_C, torch.int32)
+        library.dtype_number(torch.int32)
     from spigan.ops.rk4_mlp import ACTIVATIONS
 
     assert set(_C.ACTIVATIONS) == set(ACTIVATIONS)
 
 
-def test_launcher_gives_the_threads_of_torch(set_threads):
+def test_launch_passes_addresses_numbers_and_threads(set_threads, monkeypatch):
+    calls = []
+    extension = SimpleNamespace(DTYPES=_C.DTYPES, kernel=lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(backends, "extension", lambda: extension)
+    x = torch.zeros(3)
     for threads in (1, 2):
         set_threads(threads)
-        assert library.launcher("cpp", torch.device("cpu")) == (_C, threads)
+        library.launch("cpp", "kernel", x[1:], None, 3, True, 0.5, [4], other=x, dtype=torch.float16, nothing=None)
+        args, kwargs = calls.pop()
+        assert args == (x.data_ptr() + 4, 0, 3, True, 0.5, [4])
+        assert kwargs == {"other": x.data_ptr(), "dtype": 2, "nothing": 0, "threads": threads}
 
 
-def test_address_of_nothing_is_null():
-    x = torch.zeros(3)
-    assert library.address(None) == 0 and library.address(x[1:]) == x.data_ptr() + 4
+def test_launch_on_a_gpu_passes_the_current_stream(monkeypatch):
+    calls = []
+    cuda = SimpleNamespace(kernel=lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(backends, "extension", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    library.launch("cuda", "kernel", 5)
+    assert calls == [((5,), {"stream": 77})]
 
 
 @pytest.fixture

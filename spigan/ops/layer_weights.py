@@ -1,0 +1,97 @@
+"""The weights of a layer without gradients, in the form that the fastest way of convolving takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spigan.ops.convolution import has_few_outputs
+from spigan.ops.library import launch
+from spigan.ops.limits import MAX_PRODUCT_TERMS
+
+# docs/kernels.md has the measurements behind these numbers (two cores of an AVX-512 server CPU).
+# Weights that are not kept are transformed in each call. For few tiles that takes longer than Winograd's method saves.
+WINOGRAD_MIN_TILES, WINOGRAD_MIN_TILES_KEPT = 512, 64
+WINOGRAD_MIN_CHANNELS = 128
+# Up = 2: the library's transposed convolution is slow for few pixels and for many channels.
+PRODUCTS_MAX_PIXELS, PRODUCTS_MIN_CHANNELS = 2048, 256
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """The weights of a layer, in the form for one way of convolving.
+
+    Attributes:
+        form: "direct" [O, I, k, k], channels-last: the library's convolution.
+            "products" [k k O, I]: one matrix product for all taps (up = 2 on the CPU).
+            "taps" [k, k, O, I]: Triton's convolution.
+            "winograd" [16, O, I] float32: Winograd's F(2x2, 3x3) on the CPU.
+            "modulated" [O, I], at least float32: scaled for each image, instead of the image.
+        value: In the dtype of the images, unless stated otherwise.
+        kernel: k.
+        channels: O.
+    """
+
+    form: str
+    value: Tensor
+    kernel: int
+    channels: int
+
+
+def separable(filter: Tensor) -> bool:
+    """Return whether a [m, m] filter of sum 1 is the outer product of its sums. Reads its values: for CPU tensors."""
+    return torch.allclose(torch.outer(filter.sum(1), filter.sum(0)), filter, rtol=0.0, atol=1e-7)
+
+
+def weight_form(
+    backend: str, shape: torch.Size, size: tuple[int, int], dtype: torch.dtype, n: int, up: int, padding: int,
+    filter: Tensor, kept: bool = False,
+) -> str:  # fmt: skip
+    """Return the fastest form of `LayerWeight` for n images.
+
+    Args:
+        backend: "cpp", "triton" or "cuda".
+        shape: [O, I, k, k] of the weights.
+        size: (H', W') of the results.
+        dtype: Of the images.
+        n: Number of images.
+        up, padding, filter: See `modulated_conv2d`.
+        kept: The weights are already in that form, or will be kept in it.
+    """
+    channels_out, channels_in, kernel, _ = shape
+    if has_few_outputs(kernel, padding, up, channels_out):
+        return "modulated"
+    if backend == "triton":
+        return "taps"
+    if backend != "cpp" or dtype == torch.float64:
+        return "direct"
+    if up == 1:
+        tiles = n * -(-size[0] // 2) * -(-size[1] // 2)
+        winograd = (kernel, padding, dtype) == (3, 1, torch.float32)
+        winograd = winograd and min(channels_in, channels_out) >= WINOGRAD_MIN_CHANNELS
+        enough = tiles >= (WINOGRAD_MIN_TILES_KEPT if kept else WINOGRAD_MIN_TILES)
+        return "winograd" if winograd and enough else "direct"
+    few_pixels = n * size[0] * size[1] <= 4 * PRODUCTS_MAX_PIXELS
+    faster = few_pixels or channels_out >= PRODUCTS_MIN_CHANNELS
+    possible = faster and kernel * filter.shape[-1] <= MAX_PRODUCT_TERMS and separable(filter)
+    return "products" if possible else "direct"
+
+
+def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) -> LayerWeight:
+    """Convert weight [O, I, k, k] to a form of `LayerWeight` for images of `dtype`."""
+    channels_out, channels_in, kernel, _ = weight.shape
+    if form == "winograd":
+        value = weight.new_empty((16, channels_out, channels_in), dtype=torch.float32)
+        whole = weight.to(torch.float32).contiguous()
+        launch(backend, "winograd_weight", value, whole, channels_out, channels_in)
+    elif form == "modulated":
+        value = weight[:, :, 0, 0].to(torch.promote_types(weight.dtype, torch.float32))
+    elif form == "direct":
+        value = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    else:
+        value = weight.to(dtype).permute(2, 3, 0, 1).contiguous()
+        if form == "products":
+            value = value.view(-1, channels_in)
+    return LayerWeight(form, value, kernel, channels_out)
