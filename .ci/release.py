@@ -47,7 +47,7 @@ def check_sdist(path: Path) -> None:
         known = Path(name).suffix in SDIST_FOLDERS.get(top, ()) if rest else top in SDIST
         if name not in ASSETS and (not known or name.startswith("csrc/testing/")):
             sys.exit(f"{path.name} holds {name}: leave it out by sdist.exclude of pyproject.toml")
-    if missing := (SDIST | ASSETS | {"csrc/bindings.cpp", "kernels/rk4_mlp.py", "spigan/py.typed"}) - names:
+    if missing := (SDIST | ASSETS | {"csrc/extension.cpp", "kernels/rk4_mlp.py", "spigan/py.typed"}) - names:
         sys.exit(f"{path.name} lacks {', '.join(missing)}")
 
 

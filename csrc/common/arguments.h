@@ -3,6 +3,7 @@
 
 #include "activations.h"
 #include "dtypes.h"
+#include "limits.h"
 #include "path.h"
 #include "rk4.h"
 
@@ -67,7 +68,7 @@ struct LayerEnd {
   // rgb[n, p, r] = sum over c of rgb_weight[n, r, c] times what stands before next_factor, from unrounded values.
   float* rgb;               // [images, height, width, rgb_channels]; null: not wanted. Not for kFloat64
   const float* rgb_weight;  // [images, rgb_channels, channels]
-  std::int64_t rgb_channels;  // 1 to 4
+  std::int64_t rgb_channels;  // 1 to kMaxRgbChannels
 };
 
 // spigan.ops.fir_bias_act: the end of a layer after resampling, v = fir_gain FIR(x).
@@ -79,7 +80,7 @@ struct FirBiasAct {
   // precede the first row and column (negative crops), and pixel (r, c) of v is the sum over j, i of filter[j, i] times
   // pixel (r down + j, c down + i); flip: of filter[taps - 1 - j, taps - 1 - i]. What lies outside of x is 0.
   const float* filter;
-  std::int64_t taps, up, down, pad;  // taps 1 to 8; up and down 1 or 2
+  std::int64_t taps, up, down, pad;  // taps 1 to kMaxTaps; up and down 1 or 2
   bool flip;
   double fir_gain;
 };

@@ -11,7 +11,7 @@
 #define SPIGAN_HD inline
 #endif
 
-// CPU sources are compiled once for every instruction set (csrc/cpu/kernels.h). Each of those objects needs its own copy of
+// CPU sources are compiled once for every instruction set (csrc/cpu/cpu_kernels.h). Each of those objects needs its own copy of
 // the functions below: the linker would keep one of several inline functions of the same name, and an AVX-512 one may
 // not run elsewhere. The inline namespace gives them different names.
 #if defined(SPIGAN_ISA)

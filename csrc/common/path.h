@@ -2,10 +2,9 @@
 #pragma once
 
 #include "dtypes.h"
+#include "limits.h"
 
 namespace spigan {
-
-constexpr int kMaxPathTimes = 8;
 
 // t_k and 1 - t_k, each rounded once from float64.
 struct PathTimes {

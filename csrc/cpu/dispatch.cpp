@@ -1,7 +1,7 @@
 // Which instruction set the kernels run on: asked of the CPU, once.
 #include <cstring>
 
-#include "kernels.h"
+#include "cpu_kernels.h"
 
 namespace spigan::cpu {
 

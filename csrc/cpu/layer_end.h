@@ -3,8 +3,8 @@
 
 #include <cstdlib>
 
-#include "../common/layer_end.h"
-#include "kernels.h"
+#include "../common/activate_and_clamp.h"
+#include "cpu_kernels.h"
 #include "normals.h"
 
 namespace spigan::cpu::SPIGAN_ISA {

@@ -1,5 +1,5 @@
 // Noise and straight path in one pass: x0 is read once, the noise is drawn chunk by chunk and never reaches memory.
-#include "kernels.h"
+#include "cpu_kernels.h"
 #include "normals.h"
 
 namespace spigan::cpu::SPIGAN_ISA {

@@ -1,5 +1,5 @@
 // Standard normals from the counter-based generator of csrc/common/philox.h.
-#include "kernels.h"
+#include "cpu_kernels.h"
 #include "normals.h"
 
 namespace spigan::cpu::SPIGAN_ISA {

@@ -18,7 +18,7 @@
 #include <omp.h>
 #endif
 
-#include "kernels.h"
+#include "cpu_kernels.h"
 #include "simd.h"
 
 namespace spigan::cpu::SPIGAN_ISA {

@@ -8,7 +8,7 @@
 //   Accumulator       partial sums
 #pragma once
 
-#include "kernels.h"
+#include "cpu_kernels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -1,5 +1,5 @@
 // The kernels of one instruction set.
-#include "kernels.h"
+#include "cpu_kernels.h"
 
 #define SPIGAN_STRING2(x) #x
 #define SPIGAN_STRING(x) SPIGAN_STRING2(x)

@@ -4,14 +4,9 @@
 // A thread has as many neighbouring channels as 16 bytes hold and strides over the pixels of a part with its sums in
 // registers; `lanes` threads take neighbouring channels of the same pixel, `units` pixels go at a time. Then the units'
 // sums are added up in shared memory, always in the same order. For sums over channels a block goes through all.
-//
-// Estimate for an H200, NOT MEASURED (6.9 instructions of a thread for a byte of the memory, see fir_bias_act.cu): in
-// bfloat16 8 channels of a pixel are 64 bytes and about 150 instructions of 440, 175 with sums over channels: memory is
-// the limit where there are several blocks for each of the 132 multiprocessors. There are images x parts of them with
-// sums over channels, and without those channels / 256 times as many.
-#include "../common/layer_end.h"
+#include "../common/activate_and_clamp.h"
+#include "cuda_kernels.h"
 #include "indexing.h"
-#include "kernels.h"
 #include "launch.h"
 
 namespace spigan::cuda {

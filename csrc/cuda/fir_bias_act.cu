@@ -5,27 +5,17 @@
 // read of x. `lanes` threads take neighbouring channels of the same strip. With a filter a block covers a patch of some
 // rows (8 x 16 pixels x 8 lanes), whose x stays in the first-level cache; without one rows do not matter, and an
 // image is one row. With rgb the lanes of a strip go through all of its channels and add their sums up in the end.
-//
-// Estimate for an H200, NOT MEASURED: 132 multiprocessors x 4 x 32 lanes x 1.75 GHz issue 30e12 instructions a second,
-// counted by threads, and the memory copies 4.3e12 bytes, 6.9 instructions for a byte. In bfloat16 a thread's strip of
-// 8 channels is:
-//   no filter: 128 bytes in about 520 instructions, 700 with drawn noise, of 880: the memory is the limit;
-//   4 x 4 taps: 128 bytes in about 1450, of them 512 multiply-adds and 224 conversions: 60 % of the memory's rate. A
-//     patch reads 1.6 times its pixels from the second-level cache;
-//   4 x 4 taps, up = 2: 80 bytes in about 760 of 550: 70 % of the memory's rate;
-//   4 x 4 taps, down = 2: 320 bytes in about 1600 of 2200: the memory is the limit;
-//   no filter, three rgb channels: about 740 of 880.
-#include "../common/layer_end.h"
+#include "../common/activate_and_clamp.h"
 #include "../common/philox.h"
+#include "cuda_kernels.h"
 #include "indexing.h"
-#include "kernels.h"
 #include "launch.h"
 
 namespace spigan::cuda {
 namespace {
 
 constexpr int kStrip = 4;    // pixels
-constexpr int kMaxRgb = 4;
+constexpr int kMaxRgb = static_cast<int>(kMaxRgbChannels);
 constexpr int kFirLanes = 8, kFirRows = 8;  // of a block's patch
 
 // How blocks divide the work. Tiles are numbered channels first, then columns, rows and images.

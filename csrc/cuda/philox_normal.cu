@@ -1,11 +1,8 @@
 // Standard normals from the counter-based generator of csrc/common/philox.h: a thread draws one block of four numbers
 // at a time and stores it with one instruction where memory is aligned.
-//
-// Estimate for an H200, not measured: about 190 instructions for 16 bytes, so the multiprocessors' issue rate
-// (132 x 4 warps x 1.75 GHz) limits float32 to about 2.5 TB/s, 60 % of the memory's rate.
 #include "../common/philox.h"
+#include "cuda_kernels.h"
 #include "indexing.h"
-#include "kernels.h"
 #include "launch.h"
 
 namespace spigan::cuda {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "common/philox.h"
-#include "cuda/kernels.h"
+#include "cuda/cuda_kernels.h"
 #include "cuda_runtime.h"
 
 namespace {

@@ -25,6 +25,10 @@ from spigan.ops.limits import MAX_RGB_CHANNELS
 from spigan.ops.noise import draw_noise
 from spigan.ops.upfirdn2d import fir_filter
 
+<<<<<<< HEAD
+=======
+MAX_RGB_CHANNELS = 4  # kMaxRgbChannels of csrc/operations.h
+>>>>>>> wip/csrc2
 NOISE_MODES = ("random", "const", "none")
 
 

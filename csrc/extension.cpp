@@ -10,11 +10,11 @@
 #include <string>
 #include <tuple>
 
-#include "bindings.h"
+#include "operations.h"
 #include "common/philox.h"
-#include "cpu/kernels.h"
+#include "cpu/cpu_kernels.h"
 #if defined(SPIGAN_WITH_CUDA)
-#include "cuda/bindings.h"
+#include "cuda/cuda_operations.h"
 #endif
 
 namespace py = pybind11;
@@ -85,7 +85,7 @@ void bind_layers(py::module_& m) {
         require(kernel >= 1, "a kernel >= 1", kernel);
         const std::int64_t taps = static_cast<std::int64_t>(filter_y.size());
         require(filter_x.size() == filter_y.size(), "filters of one length", filter_x.size());
-        require(taps >= 1 && taps <= cpu::kMaxProductTerms / kernel, "1 to 64 / kernel taps", taps);
+        require(taps >= 1 && taps <= kMaxProductTerms / kernel, "1 to 64 / kernel taps", taps);
         require(pad > -(std::int64_t{1} << 40) && pad < std::int64_t{1} << 40, "|pad| < 2^40", pad);
         check_rows(y_rows, y_height, "y_rows of the input");
         check_rows(rows, size[1], "rows of out");
@@ -227,6 +227,15 @@ py::dict build_info() {
 // free-threaded Python need not bring the GIL back.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "C++ kernels of spigan. Private: the public functions, which check their arguments, are in spigan.ops.";
+
+  m.attr("MAX_TAPS") = kMaxTaps;
+  m.attr("MAX_RGB_CHANNELS") = kMaxRgbChannels;
+  m.attr("MAX_PRODUCT_TERMS") = kMaxProductTerms;
+  m.attr("MAX_PATH_TIMES") = kMaxPathTimes;
+  m.attr("RK4_MLP_MAX_DIM") = kMaxRk4Dim;  // of the CUDA and Triton kernels, like the three below
+  m.attr("RK4_MLP_DIM_MULTIPLE") = kRk4DimMultiple;
+  m.attr("RK4_MLP_MAX_LAYERS") = kMaxRk4Layers;
+  m.attr("RK4_MLP_MAX_INTERVALS") = kMaxRk4Intervals;
 
   m.def("philox4x32_10", &philox_words, py::arg("counter"), py::arg("key"),
         R"(Ten rounds of Philox4x32 on one block.

@@ -20,8 +20,6 @@ struct ProductsEnd {
   std::int64_t first_row, row_count;  // rows to write; y has all that they need
 };
 
-constexpr std::int64_t kMaxProductTerms = 64;
-
 // Tile number (ty, tx) of Winograd's F(2x2, 3x3) covers rows 2 ty, 2 ty + 1 and columns 2 tx, 2 tx + 1 of an image; a
 // window has the rows of tiles from first_tile_row on, of every image. tiles = images tile_rows ceil(width / 2).
 

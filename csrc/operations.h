@@ -36,8 +36,6 @@ inline Dtype dtype_of(int number, bool float64, bool uint8) {
   return dtype;
 }
 
-constexpr std::int64_t kMaxTaps = 8, kMaxRgbChannels = 4;
-
 inline LayerEnd layer_end(std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size, std::uintptr_t factor,
                           std::uintptr_t noise, std::int64_t noise_stride, std::uintptr_t seed,
                           std::uintptr_t strength, std::uintptr_t bias, std::int64_t bias_stride, double slope,
@@ -137,8 +135,6 @@ Args:
     )")
           .c_str());
 
-  m.attr("MAX_TAPS") = kMaxTaps;
-  m.attr("MAX_RGB_CHANNELS") = kMaxRgbChannels;
   m.def(
       "fir_bias_act",
       [](std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size, std::uintptr_t x,

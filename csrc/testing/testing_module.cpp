@@ -1,7 +1,7 @@
 // Python module _cuda_on_cpu: the functions of spigan._C.cuda on addresses of ordinary memory.
 #include <pybind11/pybind11.h>
 
-#include "cuda/bindings.h"
+#include "cuda/cuda_operations.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;

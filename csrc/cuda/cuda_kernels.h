@@ -19,11 +19,10 @@ cudaError_t path_interpolate(const PathInterpolate& args, cudaStream_t stream);
 cudaError_t fir_bias_act(const FirBiasAct& args, cudaStream_t stream);
 cudaError_t bias_act_backward(const BiasActBackward& args, cudaStream_t stream);
 
-// cudaErrorInvalidValue for float64, for more than kMaxIntervals intervals, for a dim that is no multiple of 16 in
-// 16..1024, for more than 8 layers, and without the workspace that the plan asks for.
+// cudaErrorInvalidValue for float64, for sizes beyond the limits of common/limits.h, and without the workspace
+// that the plan asks for.
 cudaError_t rk4_mlp(const Rk4Mlp& args, cudaStream_t stream);
 
-constexpr std::int64_t kMaxIntervals = 64;
 
 // How rk4_mlp divides the work. A group of `members` thread blocks integrates `rows` rows of the batch at a time, each
 // block the same dim / members columns throughout.

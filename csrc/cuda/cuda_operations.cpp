@@ -1,12 +1,12 @@
-// Python functions of the CUDA kernels: those of csrc/bindings.h, on device addresses and a stream.
-#include "bindings.h"
+// Python functions of the CUDA kernels: those of csrc/operations.h, on device addresses and a stream.
+#include "cuda_operations.h"
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "../bindings.h"
-#include "kernels.h"
+#include "../operations.h"
+#include "cuda_kernels.h"
 
 namespace spigan {
 namespace {
@@ -49,7 +49,6 @@ cuda::Rk4Plan plan_of(int dtype, std::int64_t batch, std::int64_t dim, std::int6
 void bind_cuda(pybind11::module_& m) {
   namespace py = pybind11;
   bind_operations<Cuda>(m);
-  m.attr("RK4_MLP_MAX_INTERVALS") = cuda::kMaxIntervals;
 
   m.def(
       "rk4_mlp_workspace_bytes",
