@@ -1,1 +1,1 @@
-"""Triton kernels, one module per operation, named as in `spigan.ops`; installed as `spigan.kernels`."""
+"""Triton kernels, one module per operation, with the names of `spigan.ops`; installed as `spigan.kernels`."""

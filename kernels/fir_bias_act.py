@@ -1,7 +1,7 @@
 """FIR resampling, a factor for each channel, noise, bias, activation, gain and clamp in one pass over memory, and the
 derivatives of all but the resampling in another pass.
 
-PyTorch twin: spigan/ops/fir_bias_act.py; C++ twins: csrc/common/layer_end.h and csrc/common/arguments.h.
+PyTorch twin: spigan/ops/fir_bias_act.py; C++ twin: csrc/common/arguments.h.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The end of a layer, shared by the kernels of `fir_bias_act` and `modulated_conv2d`.
 
-PyTorch twin: spigan/ops/layer_end.py; C++ twin: csrc/common/layer_end.h.
+PyTorch twin: spigan/ops/layer_end.py; C++ twin: csrc/common/activate_and_clamp.h.
 """
 
 from __future__ import annotations

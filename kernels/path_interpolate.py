@@ -1,5 +1,6 @@
-"""Images to the noisy end and the points of the straight path in one pass over memory (the paper's eq. 7), the noise
-drawn in registers.
+"""From images to the noisy end and the points of the straight path in one pass over memory (the paper's eq. 7).
+
+The noise is drawn in registers.
 
 PyTorch twin: spigan/ops/path_interpolate.py; C++ twin: csrc/common/path.h.
 """
@@ -46,7 +47,7 @@ def path_interpolate_kernel(
 
     o_x0 = o_e
     if flips is not None:
-        # Counted from the tile's first image on, positions fit 32 bits (much cheaper to divide) if no image is huge.
+        # Counted from the tile's first image, positions fit in 32 bits (cheaper to divide) unless an image is huge.
         i_first = tl.maximum(start, 0) // IMAGE
         o_position = o_e - i_first * IMAGE
         if IMAGE < 2**30:
@@ -80,14 +81,14 @@ def path_interpolate(
     seed: int,
     offset: int,
 ) -> None:
-    """x_T = mean_coef x_0 + std e and i_k = t_k x_0 + (1 - t_k) x_T, in float32; x_0 is read once.
+    """Compute x_T = mean_coef x_0 + std e and i_k = t_k x_0 + (1 - t_k) x_T, in float32; x_0 is read once.
 
     Args:
         x_T: [N, C, H, W] result, float32, bfloat16 or float16; all tensors are contiguous and on one device.
         i: [K, N, C, H, W] result, the dtype of `x_T`.
         x0: [N, C, H, W] uint8 (v means v / 127.5 - 1), float32, bfloat16 or float16.
-        noise: [N, C, H, W] float32 e; None draws e as elements offset, offset + 1, ... of the stream of `seed`.
-        flips: [N] bool or uint8, where not 0 the image is mirrored along W (its noise is not); None mirrors none.
+        noise: [N, C, H, W] float32 e, or None to draw e: elements offset, offset + 1, ... of the stream of `seed`.
+        flips: [N] bool or uint8: an image is mirrored along W (its noise is not) if not 0; None mirrors none.
         times: K times t_k.
         mean_coef: coefficient of the image at the noisy end.
         std: coefficient of the noise there.
@@ -97,7 +98,7 @@ def path_interpolate(
     numel = x0.numel()
     if numel == 0:
         return
-    # Noise in memory has no Philox blocks to respect.
+    # Given noise need not be aligned with Philox blocks.
     first_block, skip = divmod(offset, 4) if noise is None else (0, 0)
     path_interpolate_kernel[(triton.cdiv(skip + numel, 4 * BLOCK_PHILOX),)](
         x_T,
@@ -113,7 +114,7 @@ def path_interpolate(
         seed,
         first_block,
         SKIP=skip,
-        # Compile-time constants, which make the divisions multiplications; they matter to mirrored images alone.
+        # Compile-time constants, which turn divisions into multiplications; only mirrored images need them.
         IMAGE=1 if flips is None else numel // x0.shape[0],
         WIDTH=1 if flips is None else x0.shape[3],
         BLOCK=BLOCK_PHILOX,

@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 
 BLOCK_PHILOX = 256
-"""Philox blocks of four numbers that one program draws: one for each of its threads, which then owns 4 neighbouring
-elements, the 16 bytes of a widest float32 store."""
+"""Philox blocks of four numbers that one program draws: one per thread, which then owns 4 neighbouring elements, the 16
+bytes of the widest float32 store."""
 
 NUM_WARPS = BLOCK_PHILOX // 32
 
 
 @triton.jit
 def philox4x32_10(c0, c1, k0, k1):
-    """Words of the uint32 counters (c0, c1, 0, 0) under the key (k0, k1) after ten rounds of Philox4x32."""
+    """Apply ten rounds of Philox4x32 to the uint32 counters (c0, c1, 0, 0) under the key (k0, k1)."""
     c2 = c0 * 0
     c3 = c0 * 0
     for _ in tl.static_range(10):
-        # 64-bit products: one wide multiplication gives both words.
+        # One 64-bit multiplication gives both words.
         product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -36,7 +36,7 @@ def philox4x32_10(c0, c1, k0, k1):
 
 @triton.jit
 def log_positive(x):
-    """ln x of positive normal float32 x, 2 ulp: Cephes' polynomial on [sqrt(1/2), sqrt(2))."""
+    """Compute ln x of positive normal float32 x, within 2 ulp, by Cephes' polynomial on [sqrt(1/2), sqrt(2))."""
     # Moved so that the exponent changes at sqrt(1/2): x = 2^n (1 + m).
     b_shifted = x.to(tl.int32, bitcast=True) - 0x3F3504F3
     n = (b_shifted >> 23).to(tl.float32)
@@ -56,9 +56,9 @@ def log_positive(x):
 
 @triton.jit
 def cos_sin_of_turn(u):
-    """cos(2 pi u) and sin(2 pi u) of float32 u in [0, 1]; reducing u to an eighth of a turn is exact.
+    """Compute cos(2 pi u) and sin(2 pi u) of float32 u in [0, 1]; the reduction of u to an eighth of a turn is exact.
 
-    Cephes' polynomials: Triton's own functions reserve local memory to reduce large angles.
+    By Cephes' polynomials, because Triton's own functions reserve local memory to reduce large angles.
     """
     quarters = (4.0 * u + 12582912.0) - 12582912.0  # nearest integer: in the sum with 1.5 2^23 the last bit counts 1
     x = (u - 0.25 * quarters) * 6.2831853
@@ -78,7 +78,7 @@ def cos_sin_of_turn(u):
 
 @triton.jit
 def box_muller(word0, word1):
-    """Two float32 normals from two uint32 words."""
+    """Return two float32 normals from two uint32 words."""
     # 2^-33 keeps the logarithm's argument above 0; the product by a power of two is exact, fused or not.
     u1 = word0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     u2 = word1.to(tl.float32) * 2.3283064365386963e-10
@@ -89,7 +89,7 @@ def box_muller(word0, word1):
 
 @triton.jit
 def philox_normals(seed, o_block):
-    """Elements 4 b .. 4 b + 3 of a seed's stream for the int64 blocks b = o_block [B]: float32 [4 B]."""
+    """Draw elements 4 b, ..., 4 b + 3 of a seed's stream for the int64 blocks b = o_block [B]: float32 [4 B]."""
     key = seed.to(tl.uint64)
     word0, word1, word2, word3 = philox4x32_10(
         o_block.to(tl.uint32), (o_block >> 32).to(tl.uint32), key.to(tl.uint32), (key >> 32).to(tl.uint32)
@@ -101,10 +101,10 @@ def philox_normals(seed, o_block):
 
 @triton.jit
 def philox_normals_at(seed, o_element):
-    """Elements o_element (int64, any shape) of a seed's stream, float32: a Philox block for each.
+    """Draw elements o_element (int64, any shape) of a seed's stream, float32, from one Philox block each.
 
-    For tiles with no more elements than threads: a thread then draws one block in either way, and here wherever the
-    tile begins, with half of the Box-Muller transforms and without bringing the numbers into order.
+    This is for tiles with no more elements than threads. A thread then draws one block either way; here the tile may
+    begin anywhere, half of the Box-Muller transforms suffice, and the numbers need not be reordered.
     """
     key = seed.to(tl.uint64)
     o_block = o_element >> 2

@@ -1,7 +1,7 @@
 """The mapping network's ODE, integrated by the classical Runge-Kutta method through all requested times in one launch.
 
-No row of the batch influences another. So each program integrates a block of rows on its own, from the first time to
-the last, and only its own threads wait for each other. PyTorch twin: spigan/ops/rk4_mlp.py.
+No row of the batch influences another. So each program integrates a block of rows alone, from the first time to the
+last, and only its own threads wait for each other. PyTorch twin: spigan/ops/rk4_mlp.py.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import triton.language as tl
 from .philox_normal import log_positive
 
 SLOTS = (8, 64)
-"""Numbers of intervals that a kernel is compiled for. Intervals are arguments of the kernel and not a tensor, so that a
-call neither copies to the device nor waits for it, and a captured CUDA graph owns what it replays."""
+"""Numbers of intervals for which a kernel is compiled. Intervals are arguments of the kernel, not a tensor, so that
+a call neither copies to the device nor waits for it, and a captured CUDA graph owns what it replays."""
 
 
 @triton.jit
 def log1p_exp(x):
-    """ln(1 + e^x) of float32 x <= 0."""
+    """Compute ln(1 + e^x) of float32 x <= 0."""
     u = tl.exp(x)
     w = 1.0 + u
-    # Second term: what rounding 1 + u lost, divided by w well enough. It also carries a NaN.
+    # Second term: what rounding 1 + u lost, divided by w to sufficient accuracy. It also propagates NaN.
     return log_positive(w) + (u - (w - 1.0)) * (1.0 - 0.5 * u)
 
 
 @triton.jit
 def tanh(x):
-    """tanh of float32 x; Cephes' polynomial where the difference from 1 would cancel."""
+    """Compute tanh of float32 x, by Cephes' polynomial where the difference from 1 would cancel."""
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
     large = 1.0 - 2.0 * e / (1.0 + e)
@@ -44,7 +44,7 @@ def tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """Activation of float32 x."""
+    """Apply the activation to float32 x."""
     if ACTIVATION == "silu":
         e = tl.exp(-tl.abs(x))
         return x * tl.where(x < 0.0, e, 1.0) / (1.0 + e)
@@ -69,7 +69,7 @@ def linear(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns o_m of x weight^T + bias + t time_weight: float32 [BLOCK_N, BLOCK_M]."""
+    """Compute columns o_m of x weight^T + bias + t time_weight: float32 [BLOCK_N, BLOCK_M]."""
     o_k = tl.arange(0, BLOCK_K)
     p_x += tl.arange(0, BLOCK_N)[:, None] * D + o_k[None, :]
     p_weight += o_m[None, :] * D + o_k[:, None]  # [BLOCK_K, BLOCK_M]
@@ -96,7 +96,7 @@ def rk4_mlp_kernel(
     D,
     starts,  # floats, one for each interval
     lengths,
-    counts,  # floats too: Triton would compile anew for some integers
+    counts,  # floats too: Triton would recompile for some integers
     EVERY_STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,8 +151,8 @@ def rk4_mlp_kernel(
                             tl.store(p_slope + o_y, b_y)
                     tl.debug_barrier()
 
-                # The slope takes h to where the next stage evaluates the field; the last one completes the step. Done
-                # apart from the last layer's product: with it a program would need more registers than there are.
+                # The slope takes h to where the next stage evaluates the field; the last slope completes the step. This
+                # is separate from the last layer's product: together they would need more registers than exist.
                 slope_weight = tl.where((stage == 0) | last, 1.0, 2.0)
                 advance = tl.where(stage == 2, dt, 0.5 * dt)
                 sum_numel = tl.where(stage == 0, 0, numel)
@@ -184,17 +184,17 @@ class Blocks(NamedTuple):
 
 
 def choose_blocks(rows: int, dim: int, dtype: torch.dtype, processors: int) -> Blocks:
-    """Block sizes for a batch [rows, dim] on a GPU with so many multiprocessors.
+    """Choose the block sizes for a batch [rows, dim] on a GPU with that many multiprocessors.
 
-    Every program reads all weights for each evaluation of the field. 16 rows, the least of a matrix instruction, make
-    the most programs, which together have the most bandwidth. Where those would not all run at once, 64 rows, the least
-    of sm_90's wgmma, make more of each weight that is read. Float32 is limited by its multiplications (exact ones, not
-    TF32) and not by what it reads: there 64 rows must fill the GPU first.
+    Every program reads all weights for each evaluation of the field. 16 rows, the minimum of a matrix instruction, give
+    the most programs, which together have the most bandwidth. If those would not all run at once, 64 rows, the minimum
+    of sm_90's wgmma, use each weight more often. Float32 is limited by its multiplications (exact ones, not TF32), not
+    by its reads: there, 64 rows are used only once they fill the GPU.
     """
     half = dtype != torch.float32
     block_n = 64 if rows > (16 if half else 64) * processors else 16
-    # Tiles of the weights have at most 32 KiB, for two or three in flight. They divide D, which spares all masks; a D
-    # that is no multiple of 64 has small, slow ones.
+    # Tiles of the weights have at most 32 KiB, so that two or three are in flight. They divide D, so that no masks are
+    # needed; if D is not a multiple of 64, they are small and slow.
     divisor = dim & -dim  # largest power of two
     columns = min(divisor, 256 if half or block_n == 16 else 128)
     depth = min(divisor, 64 if half else 32)
@@ -213,11 +213,11 @@ def rk4_mlp(
 ) -> None:
     """Integrate dh/dt = r(h, t) from h0; r is `spigan.ops.rk4_mlp.mlp_vector_field`.
 
-    h, slopes and sums are float32 whatever the dtype; products of half types have operands of that type and are summed
-    in float32.
+    h, slopes and sums are float32 for every dtype. Products of half types have operands of that type and are summed in
+    float32.
 
     Args:
-        out: result, [K, N, D] at the intervals' ends, or with `every_step` [sum of counts, N, D] after each step; all
+        out: result, [K, N, D] at the intervals' ends, or with `every_step` [sum of counts, N, D] after each step. All
             tensors are contiguous, on one device and of one dtype: float32, bfloat16 or float16.
         h0: [N, D]; D is a multiple of 16, at most 1024.
         weight: [L, D, D] (out, in).
@@ -259,7 +259,7 @@ def rk4_mlp(
         BLOCK_E=512 * blocks.warps,  # 16 elements for each thread
         num_warps=blocks.warps,
         num_stages=3,
-        # All that a thread can have: without a bound ptxas spills some to fit two programs on a multiprocessor.
+        # The most a thread can have: without a bound, ptxas spills some to fit two programs on a multiprocessor.
         maxnreg=255,
         enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
     )

@@ -1,4 +1,4 @@
-"""The operations: one name each, a plain PyTorch reference, and faster backends chosen visibly (`spigan info`)."""
+"""The operations: each has a reference in plain PyTorch and faster backends; `spigan info` shows which one runs."""
 
 from spigan.ops.backends import BACKENDS, BackendUnavailable, register_backend, use_backend
 from spigan.ops.fir_bias_act import fir_bias_act

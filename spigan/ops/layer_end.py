@@ -1,6 +1,6 @@
 """What ends a layer, ready for a kernel: the FIR filter, and the factor, noise, bias and activation that follow it.
 
-Twin: csrc/common/layer_end.h.
+Twin: LayerEnd in csrc/common/arguments.h.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ def register_operator(
     torch.library.register_fake(f"spigan::{name}", lambda *args: fake(arguments(*args)), lib=library)
     if backward is not None:
         save = setup_context
-        assert save is not None, "backward needs setup_context"
+        if save is None:
+            raise ValueError("backward needs setup_context")
         torch.library.register_autograd(
             f"spigan::{name}",
             backward,
