@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -41,8 +42,11 @@ def kernels(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ModuleTy
 
 
 @pytest.fixture(autouse=True)
-def _float32_is_float32() -> Iterator[None]:
+def _float32_is_float32(request: pytest.FixtureRequest) -> Iterator[None]:
     """cuDNN's convolutions do not round float32 to TF32 (nor do matrix products, unless asked to)."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

@@ -36,8 +36,6 @@ def assert_rounded(actual: Tensor, exact: Tensor, dtype: torch.dtype, scale: flo
     torch.testing.assert_close(actual.double(), exact, rtol=rtol, atol=atol)
 
 
-
-
 def end_tensors(
     n: int, height: int, width: int, channels: int, dtype: torch.dtype, each: bool = False, rgb: int = 0
 ) -> dict[str, Tensor]:

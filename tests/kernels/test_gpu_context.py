@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu import CUDA, OPERATIONS, over_backends
+from gpu import CUDA, OPERATIONS, images, over_backends, problem
 from torch import Tensor
 
 from spigan.ops import BACKENDS, fir_bias_act, modulated_conv2d, path_interpolate, philox_normal, rk4_mlp
@@ -21,8 +21,6 @@ def test_kernels_are_chosen():
     for op in OPERATIONS:
         cannot_run = describe(CUDA)[op]["cannot_run"]
         assert choose(op, None, CUDA) in ("cuda", "triton"), f"neither of the kernels of {op} runs here: {cannot_run}"
-
-
 
 
 def operations(

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cuda_on_cpu import HALVES, number, pretend
+from cuda_on_cpu import HALVES, ODD_AND_VECTORS, number, pretend
 from guarded_array import Array
 from torch import Tensor
 

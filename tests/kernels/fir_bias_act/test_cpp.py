@@ -140,8 +140,6 @@ def test_nothing_to_do(isa: str, shape: tuple[int, int, int, int]) -> None:
     assert all(torch.equal(array.checked(), torch.zeros_like(array.tensor)) for array in arrays)
 
 
-
-
 # ---- Derivative ----
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
-from cuda_on_cpu import HALVES, number, pretend
+from cuda_on_cpu import HALVES, ODD_AND_VECTORS, exact_normals, number, pretend
 from guarded_array import Array
 from torch import Tensor
 from torch.nn import functional as F
@@ -150,15 +150,6 @@ def check_fir_bias_act(
         assert_accurate(actual, plain[name].to(actual.dtype), exact[name])
     for name, array in arrays.items():
         assert array.checked().equal(cast("Tensor", tensors[name])), name
-
-
-ODD_AND_VECTORS = [
-    {"channels": 1},
-    {"channels": 3},
-    {"channels": 16},
-    {"channels": 24, "shift": 1},
-    {"channels": 72, "x_size": (1, 5)},  # lanes beyond the channels
-]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from gpu import CUDA, DTYPES, over_backends
+from gpu import CUDA, DTYPES, check_accuracy, over_backends, place
 from torch import Tensor
 
 from spigan.ops import fir_bias_act
@@ -31,36 +29,11 @@ FIR = {
 over_fir = pytest.mark.parametrize("fir", FIR.values(), ids=FIR)
 
 
-def place(arguments: dict[str, object], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, object]:
-    """Arguments with their tensors on a device, floating ones also in `dtype`."""
-    return {
-        name: v.to(device, dtype if v.is_floating_point() else None) if isinstance(v, Tensor) else v
-        for name, v in arguments.items()
-    }
-
-
 def result_size(fir: dict[str, object], height: int, width: int) -> tuple[int, int]:
     with torch.device("meta"):
         arguments = place(fir, torch.device("meta"))
         shape = fir_bias_act(torch.empty(1, 1, height, width), **arguments, backend="reference").shape  # type: ignore[arg-type]
     return shape[2], shape[3]
-
-
-def check_accuracy(
-    assert_accurate: Callable[..., None],
-    function: Callable[..., Tensor],
-    arguments: dict[str, object],
-    backend: str,
-    slack: float = 2.0,
-) -> None:
-    """A function of keyword arguments on the GPU against its reference there and in float64 on the CPU."""
-    actual = function(**place(arguments, CUDA), backend=backend)
-    plain = function(**place(arguments, CUDA), backend="reference")
-    exact = function(**place(arguments, torch.device("cpu"), torch.float64), backend="reference")
-    assert actual.is_cuda
-    if "noise_seed" in arguments:
-        slack += 1e-5 / torch.finfo(actual.dtype).eps  # the noise of two backends may differ by so much
-    assert_accurate(actual.cpu(), plain.cpu(), exact, slack)
 
 
 @over_backends("fir_bias_act")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import CUDA, DTYPES, over_backends
+from gpu import CUDA, DTYPES, check_accuracy, over_backends, place
 
 from spigan.ops import modulated_conv2d
 from spigan.ops.upfirdn2d import fir_filter

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import HALVES, number, pretend
+from cuda_on_cpu import HALVES, exact_normals, number, pretend
 from guarded_array import Array
 from torch import Tensor
 

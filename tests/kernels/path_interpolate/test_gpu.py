@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import CUDA, DTYPES, HALF, over_backends
+from gpu import CUDA, DTYPES, HALF, images, over_backends
 from torch import Tensor
 
 from spigan.ops import path_interpolate, philox_normal
@@ -12,10 +12,6 @@ from spigan.ops import path_interpolate, philox_normal
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
-
-
-def images(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8) if dtype == torch.uint8 else torch.rand(shape).to(dtype)
 
 
 @over_backends("path_interpolate")

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
-from cuda_on_cpu import HALVES, number, pretend
+from cuda_on_cpu import HALVES, exact_normals, number, pretend
 from guarded_array import Array
-from torch import Tensor
 
-from spigan.ops.philox_normal import philox4x32_10, philox_normal_reference
-
-
-def exact_normals(seed: int, offset: int, count: int) -> Tensor:
-    """Elements offset .. offset + count - 1 of a stream in float64; the uniform numbers are those of float32."""
-    elements = [(offset + j) % 2**64 for j in range(count)]
-    low, high = (torch.tensor([(e // 4 >> bits) & 0xFFFFFFFF for e in elements]) for bits in (0, 32))
-    zero = torch.zeros_like(low)
-    key = (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32 & 0xFFFFFFFF))
-    words = torch.stack(philox4x32_10((low, high, zero, zero), key)).to(torch.float32)
-    lane = torch.tensor([e % 4 for e in elements])
-    rows = torch.arange(count)
-    u1 = (words[lane // 2 * 2, rows] * 2.0**-32 + 2.0**-33).double()
-    angle = 2.0 * math.pi * (words[lane // 2 * 2 + 1, rows] * 2.0**-32).double()
-    return torch.sqrt(-2.0 * torch.log(u1)) * torch.where(lane % 2 == 0, torch.cos(angle), torch.sin(angle))
+from spigan.ops.philox_normal import philox_normal_reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)

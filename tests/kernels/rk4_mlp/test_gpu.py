@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu import CUDA, DTYPES, over_backends
+from gpu import CUDA, DTYPES, over_backends, problem
 from torch import Tensor
 
 from spigan.ops import rk4_mlp
@@ -15,11 +15,6 @@ from spigan.ops.rk4_mlp import ACTIVATIONS
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
-
-
-def problem(n: int, dim: int, layers: int, dtype: torch.dtype, scale: float = 1.0) -> list[Tensor]:
-    h0, weight = torch.randn(n, dim), scale * torch.randn(layers, dim, dim) / dim**0.5
-    return [x.to(dtype) for x in (h0, weight, scale * torch.randn(layers, dim), scale * torch.randn(layers, dim))]
 
 
 def check_states(
