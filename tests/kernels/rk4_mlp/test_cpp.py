@@ -1,5 +1,4 @@
-"""The C++ kernels on every instruction set that this CPU has, through the operators; the raw functions are tested in
-tests/test_extension.py, and the best instruction set in tests/ops."""
+"""The C++ kernel of rk4_mlp on every instruction set of this CPU, through the operator."""
 
 from __future__ import annotations
 
@@ -7,36 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spigan.ops import path_interpolate, philox_normal, rk4_mlp
+from spigan.ops import rk4_mlp
 from spigan.ops.rk4_mlp import ACTIVATIONS, mlp_vector_field
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [0, 3, 2**32 + 1])
-def test_philox_normal(isa, dtype, offset, poisoned_memory):
-    seeds = torch.tensor([0, 7, 2**63 - 1])
-    for shape in ((3, 5, 7), (3, 1), (3, 517), (3, 0)):
-        actual = philox_normal(shape, seed=seeds, offset=offset, dtype=dtype, backend="cpp")
-        expected = philox_normal(shape, seed=seeds, offset=offset, backend="reference")
-        # 1e-5: two backends' float32; then the rounding to a half type.
-        eps = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
-        torch.testing.assert_close(actual.double(), expected.double(), rtol=eps, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("x0_dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (2, 1, 1, 1), (4, 3, 9, 33)])
-def test_path_interpolate(isa, shape, x0_dtype, dtype, poisoned_memory):
-    x0 = torch.randint(0, 256, shape, dtype=torch.uint8) if x0_dtype == torch.uint8 else torch.rand(shape).to(x0_dtype)
-    flips = torch.arange(shape[0]) % 2 == 0
-    for options in ({"noise": torch.randn(shape)}, {"seed": 5, "offset": 2**32 + 3}, {"seed": 5, "flips": flips}):
-        actual = path_interpolate(x0, [0.3, 0.9, 1.0], **options, dtype=dtype, backend="cpp")
-        exact = path_interpolate(x0, [0.3, 0.9, 1.0], **options, dtype=torch.float32, backend="reference")
-        eps = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-        for a, e in zip(actual, exact, strict=True):
-            torch.testing.assert_close(a.float(), e, rtol=eps, atol=1e-5)
 
 
 def problem(n, dim, layers, dtype):
