@@ -113,7 +113,7 @@ def check(
       spigan data check photos.zip
       spigan data check cifar10 --json
     """
-    from spigan.data.convert import check
+    from spigan.data.check import check
 
     config = _config(source, split, column, channels, crop, resize, resolution)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spigan.models.spigan import load_weights
+from spigan.models.pretrained import load_weights
 
 
 class _BatchNorm(nn.Module):

@@ -205,11 +205,12 @@ class Processes:
         if self.count > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def check_agreement(self, facts: Mapping[str, int | Tensor]) -> None:
+    def check_agreement(self, facts: Mapping[str, int | str | Tensor]) -> None:
         """Check that every process trains the same model on the same data, before their gradients are averaged.
 
         Args:
-            facts: what must be equal, by name. Tensors are compared by the exact sum of their bytes.
+            facts: what must be equal, by name. Texts are compared by their CRC-32, tensors by the exact sum of their
+                bytes.
 
         Raises:
             ValueError: the processes differ.

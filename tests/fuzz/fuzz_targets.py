@@ -358,7 +358,7 @@ def read_evaluation(path: Path) -> None:
 
 def read_curves(path: Path) -> None:
     """Metrics of a run, for the table of a study and for its resumption."""
-    from spigan.ablation.study import read_curve
+    from spigan.ablation.report import read_curve
     from spigan.training.statistics import StatsLog
 
     read_curve(path.parent, "FD-ResNet56")
@@ -395,12 +395,12 @@ def read_resnet(path: Path) -> None:
 
 
 def read_grid(path: Path) -> None:
-    from spigan.ablation.study import read_grid as read
+    from spigan.ablation.grid import read_grid as read
 
     read(path)
 
 
-def readtrain_config(path: Path) -> None:
+def read_train_config(path: Path) -> None:
     from spigan.runs import read_config
 
     read_config(path.parent)
