@@ -66,3 +66,8 @@ def test_load_restores_what_dump_returned(new_trainer, changes):
 def test_a_state_is_shown_in_one_line(new_trainer):
     shown = repr(new_trainer().state)
     assert "\n" not in shown and "iteration=0" in shown and "discriminator=" in shown
+
+
+def test_a_run_begins_at_zero(new_trainer):
+    state = new_trainer().state
+    assert set(state.counters().values()) == {0} and state.elapsed == 0.0
