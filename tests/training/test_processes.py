@@ -193,17 +193,17 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     cache = tmp_path_factory.mktemp("cache")
     return dict(os.environ) | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SPIGAN_CACHE": str(cache)}
 
 
 @pytest.fixture(scope="module")
-def pair(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def pair(shared_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     if not hasattr(os, "fork"):
         pytest.skip("needs os.fork")
     command = [sys.executable, "-c", _LAUNCHER]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=shared_cache)
     assert process.stdin and process.stdout
     with process:
         yield Launcher(process.stdin, process.stdout, tmp_path_factory.mktemp)
@@ -223,8 +223,8 @@ def config(tiny_config: Callable[..., TrainConfig], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(autouse=True)
-def _cache(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPIGAN_CACHE", environment["SPIGAN_CACHE"])
+def _cache(shared_cache: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIGAN_CACHE", shared_cache["SPIGAN_CACHE"])
 
 
 @pytest.fixture(scope="module")
