@@ -20,7 +20,7 @@ from spigan.images import to_uint8
 from spigan.models.load import load_model
 from spigan.ops import BACKENDS, philox_normal
 from spigan.ops.backends import why_unavailable
-from spigan.sampling.sampler import count_evaluations
+from spigan.sampling import count_evaluations
 
 from .bench_synthesis import convolution_flop
 from .conftest import DEVICE

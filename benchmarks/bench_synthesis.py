@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import spigan
-from spigan.models import generator as generator_module
+from spigan.models import synthesis
 from spigan.models.generator import Generator
 from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
@@ -46,8 +46,7 @@ def reference_images(preset: str, batch: int) -> Tensor:
 def convolution_flop(generator: Generator) -> float:
     """Of one image, as the convolutions are defined."""
     flop = 0.0
-    for resolution in generator.block_resolutions:
-        block = getattr(generator, f"b{resolution}")
+    for resolution, block in zip(generator.block_resolutions, generator.blocks, strict=True):
         flop += 2.0 * resolution**2 * (block.conv1.weight.numel() + block.torgb.weight.numel())
         if not block.is_first:
             flop += 2.0 * (resolution / 2) ** 2 * block.conv0.weight.numel()
@@ -56,8 +55,8 @@ def convolution_flop(generator: Generator) -> float:
 
 def largest_layer(generator: Generator, dtype: torch.dtype) -> int:
     """Bytes of the input and the output of the largest layer, for one image."""
-    layers = [(r, getattr(generator, f"b{r}").conv1.weight.shape[0]) for r in generator.block_resolutions]
-    return max(2 * channels * resolution**2 * dtype.itemsize for resolution, channels in layers)
+    sizes = [(block.conv1.weight.shape[0], block.conv1.noise_const.numel()) for block in generator.blocks]
+    return max(2 * channels * pixels * dtype.itemsize for channels, pixels in sizes)
 
 
 def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: torch.dtype, implementation: str) -> None:
@@ -74,7 +73,7 @@ def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: tor
         torch.compiler.reset()
         forward = torch.compile(generator)
     elif implementation == "grouped":
-        monkeypatch.setattr(generator_module, "modulated_conv2d", grouped_modulated_conv2d_of_layer)
+        monkeypatch.setattr(synthesis, "modulated_conv2d", grouped_modulated_conv2d_of_layer)
     with use_backend(implementation if implementation in BACKENDS else "reference"):
         row(
             f"synthesis, {preset}, {batch} images, {str(dtype)[6:]}",

@@ -1,9 +1,10 @@
-"""Images a second of the loader, by kind of source: python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096].
+"""Images per second from the loader, by kind of source: python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096].
 
-Crops and reflections of the photographs in a folder become sets of `count` images of 256 x 256 in every layout: files,
-LSUN's LMDB, tar shards, parquet as the hub has it (100 images a row group), and what `spigan data convert` writes.
-Batches of 64 in the shuffled order of training, no decoded image kept, parquet read in place; the system's file cache
-holds the sets. A row: medians of three epochs, by the CPU time of one process, and by the clock with worker processes.
+Crops and reflections of the photographs in a folder are stored as `count` images of 256 x 256 in every layout: files,
+LSUN's LMDB, tar shards, parquet as on the Hub (100 images per row group), and parquet from `spigan data convert`.
+Batches of 64 are loaded in the shuffled order of training. No decoded image is kept, parquet is read in place, and the
+system's file cache holds the files. Each row shows medians of three epochs: by the CPU time of one process, and by the
+clock with worker processes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-import spigan.data.dataset
-from spigan.data import DataConfig, ImageDataset, loader, open_dataset
+from spigan.data import DataConfig, ImageDataset, limits, loader, open_dataset
 from spigan.data.convert import convert
+from spigan.data.decode import IMAGE_SUFFIXES
+from spigan.data.workers import available_cores
 
 FORMATS = {"webp": 75, "jpeg": 90}  # and their qualities
 BATCH = 64
@@ -82,13 +84,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--count", type=int, default=4096)
-    parser.add_argument("--workers", type=int, default=spigan.data.dataset._cores())
+    parser.add_argument("--workers", type=int, default=available_cores())
     arguments = parser.parse_args()
-    files = sorted(
-        file for file in arguments.photographs.iterdir() if file.suffix in spigan.data.dataset.IMAGE_SUFFIXES
-    )
+    files = sorted(file for file in arguments.photographs.iterdir() if file.suffix in IMAGE_SUFFIXES)
     torch.set_num_threads(1)
-    spigan.data.dataset.CACHE_BYTES = 0
+    limits.CACHE_BYTES = 0
     print(f"| images | source | open, s | a core, images/s | {arguments.workers} workers, images/s |")
     print("| --- " * 5 + "|")
     for kind, quality in FORMATS.items():

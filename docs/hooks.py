@@ -1,5 +1,8 @@
-"""Hooks of mkdocs.yml: the site also shows README.md (its front page), CHANGELOG.md, CONTRIBUTING.md and the results of
-the benchmarks. Links are written as they work in the repository, and turned here into links between pages."""
+"""Hooks for mkdocs.yml.
+
+They add README.md (as the front page), CHANGELOG.md, CONTRIBUTING.md and the benchmark results to the site. Links in
+the Markdown files work in the repository; a hook turns them into links between pages of the site.
+"""
 
 import ast
 import os
@@ -17,18 +20,18 @@ LINK = re.compile(r"(?<=\]\()([^()#\s:]+)(?=[#)])")
 
 
 def _site_path(path: str) -> str:
-    """Where the site has a file of the repository."""
+    """Return the path in the site of a file in the repository."""
     return "index.md" if path == "README.md" else path.removeprefix("docs/")
 
 
 def _shown() -> dict[str, Path]:
-    """Files that are not in docs/, by their path in the site."""
+    """Return the files outside docs/ that the site shows, by their path in the site."""
     paths = [path for pattern in SHOWN for path in sorted(ROOT.glob(pattern))]
     return {_site_path(path.relative_to(ROOT).as_posix()): path for path in paths}
 
 
 def on_config(config: Any) -> Any:
-    """State the version; in `nav`, put what is not listed in the place of a pattern of its folder."""
+    """Add the version to the title, and expand each pattern in `nav` to the matching pages that it does not list."""
     version = re.search(r'__version__ = "(.+)"', (ROOT / "spigan" / "_version.py").read_text())
     assert version, "spigan/_version.py states no version"
     config.site_name += f" {version[1]}"
@@ -51,7 +54,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add what is not in docs/."""
+    """Add the files outside docs/."""
     for path, source in _shown().items():
         files.append(File.generated(config, path, abs_src_path=str(source)))
     return files
@@ -65,17 +68,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         target = os.path.relpath(folder / match[1], ROOT).replace(os.sep, "/")
         path = _site_path(target)
         if files.get_file_from_path(path) is None:
-            return match[1]  # mkdocs says that it is broken
+            return match[1]  # mkdocs reports a broken link
         return os.path.relpath(path, os.path.dirname(page.file.src_uri) or ".").replace(os.sep, "/")
 
     return LINK.sub(relative, markdown)
 
 
 class Fields(griffe.Extension):
-    """For the API reference: `name: T = Field(default, description="...")` has that default and that docstring."""
+    """Show the default and the description of `name: T = Field(default, description="...")` in the API reference."""
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Called for every attribute of a class or module."""
+        """Take the docstring and the default from a call of `Field`."""
         call = attr.value
         if not (isinstance(call, griffe.ExprCall) and str(call.function) == "Field"):
             return

@@ -1,6 +1,6 @@
 """SPI-GAN: images from noise in one evaluation of the generator. `spigan.sample()` draws some; see README.md.
 
-Names load when first used, so that `import spigan` and `spigan --help` stay fast.
+Names are imported when they are first used, so that `import spigan` and `spigan --help` stay fast.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spigan import _moved
 from spigan._version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ __all__ = [
     "preset",
     "sample",
 ]
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""`python -m spigan`, as launchers of several processes call it: torchrun --nproc-per-node 2 -m spigan train ..."""
+"""`python -m spigan`, for launchers of several processes: torchrun --nproc-per-node 2 -m spigan train ..."""
 
-from spigan.cli import main
+from spigan.cli.program import main
 
 if __name__ == "__main__":
     main()

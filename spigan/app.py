@@ -1,6 +1,6 @@
-"""`spigan app`: a page in the browser to play with a model: batches, noise to image, images between images.
+"""The page of `spigan app`: explore a model in the browser with batches, noise to image, and interpolation.
 
-The page needs no network: its fonts are the system's, its images are part of it, and nothing is reported to anybody.
+The page works offline: it uses the system's fonts, embeds its images, and sends no data anywhere.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from torch import Tensor
 from spigan.images import display_scale, make_grid, to_pil
 from spigan.models.load import BUNDLED_MODELS, load_model, resolve_device
 from spigan.ops import BackendUnavailable, backends
-from spigan.sampling import Sampler, interpolation
-from spigan.sampling.sampler import count_evaluations
+from spigan.sampling import Sampler, count_evaluations, interpolation
 
 if TYPE_CHECKING:
     from gradio import Blocks
 
-MAX_COUNT = 64  # images of a batch
-STEPS = 9  # images of a strip
+MAX_COUNT = 64  # images per batch
+STEPS = 9  # images per strip
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 1000px !important; margin: 0 auto !important; }
@@ -40,7 +39,7 @@ _CSS = """
 .spigan-figure img { display: block; margin: 0 auto 0.5rem; max-width: 100%; border-radius: 4px; }
 .spigan-figure a { font-size: var(--text-sm); }
 .spigan-output { gap: 0.25rem !important; }
-.spigan-output:has(.spigan-error) img { opacity: 0.3; } /* the picture of what was asked before */
+.spigan-output:has(.spigan-error) img { opacity: 0.3; } /* the picture of the last valid input */
 .spigan-note, .spigan-error, .spigan-about { font-size: var(--text-sm); }
 .spigan-note, .spigan-error { text-align: center; }
 .spigan-note, .spigan-about { color: var(--body-text-color-subdued); }
@@ -50,18 +49,18 @@ _CSS = """
 
 
 class Page:
-    """What the controls of the page do, without the page.
+    """The functions behind the controls of the page.
 
     Args:
-        models: run folders, saved models or hub ids to choose from, beside the bundled models.
-        device: default: cuda where there is one, else the CPU.
+        models: run folders, saved models or hub ids to offer beside the bundled models.
+        device: where to compute (default: cuda if available, else the CPU).
 
     Attributes:
-        models: by the name that the page shows: first those that were given, then the bundled ones.
+        models: the models by the names that the page shows: those given first, then the bundled ones.
 
     Raises:
         FileNotFoundError, ValueError: a model cannot be loaded.
-        BackendUnavailable: a backend asked for by name cannot run.
+        BackendUnavailable: a backend requested by name cannot run.
     """
 
     def __init__(self, models: Sequence[str | Path] = (), device: str | None = None) -> None:
@@ -70,17 +69,17 @@ class Page:
             f"{model} (bundled)" if model in BUNDLED_MODELS else str(model): load_model(model, self.device)
             for model in (*models, *BUNDLED_MODELS)
         }
-        self._lock = threading.Lock()  # samplers are for one thread at a time, and times for an idle device
+        self._lock = threading.Lock()  # a sampler serves one thread at a time, and times need an idle device
         self._nfe = {}
         for name, model in self.models.items():
             with count_evaluations(model) as evaluations:
-                Sampler(model, output="uint8")([0], to="cpu")  # what is prepared once is prepared now
+                Sampler(model, output="uint8")([0], to="cpu")  # warm up, so that the first picture is not slower
             self._nfe[name] = evaluations[0]
         chosen = {entry["chosen"] for entry in backends.describe(self.device).values()}
         self._backend = ", ".join(sorted(map(str, chosen)))
 
     def about(self, name: str) -> str:
-        """HTML of one line on a model."""
+        """Return one line of HTML about a model."""
         model = self.models[name]
         config = model.config
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -89,18 +88,18 @@ class Page:
         return f'<div class="spigan-about">{size} · {parameters:,} parameters · {self._backend} on {self.device}</div>'
 
     def batch(self, name: str, seed: str, count: int) -> tuple[str, str]:
-        """A grid of the images of `count` seeds from `seed` on.
+        """Draw a grid of the images of `count` consecutive seeds.
 
         Args:
             name: one of `models`.
-            seed: what was typed.
-            count: 1 to MAX_COUNT.
+            seed: the first seed, as typed.
+            count: number of images, 1 to `MAX_COUNT`.
 
         Returns:
-            HTML of the picture with its download, and a line that says how long it took and where.
+            HTML of the picture with a download link, and of a line with the time and device.
 
         Raises:
-            ValueError: a seed that is none, or a count out of range.
+            ValueError: invalid seed, or count out of range.
         """
         first = read_seed(seed)
         if count not in range(1, MAX_COUNT + 1):
@@ -108,66 +107,71 @@ class Page:
             raise ValueError(f"The number of images must be a whole number from 1 to {MAX_COUNT}, got {shown}.")
         seeds = range(first, first + int(count))
         if seeds[-1] >= 2**63:
-            raise ValueError(f"The last seed, {seeds[-1]}, is beyond {2**63 - 1}: begin with a smaller one.")
+            raise ValueError(f"The last seed, {seeds[-1]}, exceeds {2**63 - 1}: choose a smaller first seed.")
         return self._draw(
             name,
-            lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[None],  # for one call
+            lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[
+                None
+            ],  # a graph does not pay for one call
             f"seeds-{first}-{seeds[-1]}" if len(seeds) > 1 else f"seed-{first}",
             f"{len(seeds)} images, seeds {first} to {seeds[-1]}" if len(seeds) > 1 else f"seed {first}",
             columns=max(1, round(len(seeds) ** 0.5)),
         )
 
     def time(self, name: str, seed: str, steps: interpolation.Steps = STEPS) -> tuple[str, str]:
-        """Images of one z from h(0), noise, to h(1), the image (Fig. 9).
+        """Draw the images of one z from h(0), noise, to h(1), the image (Fig. 9).
 
         Args:
             name, seed: as in `batch`.
-            steps: how many times, or a list of times; see `spigan.interpolation`.
+            steps: number of times, or a list of times; see `spigan.sampling.interpolation`.
 
         Raises:
-            ValueError: a seed that is none, a model without time, or a time out of range.
+            ValueError: invalid seed, model without time, or time out of range.
         """
         number = read_seed(seed)
         return self._draw(
             name,
             lambda model: interpolation.interpolate_time([number], steps, model=model),
-            f"seed-{number}-{_places('t', steps)}",
-            f"seed {number}, {_places('t', steps)}",
+            f"seed-{number}-{_caption('t', steps)}",
+            f"seed {number}, {_caption('t', steps)}",
         )
 
     def between(
         self, name: str, kind: str, first: str, second: str, steps: interpolation.Steps = STEPS
     ) -> tuple[str, str]:
-        """Images between those of two seeds: of mixed z (Fig. 10), or of mixed h(1) (Fig. 11).
+        """Draw images between those of two seeds, interpolating z (Fig. 10) or h(1) (Fig. 11).
 
         Args:
             name: as in `batch`.
             kind: "z" or "h".
-            first, second: what was typed as seeds.
-            steps: how many images, or a list of places in [0, 1].
+            first, second: the seeds, as typed.
+            steps: number of images, or a list of weights of the second seed in [0, 1].
 
         Raises:
-            ValueError: a seed that is none, two equal ones, or a place out of range.
+            ValueError: invalid or equal seeds, or weight out of range.
         """
         if kind not in ("z", "h"):
-            raise ValueError(f"The mixture must be of z or of h, got {kind}.")
+            raise ValueError(f"kind must be z or h, got {kind}.")
         seeds = [read_seed(first), read_seed(second)]
         if seeds[0] == seeds[1]:
-            raise ValueError(f"Both seeds are {seeds[0]}: there is nothing between them, give two different ones.")
+            raise ValueError(f"Both seeds are {seeds[0]}: choose two different seeds.")
         mix = interpolation.interpolate_z if kind == "z" else interpolation.interpolate_h
         return self._draw(
             name,
             lambda model: mix(seeds, steps, model=model),
-            f"{kind}-{seeds[0]}-{seeds[1]}-{_places('a', steps)}",
-            f"{kind} of seeds {seeds[0]} and {seeds[1]}, {_places('a', steps)}",
+            f"{kind}-{seeds[0]}-{seeds[1]}-{_caption('a', steps)}",
+            f"{kind} of seeds {seeds[0]} and {seeds[1]}, {_caption('a', steps)}",
         )
 
     def _draw(
         self, name: str, draw: Callable[..., Tensor], title: str, caption: str, columns: int | None = None
     ) -> tuple[str, str]:
-        """HTML of the picture and of the line below it; `draw` makes uint8 [1, S, C, H, W] on the CPU of a model."""
+        """Return HTML of the picture and of the line below it.
+
+        `draw` takes a model and returns its images, uint8 [1, S, C, H, W] on the CPU.
+        """
         if name not in self.models:
-            raise ValueError(f"There is no model {name}: choose one of {', '.join(self.models)}.")
+            raise ValueError(f"There is no model {name}; available: {', '.join(self.models)}.")
         with self._lock:
             began = time.perf_counter()
             images = draw(self.models[name])[0]
@@ -176,34 +180,34 @@ class Page:
         each = f" ({elapsed / count:.2g} ms each)" if count > 1 else ""
         note = f"{caption}: {elapsed:.3g} ms{each} · NFE = {self._nfe[name]} · {self._backend} on {self.device}"
         stem = re.sub(r"[^\w.-]+", "-", f"{Path(name).name.removesuffix(' (bundled)')}-{title}")
-        # A strip is as wide as the page, others as the column beside the controls.
+        # A strip fills the width of the page, other pictures that of the column beside the controls.
         width, columns = (912, count) if columns is None and count > 1 else (384, columns or 1)
         picture = figure(images, columns, f"{stem}.png", caption, width)
         return picture, f'<div class="spigan-note">{html.escape(note)}</div>'
 
 
 def read_seed(text: str) -> int:
-    """The seed that was typed.
+    """Parse a seed.
 
     Raises:
-        ValueError: it is no whole number in [0, 2^63).
+        ValueError: not a whole number in [0, 2^63).
     """
     text = str(text).strip()
     if re.fullmatch(r"[0-9]{1,19}", text) and int(text) < 2**63:
         return int(text)
     shown = text if len(text) <= 40 else f"{text[:40]}..."
-    raise ValueError(f"A seed is a whole number from 0 to {2**63 - 1}, got {shown or 'nothing'}.")
+    raise ValueError(f"A seed must be a whole number from 0 to {2**63 - 1}, got {shown or 'nothing'}.")
 
 
 def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -> str:
-    """HTML of uint8 [N, C, H, W] images, small ones enlarged with crisp pixels, and a link to download them.
+    """Return HTML that shows images, small ones enlarged with crisp pixels, with a link to download them.
 
     Args:
-        images: the images.
-        columns: images in a row.
-        file_name: of the download: one image as it is, several as the grid that `spigan sample` writes.
-        alt: what can be read instead.
-        width: screen pixels that the picture should take, at most.
+        images: uint8 [N, C, H, W].
+        columns: images per row.
+        file_name: name of the download: one image as it is, several as the grid that `spigan sample` writes.
+        alt: alternative text.
+        width: maximum width in screen pixels.
     """
     scale = display_scale(images.shape[-1]) if len(images) > 1 else 1
     grid = make_grid(images, columns=columns, scale=scale)
@@ -211,7 +215,7 @@ def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -
     to_pil(grid[None])[0].save(stream, format="PNG")
     data = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     pixels = grid.shape[-1] // scale
-    # A whole number of screen pixels to each of the image's; smaller than they are, smoothly.
+    # Enlarge by a whole number of screen pixels per pixel; shrink smoothly.
     style = (
         f"image-rendering: pixelated; width: {width // pixels * pixels}px" if pixels <= width else f"width: {width}px"
     )
@@ -222,7 +226,7 @@ def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -
 
 
 def build(page: Page) -> Blocks:
-    """The page, for `launch`.
+    """Build the page.
 
     Raises:
         ImportError: gradio is not installed.
@@ -231,7 +235,7 @@ def build(page: Page) -> Blocks:
     first = next(iter(page.models))
 
     def shown(draw: Callable[..., tuple[str, str]]) -> Callable[..., Any]:
-        """`draw` for the page: where its input is bad the picture stays and the line below it says what to do."""
+        """Wrap `draw` for the page: invalid input leaves the picture and shows the error in the line below it."""
 
         def answer(*values: Any) -> tuple[Any, str]:
             try:
@@ -242,7 +246,7 @@ def build(page: Page) -> Blocks:
         return answer
 
     def seed_box(label: str, value: str) -> Any:
-        # Text, for a number of JavaScript is exact up to 2^53 alone.
+        # Text, because numbers in JavaScript are exact only up to 2^53.
         return gr.Textbox(value, label=label, max_lines=1, min_width=100)
 
     with gr.Blocks(title="SPI-GAN", analytics_enabled=False) as blocks:
@@ -252,7 +256,7 @@ def build(page: Page) -> Blocks:
         model = gr.Dropdown(list(page.models), value=first, label="Model", interactive=True)
         about = gr.HTML(page.about(first))
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        # What a slider's box holds while somebody types is for `Page` to refuse, by a message in its place.
+        # While the user types, the box of a slider may hold an invalid number: `Page` reports it in the right place.
         quick["preprocess"] = False
 
         def output() -> list[Any]:
@@ -293,9 +297,7 @@ def build(page: Page) -> Blocks:
                 with gr.Column(scale=1, min_width=240):
                     with gr.Row():
                         ends = [seed_box("From seed", "0"), seed_box("To seed", "1")]
-                    kind = gr.Radio(
-                        [("z, the noise", "z"), ("h(1), the latent", "h")], value="z", label="What is mixed"
-                    )
+                    kind = gr.Radio([("z, the noise", "z"), ("h(1), the latent", "h")], value="z", label="Interpolate")
                     a = gr.Slider(0, 1, 0.5, step=0.01, label="a", info="0: first seed, 1: second seed")
                     other = gr.Button("Other seeds", size="md")
                 with gr.Column(scale=2, min_width=320):
@@ -316,29 +318,29 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
     """Serve the page.
 
     Args:
-        page: what it shows.
+        page: the functions of the page.
         host: address to listen on.
-        port: default: the first free one from 7860 on.
-        browser: open it in the browser.
+        port: port to listen on (default: the first free one from 7860).
+        browser: open the page in the browser.
         block: wait until Ctrl-C.
 
     Returns:
-        The page, to be closed by `.close()`, and its address.
+        The page, which `.close()` stops, and its address.
 
     Raises:
         ImportError: gradio is not installed.
-        OSError: the port is taken, or the address is none of this machine.
+        OSError: the port is in use, or the address does not belong to this machine.
     """
     gr = _require_gradio()
-    try:  # gradio tries a hundred ports, for minutes where it is the address that is wrong
+    try:  # with a wrong address, gradio would try a hundred ports for minutes
         family, kind, _, _, where = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that cannot be one
+    except (OSError, UnicodeError) as error:  # UnicodeError: an impossible host name
         at = f"{host}, port {port}" if port else host
         raise OSError(f"cannot listen on {at}: {getattr(error, 'strerror', None) or error}") from error
-    # Gradio asks the page that it has started for its state, which a proxy of HTTP_PROXY could not reach.
+    # Gradio asks the page it started for its state; a proxy from HTTP_PROXY could not reach it.
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", "::1", host]
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     blocks = build(page)
@@ -356,32 +358,32 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
         theme=gr.themes.Default(primary_hue="slate", neutral_hue="slate", **fonts),
         css=_CSS,
     )
-    print(f"Serving on {address} (Ctrl-C ends it)", flush=True)
+    print(f"Serving on {address} (Ctrl-C to stop)", flush=True)
     if block:
         blocks.block_thread()
     return blocks, address
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Return whether only this machine can reach the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def _places(symbol: str, steps: interpolation.Steps) -> str:
-    """How a caption calls them.
+def _caption(symbol: str, steps: interpolation.Steps) -> str:
+    """Return the part of a caption about times or weights: "t = 0 to 1" or "a = 0.30".
 
     Raises:
-        ValueError: one that is no number in [0, 1].
+        ValueError: a time or weight is not a number in [0, 1].
     """
     if isinstance(steps, int):
         return f"{symbol} = 0 to 1"
-    for place in steps:
-        if not (isinstance(place, (int, float)) and 0 <= place <= 1):
-            raise ValueError(f"{symbol} must be a number from 0 to 1, got {'nothing' if place is None else place}.")
-    return f"{symbol} = {', '.join(f'{place:.2f}' for place in steps)}"
+    for value in steps:
+        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ValueError(f"{symbol} must be a number from 0 to 1, got {'nothing' if value is None else value}.")
+    return f"{symbol} = {', '.join(f'{value:.2f}' for value in steps)}"
 
 
 def _require_gradio() -> Any:

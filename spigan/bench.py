@@ -1,4 +1,4 @@
-"""Speed on this machine: `spigan bench`, its profile, and the report of a run of the benchmark suite."""
+"""Speed on this machine: `spigan bench`, its profile, and reports of the benchmark suite."""
 
 from __future__ import annotations
 
@@ -13,22 +13,37 @@ from typing import TYPE_CHECKING, Any
 from spigan.files import atomic_path
 
 if TYPE_CHECKING:
+    from spigan.models import SPIGAN
     from spigan.sampling import Sampler
 
 # ---- This machine, now ----
 
 
+def random_model(preset: str, device: str | None = None) -> SPIGAN:
+    """Return the network of a preset with random weights, which take as long as trained ones."""
+    import torch
+
+    from spigan.config import ModelConfig
+    from spigan.models import SPIGAN
+    from spigan.models.load import resolve_device
+    from spigan.presets import preset_fields
+
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate(preset_fields(preset)["model"])
+    return SPIGAN(config).eval().requires_grad_(False).to(resolve_device(device))
+
+
 def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]:
-    """Seconds that `n` images take, and those of the stages of one batch; medians after warm-up.
+    """Time `n` images and the stages of one batch.
 
     Args:
-        sampler: what draws them.
-        n: images; seeds 0 to n - 1.
+        sampler: the sampler to time.
+        n: number of images, of seeds 0 to n - 1.
         repeats: number of timed calls.
 
     Returns:
-        {"total", "first" (the first call, which prepares), "noise", "mapping", "synthesis", "convert" (of a batch of
-        min(n, batch_size) images each)}.
+        Seconds: {"first": the first call, with its preparations; "total": the median of `repeats` calls; "noise",
+        "mapping", "synthesis", "convert": medians of the stages of a batch of min(n, batch_size) images}.
     """
     import torch
 
@@ -68,12 +83,12 @@ def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]
 
 
 def profile_sampler(sampler: Sampler, n: int, path: Path) -> None:
-    """Write a Chrome trace of `n` images, one range for each stage and operation: chrome://tracing, ui.perfetto.dev.
+    """Write a Chrome trace of `n` images, with a range for each stage and operation.
 
     Args:
-        sampler: without CUDA graphs, whose stages a profiler does not see.
-        n: images.
-        path: JSON file.
+        sampler: a sampler without CUDA graphs; the profiler does not see the stages of a graph.
+        n: number of images.
+        path: JSON file, for chrome://tracing or ui.perfetto.dev.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -101,18 +116,18 @@ _KERNEL_TITLES = ("kernel, x", "kernel, images/s", "kernel, of the limit", "kern
 
 
 def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Tables, plot and compact JSON of a run of `pytest benchmarks/ --benchmark-only --benchmark-json RUN`.
+    """Write tables, a plot and compact JSON of runs of `pytest benchmarks/ --benchmark-only --benchmark-json RUN`.
 
     Args:
-        runs: JSON files of one device; where two hold the same row, that of the later file counts.
-        out: folder.
+        runs: JSON files of one device. If several contain the same row, that of the last file counts.
+        out: folder of the report.
 
     Returns:
-        The files, <device>.json, .md and .png.
+        The paths of <device>.json, <device>.md and <device>.png.
 
     Raises:
-        ValueError: a file that is no such run, or runs of several devices.
-        ImportError: the plot needs matplotlib.
+        ValueError: a file is not such a run, or the runs are of several devices.
+        ImportError: matplotlib, for the plot, is not installed.
     """
     try:
         import matplotlib  # noqa: F401 - before anything is written
@@ -131,10 +146,13 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The JSON of a run, reduced to what the report shows; or such a reduced file itself.
+    """Read a run and reduce it to what the report shows. The JSON of a report is accepted as well.
 
     Returns:
         {"device", "date", "versions", "matrix_rate", "copy_rate", "rows": [...]}.
+
+    Raises:
+        ValueError: the file is not a run of the benchmark suite.
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -148,12 +166,17 @@ def read_run(path: Path) -> dict[str, Any]:
         return {**machine, "date": run["datetime"][:10], "rows": [row for row in rows if "group" in row]}
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no run of this suite: pytest benchmarks/ --benchmark-only --benchmark-json {path.name}"
+            f"{path} is not a run of this suite; make one with: "
+            f"pytest benchmarks/ --benchmark-only --benchmark-json {path.name}"
         ) from error
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs of one device as one, each row with the date of its run."""
+    """Merge runs of one device into one; each row keeps the date of its run.
+
+    Raises:
+        ValueError: the runs are of several devices.
+    """
     if len(devices := {run["device"] for run in runs}) != 1:
         raise ValueError(f"the runs are of several devices: {'; '.join(sorted(devices))}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -167,7 +190,7 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any], picture: str) -> str:
-    """The tables."""
+    """Return the tables of a report in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in report["matrix_rate"].items())
     lines = [
@@ -206,12 +229,12 @@ def _sampling_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
         titles = ["", "NFE", "time", "images/s", "of the limit", "peak memory", "the paper's time"]
         lines += ["", f"**{group}**", "", *_table(titles, cells)]
     if any("timed_share" in row for row in rows):
-        lines += ["", "~ A part was timed, of equal parts: some evaluations of the chain, some images of the batch."]
+        lines += ["", "~ Extrapolated: only some evaluations of the chain, or some images of the batch, were timed."]
     return lines
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each group, a column for each implementation, in milliseconds, and how the fastest kernel stands."""
+    """Return a table in milliseconds: a row per group, a column per implementation, and the best kernel's gain."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     cells = []
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -239,14 +262,14 @@ def _duration(row: dict[str, Any]) -> str:
 
 
 def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, without columns that are empty."""
+    """Return a Markdown table without its empty columns."""
     used = [i for i in range(len(titles)) if i == 0 or any(line[i] for line in cells)]
     lines = [[line[i] for i in used] for line in (titles, ["---"] * len(titles), *cells)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """PNG: 100 images beside the rivals, each kernel under its roofline, and what memory-bound kernels reach."""
+    """Write a PNG: 100 images against other models, kernels under the roofline, and bandwidths of the others."""
     from matplotlib.figure import Figure
 
     rows = report["rows"]

@@ -1,14 +1,19 @@
-"""Configurations of a model and of a training run, and the presets. Stored as config.json beside the weights."""
+"""Configurations of a model and of a training run, stored as config.json beside the weights."""
 
 from __future__ import annotations
 
+import re
 import reprlib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from spigan.choices import did_you_mean
 from spigan.data import DataConfig
 from spigan.files import shorten
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Resolution = Literal[8, 16, 32, 64, 128, 256, 512, 1024]
 Positive = Annotated[int, Field(ge=1)]
@@ -18,51 +23,89 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
 
 
-def describe_problems(error: ValidationError) -> str:
-    """What is wrong with which fields, in one line; of many problems the first five."""
+def describe_problems(error: ValidationError, config: type[BaseModel] | None = None) -> str:
+    """Describe in one line what is wrong with which fields.
+
+    Args:
+        error: the error of a configuration.
+        config: class of the configuration, to suggest its fields for unknown ones (default: `TrainConfig`,
+            `ModelConfig` or `DataConfig`, whichever raised the error).
+
+    Returns:
+        At most five problems, each with the field, the problem and the value given.
+    """
+    known = {cls.__name__: cls for cls in (TrainConfig, ModelConfig, DataConfig)}
+    names = field_names(config or known.get(error.title))
     problems = error.errors()
-    parts = [
-        f"{'.'.join(map(shorten, problem['loc']))}: {problem['msg']}, got {_short.repr(problem['input'])}"
-        if problem["loc"]
-        else problem["msg"].removeprefix("Value error, ")
-        for problem in problems[:5]
-    ]
+    parts = [_describe(problem, names) for problem in problems[:5]]
     return "; ".join(parts) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def field_names(config: type[BaseModel] | None) -> list[str]:
+    """List the fields of a configuration, nested ones as "model.resolution"; [] for None."""
+    names = []
+    for name, field in config.model_fields.items() if config else ():
+        names.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += [f"{name}.{inner}" for inner in field_names(field.annotation)]
+    return names
+
+
+def _describe(problem: ErrorDetails, names: list[str]) -> str:
+    """Describe a problem, and suggest the name that was probably meant."""
+    name, value = ".".join(map(shorten, problem["loc"])), problem["input"]
+    if not name:
+        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        leaf = name.rpartition(".")[2]
+        elsewhere = [f"; did you mean {field}?" for field in names if field.rpartition(".")[2] == leaf]
+        hint = elsewhere[0] if elsewhere else did_you_mean(name, names)
+        return f"{name}: there is no such field, got {_short.repr(value)}{hint}"
+    choices = re.findall("'(.*?)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    return f"{name}: {problem['msg']}, got {_short.repr(value)}{did_you_mean(value, choices)}"
 
 
 class ModelConfig(BaseModel):
     """Architecture of a `spigan.SPIGAN`: mapping network and generator.
 
-    What the paper leaves open (its appendix is not available) is this project's choice and marked "ours".
+    Fields marked "ours" are this project's choice, because the paper leaves them open (its appendix is not available).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    resolution: Resolution = Field(32, description="height and width of the images")
-    img_channels: Literal[1, 3] = Field(3, description="1 grey, 3 RGB")
-    mapping: Literal["ode", "mlp"] = Field("ode", description="ode: SPI-GAN's neural ODE; mlp: StyleGAN2's, no time")
-    dim_h: Width = Field(512, description="length of the latent vector h")
-    ode_solver: Literal["rk4", "euler", "dopri5"] = Field("rk4", description="dopri5 needs the extra `ode`; ours")
-    ode_layers: Annotated[int, Field(ge=1, le=8)] = Field(3, description="layers of r; ours")
-    ode_steps: Annotated[int, Field(ge=1, le=1000)] = Field(4, description="solver steps over [0, 1]; ours")
-    ode_activation: Literal["silu", "lrelu", "tanh", "softplus"] = Field("silu", description="between r's layers; ours")
-    ode_tolerance: Annotated[float, Field(ge=1e-12, le=1)] = Field(
-        1e-5, description="relative and absolute, dopri5 only"
+    resolution: Resolution = Field(32, description="height and width of the images in pixels")
+    img_channels: Literal[1, 3] = Field(3, description="1 (grey) or 3 (RGB)")
+    mapping: Literal["ode", "mlp"] = Field(
+        "ode", description="ode: SPI-GAN's neural ODE; mlp: StyleGAN2's MLP, without time"
     )
-    embed_channels: Width = Field(64, description="width of the first convolution of o; ours")
-    mlp_layers: Annotated[int, Field(ge=1, le=64)] = Field(8, description='layers of mapping="mlp"')
+    dim_h: Width = Field(512, description="length of the latent vector h")
+    ode_solver: Literal["rk4", "euler", "dopri5"] = Field(
+        "rk4", description="ODE solver; dopri5 needs the extra `ode`; ours"
+    )
+    ode_layers: Annotated[int, Field(ge=1, le=8)] = Field(3, description="number of layers of r; ours")
+    ode_steps: Annotated[int, Field(ge=1, le=1000)] = Field(4, description="number of solver steps over [0, 1]; ours")
+    ode_activation: Literal["silu", "lrelu", "tanh", "softplus"] = Field(
+        "silu", description="activation between the layers of r; ours"
+    )
+    ode_tolerance: Annotated[float, Field(ge=1e-12, le=1)] = Field(
+        1e-5, description="relative and absolute tolerance of dopri5"
+    )
+    embed_channels: Width = Field(64, description="channels of the first convolution of o; ours")
+    mlp_layers: Annotated[int, Field(ge=1, le=64)] = Field(8, description='number of layers of mapping="mlp"')
     mapping_lr_multiplier: Annotated[float, Field(ge=1e-6, le=1e3)] = Field(
-        0.01, description="of o, r, MLP: StyleGAN2's 0.01"
+        0.01, description="learning rate multiplier of o, r and the MLP; 0.01 is StyleGAN2's"
     )
     channel_base: Annotated[int, Field(ge=1, le=2**24)] = Field(
-        32768, description="width at resolution r is min(channel_base / r, channel_max)"
+        32768, description="channels at resolution r: min(channel_base / r, channel_max)"
     )
-    channel_max: Width = Field(512, description="largest width")
-    conv_clamp: Annotated[float, Field(gt=0)] | None = Field(None, description="bound of layer outputs; None: no bound")
+    channel_max: Width = Field(512, description="largest number of channels")
+    conv_clamp: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="clamp layer outputs to this magnitude; None: no clamp"
+    )
 
     @property
     def z_shape(self) -> tuple[int, ...]:
-        """Shape of one z: the image's, [C, H, W]; [dim_h] for mapping="mlp"."""
+        """Shape of one z: that of an image, [C, H, W]; [dim_h] for mapping="mlp"."""
         if self.mapping == "mlp":
             return (self.dim_h,)
         return (self.img_channels, self.resolution, self.resolution)
@@ -73,62 +116,71 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: ModelConfig = Field(ModelConfig(), description="the networks that sample")
-    data: DataConfig = Field(description="the images")
+    model: ModelConfig = Field(ModelConfig(), description="mapping network and generator")
+    data: DataConfig = Field(description="training images")
 
     # The straight path
     intervals: Annotated[int, Field(ge=1, le=1000)] = Field(
-        2, description="K, number of times t_1 < ... < t_K = 1 per iteration"
+        2, description="K, the number of times t_1 < ... < t_K = 1 per iteration"
     )
-    fixed_t: bool = Field(False, description="t_k = k / K instead of t_1..t_(K-1) ~ U(0, 1)")
+    fixed_t: bool = Field(False, description="use t_k = k / K instead of t_1, ..., t_(K-1) ~ U(0, 1)")
     updates: Literal["sequential", "joint"] = Field(
-        "sequential", description="sequential: an optimiser step per t_k (Algorithm 1); joint: one step for all t_k"
+        "sequential", description="sequential: one optimiser step per t_k (Algorithm 1); joint: one step for all t_k"
     )
-    beta_min: Annotated[float, Field(gt=0)] = Field(0.1, description="VP-SDE noise rate at t = 0")
-    beta_max: Annotated[float, Field(gt=0)] = Field(20.0, description="VP-SDE noise rate at t = 1")
+    beta_min: Annotated[float, Field(gt=0)] = Field(0.1, description="noise rate of the VP-SDE at t = 0")
+    beta_max: Annotated[float, Field(gt=0)] = Field(20.0, description="noise rate of the VP-SDE at t = 1")
 
     # Optimisation
-    total_kimg: Annotated[float, Field(gt=0)] = Field(25000, description="thousands of images shown to D until the end")
-    batch: Annotated[int, Field(ge=1, le=2**20)] = Field(64, description="images in a minibatch")
-    batch_gpu: Positive | None = Field(None, description="images at a time; gradients accumulate over the minibatch")
-    lr_g: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate, mapping and generator")
-    lr_d: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate, discriminator")
+    total_kimg: Annotated[float, Field(gt=0)] = Field(
+        25000, description="length of the training, in thousands of real images shown to D"
+    )
+    batch: Annotated[int, Field(ge=1, le=2**20)] = Field(64, description="images per minibatch")
+    batch_gpu: Positive | None = Field(
+        None,
+        description="images per forward and backward pass; gradients accumulate to the minibatch; None: all at once",
+    )
+    lr_g: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate for mapping and generator")
+    lr_d: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate for the discriminator")
     beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="Adam's beta2; beta1 is 0")
     r1_gamma: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the R1 penalty on real i(t)")
     r1_interval: Positive = Field(16, description="D iterations between R1 penalties (lazy regularisation)")
     pl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of path-length regularisation")
     pl_interval: Positive = Field(4, description="G iterations between path-length penalties")
-    pl_batch_shrink: Positive = Field(2, description="path length is measured on batch / this many images")
-    pl_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="of the running mean path length")
-    ema_kimg: Annotated[float, Field(ge=0)] = Field(500, description="half-life of the weights' average, in kimg")
+    pl_batch_shrink: Positive = Field(2, description="path lengths are measured on batch / pl_batch_shrink images")
+    pl_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="decay of the running mean path length")
+    ema_kimg: Annotated[float, Field(ge=0)] = Field(500, description="half-life of the average of the weights, in kimg")
     ema_rampup: Annotated[float, Field(ge=0)] | None = Field(
-        0.05, description="half-life is at most this share of the images seen; None: never shortened"
+        0.05, description="limits the half-life to this fraction of the images seen; None: no limit"
     )
-    mbstd_group: Positive = Field(4, description="group of D's minibatch standard deviation")
+    mbstd_group: Positive = Field(4, description="group size of D's minibatch standard deviation")
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = Field(
-        1e6, description="norm of a step's gradient that ends the run as diverged; None: only one that is not finite"
+        1e6, description="a larger gradient norm ends the run as diverged; None: only one that is not finite does"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: convolutions in bfloat16 (autocast)")
 
     # Augmentation of what D sees
-    augment: Literal["none", "diffaug", "ada"] = Field("none", description="the same for real and generated images")
-    ada_target: Annotated[float, Field(ge=-1, le=1)] = Field(0.6, description="target of E[sign(D(real))]")
-    ada_kimg: Annotated[float, Field(gt=0)] = Field(500, description="kimg in which ADA's p can go from 0 to 1")
-    xflip: bool = Field(False, description="flip real images left-right at random")
+    augment: Literal["none", "diffaug", "ada"] = Field("none", description="augmentation of real and generated images")
+    ada_target: Annotated[float, Field(ge=-1, le=1)] = Field(0.6, description="ADA's target of E[sign(D(real))]")
+    ada_kimg: Annotated[float, Field(gt=0)] = Field(500, description="kimg in which ADA's p can rise from 0 to 1")
+    xflip: bool = Field(False, description="mirror real images at random")
 
     # Running
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of initial weights, noise and data order")
-    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
-    tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(4, description="kimg between lines of statistics")
-    snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, grids and exported models")
-    keep_checkpoints: Positive = Field(2, description="newest checkpoints kept; the best model's is, too")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="seed of the initial weights, noise and data order"
+    )
+    device: str = Field("auto", description="auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
+    tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(
+        4, description="kimg per tick; every tick writes a line of statistics"
+    )
+    snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, sample grids and exported models")
+    keep_checkpoints: Positive = Field(2, description="number of newest checkpoints to keep, besides the best model's")
 
     # Metrics during training
     metric_features: str | None = Field(
-        None, description="feature network, as for `spigan evaluate --features`; None: no metrics during training"
+        None, description="feature network, as for `spigan evaluate --features`; None: no evaluation during training"
     )
-    metric_samples: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="images drawn for the metrics")
-    metric_ticks: Positive = Field(50, description="ticks between lines of metrics")
+    metric_samples: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="images drawn per evaluation")
+    metric_ticks: Positive = Field(50, description="ticks between evaluations")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -139,7 +191,6 @@ class TrainConfig(BaseModel):
         if self.batch_gpu is not None and self.batch % self.batch_gpu:
             raise ValueError(f"batch must be a multiple of batch_gpu, got {self.batch} and {self.batch_gpu}")
         if self.data.resolution not in (None, self.model.resolution):
-            raise ValueError(
-                f"data.resolution {self.data.resolution} is not model.resolution {self.model.resolution}: leave it out"
-            )
+            stored, needed = self.data.resolution, self.model.resolution
+            raise ValueError(f"data.resolution {stored} differs from model.resolution {needed}: leave it out")
         return self

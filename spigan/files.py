@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and untrusted text read within bounds."""
+"""Files that are written completely or not at all, and untrusted text that is read within bounds."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-MAX_TEXT = 1 << 20  # bytes of a configuration or a record: what is larger is none
+MAX_TEXT = 1 << 20  # bytes of a configuration or a record; none comes near that
 
 
-def shorten(name: object) -> str:
-    """A name that comes from a file, as an error can show it."""
-    text = str(name)
-    return text if len(text) <= 100 else text[:97] + "..."
+# ---- Reading ----
+
+
+def user_path(path: str) -> Path:
+    """Return a path as a user may write it, with "~" for the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # "~nobody": there is no such user, so there is no such file
+        return Path(path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that comes from anybody.
+    """Return the text of an untrusted file.
 
     Raises:
-        ValueError: it is larger than `MAX_TEXT`, or not UTF-8.
-        OSError: it cannot be read.
+        ValueError: the file is larger than `MAX_TEXT`, or not UTF-8.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
-        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the most that is read of such a file")
+        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the most that is read from such a file")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -46,11 +51,11 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that comes from anybody.
+    """Return the JSON object in an untrusted file.
 
     Raises:
-        ValueError: it holds none; it is too large, or nested too deeply.
-        OSError: it cannot be read.
+        ValueError: the file holds something else, is too large, or is nested too deeply.
+        OSError: the file cannot be read.
     """
     try:
         content = json.loads(read_text(path))
@@ -63,21 +68,62 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def shorten(text: object) -> str:
+    """Return a text that comes from an untrusted file, cut to the 100 characters that an error message shows."""
+    shown = str(text)
+    return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+# ---- Writing ----
+
+
+@contextmanager
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a path to write to instead of `path`. The file is moved to `path` if the block succeeds, else removed.
+
+    So neither a reader nor a program that is killed at any moment ever leaves or sees half a file.
+
+    Args:
+        path: the file to write; its folder is created.
+        durable: wait until the file is on disk, so that it also survives a loss of power.
+
+    Raises:
+        OSError: `path` is a device or a pipe, or cannot be written.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(f"{path} is not a regular file, and a regular file would replace it: choose another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if durable:  # not for each of 50,000 pictures: it lists the folder
+        remove_stale(path.parent, f".{glob.escape(path.name)}-")
+    # In a folder, because some libraries (safetensors) also write beside the path that they are given.
+    with scratch_folder(path.parent, f".{path.name}-") as folder:
+        scratch = folder / path.name
+        yield scratch
+        if durable:
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+        # Some libraries create private files; a written file should have the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o666 & ~umask)
+        os.replace(scratch, path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
+    """Write a UTF-8 file, completely or not at all."""
     with atomic_path(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in `parent` for files that will be moved out of it; removed with what is left when the block ends.
+    """Create a folder in `parent` for files that will be moved out of it; remove it when the block ends.
 
-    A killed program cannot remove its own. So each is locked, which the end of a process undoes however it comes, and
-    `remove_stale` finds those that nobody has locked.
+    A killed program cannot remove its folder. So each folder is locked; the system releases the lock when the process
+    ends, however it ends, and `remove_stale` finds the folders without a lock.
     """
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
-        lock = _locked(folder)
+        lock = _lock(folder)
         try:
             yield Path(folder)
         finally:
@@ -86,22 +132,23 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def remove_stale(parent: Path, prefix: str, age: float = 60) -> None:
-    """Remove what killed programs left of `scratch_folder(parent, prefix)`; `prefix` may have wildcards.
+    """Remove folders that killed programs left behind in `scratch_folder(parent, prefix)`.
 
     Args:
-        parent, prefix: of the folders.
-        age: seconds since the last change of those that may be removed.
+        parent: folder that holds them.
+        prefix: start of their names; it may contain wildcards.
+        age: only remove folders that have not changed for this many seconds.
     """
     for path in parent.glob(f"{prefix}????????"):
         with contextlib.suppress(OSError):
-            # A lock follows the creation of its folder by an instant, hence the age.
-            if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _locked(path)) is not None:
+            # A folder is locked a moment after it is created, hence the age.
+            if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _lock(path)) is not None:
                 shutil.rmtree(path)
                 os.close(lock)
 
 
-def _locked(folder: str | Path) -> int | None:
-    """Descriptor that holds the lock of a folder; None where another does, or the system has no such locks."""
+def _lock(folder: str | Path) -> int | None:
+    """Lock a folder and return the descriptor that holds the lock; None if it is locked, or locks do not exist."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -111,32 +158,3 @@ def _locked(folder: str | Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-@contextmanager
-def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
-    """Path to write instead of `path`: moved there when the block ends well, removed otherwise.
-
-    So a reader, or a program killed at any moment, never sees half a file.
-
-    Args:
-        path: where the file shall be; its folder is made.
-        durable: wait until the disk has it, so that it survives a loss of power too.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(f"{path} is no regular file and would be replaced by one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if durable:  # not of each of 50,000 pictures: it lists the folder
-        remove_stale(path.parent, f".{glob.escape(path.name)}-")
-    # A folder, since some libraries (safetensors) write beside the path that they are given, too.
-    with scratch_folder(path.parent, f".{path.name}-") as folder:
-        scratch = folder / path.name
-        yield scratch
-        if durable:
-            with scratch.open("rb") as file:
-                os.fsync(file.fileno())
-        # Some libraries make private files; a written file should get the permissions that any new file gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)
-        os.replace(scratch, path)

@@ -1,4 +1,4 @@
-"""Pixels on their way out: [-1, 1] floats to uint8, grids, PNG files, animations."""
+"""From pixels in [-1, 1] to pictures: uint8, grids, PNG files, animations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,22 @@ from torch.nn import functional as F
 
 from spigan.files import atomic_path
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def to_unit_interval(images: Tensor) -> Tensor:
-    """[..., C, H, W] in [-1, 1] -> float32 in [0, 1], clamped."""
+    """Map [..., C, H, W] in [-1, 1] to float32 in [0, 1], clamped."""
     return (images.float() * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[..., C, H, W] floats in [-1, 1] -> uint8, the inverse of v / 127.5 - 1, rounded and clamped."""
+    """Map [..., C, H, W] floats in [-1, 1] to uint8: the inverse of v / 127.5 - 1, rounded and clamped."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(images: Tensor) -> list[Image]:
-    """uint8 [N, C, H, W], C = 1 or 3 -> N Pillow images of mode L or RGB."""
+    """Convert uint8 [N, C, H, W] to N Pillow images, of mode L for C = 1 and RGB for C = 3."""
     from PIL import Image
 
     arrays = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
@@ -39,12 +34,12 @@ def to_pil(images: Tensor) -> list[Image]:
 
 
 def make_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 1) -> Tensor:
-    """Lay images out row by row on black.
+    """Lay images out row by row on a black background.
 
     Args:
         images: uint8 [N, C, H, W].
-        columns: images in a row; default: about as many as rows.
-        scale: integer factor by which pixels are enlarged, so that small images can be seen.
+        columns: images in a row; default: about as many as there are rows.
+        scale: integer factor by which each pixel is enlarged.
         gap: pixels between images, before enlarging.
 
     Returns:
@@ -61,12 +56,17 @@ def make_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap
 
 
 def display_scale(resolution: int) -> int:
-    """Enlargement that shows an image at 64 pixels or more."""
+    """Return the factor that enlarges an image to at least 64 pixels."""
     return max(1, 64 // resolution)
 
 
+def grid_side(resolution: int) -> int:
+    """Return how many images to show in each row and column of a grid: 8 up to 64 pixels, else 4."""
+    return 8 if resolution <= 64 else 4
+
+
 def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:
-    """Write a uint8 [C, H, W] image as PNG, whole or not at all; see `atomic_path`."""
+    """Write a uint8 [C, H, W] image as a PNG file, whole or not at all (see `atomic_path`), and return `path`."""
     path = Path(path)
     with atomic_path(path, durable) as scratch:
         to_pil(image[None])[0].save(scratch, format="PNG")
@@ -74,26 +74,26 @@ def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:
 
 
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
-"""Pillow's formats of animations, by the file's suffix."""
+"""Pillow's animation formats, by file suffix."""
 
 
 def save_animation(frames: Tensor, path: str | Path, *, frame_time: int = 80) -> Path:
-    """Write uint8 [F, C, H, W] frames as an animation that repeats for ever, whole or not at all; see `atomic_path`.
+    """Write frames as an animation that repeats forever, whole or not at all (see `atomic_path`), and return `path`.
 
     Args:
-        frames: the frames.
-        path: a .gif (at most 256 colours a frame, times in hundredths of a second) or a .webp (lossless).
-        frame_time: milliseconds that each frame is shown.
+        frames: uint8 [F, C, H, W].
+        path: a .gif (at most 256 colours per frame, times in hundredths of a second) or a .webp (lossless).
+        frame_time: milliseconds for which each frame is shown.
 
     Raises:
-        ValueError: another suffix, no frame, or a time that is not positive.
+        ValueError: the suffix is another one, there is no frame, or the time is not positive.
     """
     path = Path(path)
     kind = ANIMATIONS.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path}: an animation is a {' or '.join(ANIMATIONS)} file")
+        raise ValueError(f"{path}: an animation must be a {' or '.join(ANIMATIONS)} file")
     if not len(frames) or frame_time < 1:
-        raise ValueError(f"an animation needs frames and a positive time, got {len(frames)} and {frame_time} ms")
+        raise ValueError(f"an animation needs frames and a positive frame time, got {len(frames)} and {frame_time} ms")
     first, *others = to_pil(frames)
     options = {"lossless": True} if kind == "WEBP" else {}
     with atomic_path(path) as scratch:

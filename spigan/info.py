@@ -1,6 +1,7 @@
-"""What this installation is and can do: versions, devices, what was built, which backend each operation uses and why.
+"""Report of this installation: versions, devices, the extension, and which backend each operation uses and why.
 
-`spigan info` or `python -m spigan.info`. Every part is read on its own, so that a broken one is reported, not fatal.
+Run `spigan info` or `python -m spigan.info`. Each part is collected separately: a broken one is reported, and the
+others still work.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_PACKAGES = ("torch", "numpy", "triton", "safetensors", "huggingface_hub", "datasets", "torchdiffeq")
+PACKAGES = ("torch", "numpy", "triton", "safetensors", "huggingface_hub", "datasets", "torchdiffeq")
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
@@ -32,7 +33,7 @@ def _versions() -> dict[str, str]:
 
     from spigan._version import __version__
 
-    return {"spigan": __version__, "python": platform.python_version(), **{p: version(p) for p in _PACKAGES}}
+    return {"spigan": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
 
 
 def _devices() -> dict[str, Any]:
@@ -61,16 +62,14 @@ def _extension() -> dict[str, Any]:
 def _backends() -> dict[str, Any]:
     import torch
 
-    from spigan import ops  # registers the operations
     from spigan.ops import backends
 
-    assert ops
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {kind: backends.describe(torch.device(kind)) for kind in kinds}
 
 
 def collect() -> dict[str, Any]:
-    """Everything as nested dictionaries that JSON can hold; a part that cannot be read is {"error": why}."""
+    """Return the whole report as nested dictionaries for JSON; a part that fails is {"error": why}."""
     return {
         "versions": _attempt(_versions),
         "system": platform.platform(),
@@ -93,7 +92,7 @@ def _lines(value: Any, indent: int = 0) -> list[str]:
 
 
 def _backend_lines(operations: dict[str, dict[str, Any]]) -> list[str]:
-    """One line per operation, below it the backends that exist but cannot run; then once what this version lacks."""
+    """Return a line per operation, below it the backends that cannot run, and last those not in this version."""
     lines = []
     missing: dict[str, list[str]] = {}
     width = max(map(len, operations), default=0)
@@ -112,7 +111,7 @@ def _backend_lines(operations: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def report() -> str:
-    """`collect` as text for people."""
+    """Return the report as text."""
     info = collect()
     backends = info.pop("backends")
     lines = _lines(info)
@@ -124,7 +123,7 @@ def report() -> str:
 
 
 def main(as_json: bool = False) -> None:
-    """Print the report, or its JSON."""
+    """Print the report as text or JSON."""
     print(json.dumps(collect(), indent=2) if as_json else report())
 
 

@@ -1,4 +1,4 @@
-"""Weights of other packages."""
+"""Load weights of other packages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _PREFIX = "synthesis."
 
 
 def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float | None = None) -> Generator:
-    """The generator whose images equal those of a StyleGAN2-ADA PyTorch synthesis network (skip architecture).
+    """Load a StyleGAN2-ADA PyTorch synthesis network (skip architecture). The images equal the original's.
 
     Args:
-        state_dict: plain tensors under the official names, `synthesis.b4.const`, `synthesis.b8.conv0.weight`, ..., with
-            or without the prefix `synthesis.`; a whole generator's state dict is taken too, its `mapping.*` left out.
+        state_dict: tensors by their official names, `synthesis.b4.const`, `synthesis.b8.conv0.weight`, ..., with or
+            without the prefix `synthesis.`. The state dict of a whole generator works too; its `mapping.*` is ignored.
             float16 weights are cast to float32.
-        conv_clamp: the network's clamp (StyleGAN2-ADA sets 256 where it uses float16), which no state dict records.
+        conv_clamp: the network's clamp, which a state dict does not record. StyleGAN2-ADA uses 256 with float16.
 
     Returns:
-        A `Generator` in eval mode; feed it the official per-layer styles ws [N, num_ws, D].
+        A `Generator` in eval mode. Call it with the official per-layer styles ws [N, num_ws, D].
 
     Raises:
-        TypeError: a value is no floating-point tensor.
-        ValueError: a name is missing or unknown, or a shape does not fit; or a FIR filter other than [1, 3, 3, 1].
+        TypeError: a value is not a floating-point tensor.
+        ValueError: a name is missing or unknown, a shape does not fit, or a FIR filter is not [1, 3, 3, 1].
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
@@ -39,7 +39,7 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
         if not value.numel():
-            raise ValueError(f"{name} has no values, its shape is {list(value.shape)}")
+            raise ValueError(f"{name} has no values: its shape is {list(value.shape)}")
     tensors = {
         name.removeprefix(_PREFIX): value for name, value in state_dict.items() if not name.startswith("mapping.")
     }
@@ -47,8 +47,8 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
     for name in [name for name in tensors if name.endswith("resample_filter")]:
         taps = tensors.pop(name)
         if taps.shape != standard.shape or not torch.allclose(taps.float().cpu(), standard, atol=1e-6):
-            raise ValueError(f"{name} is not the filter [1, 3, 3, 1] of StyleGAN2, the only one that Generator has")
-    with torch.device("meta"):  # shapes alone: names and shapes may promise more than the tensors hold
+            raise ValueError(f"{name} must be StyleGAN2's filter [1, 3, 3, 1], the only one that Generator supports")
+    with torch.device("meta"):  # shapes only: an untrusted state dict may name sizes that do not fit into memory
         expected = _generator_for(tensors, conv_clamp).state_dict()
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in expected]
@@ -58,14 +58,14 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     if problems:
-        raise ValueError(f"this is no StyleGAN2-ADA synthesis network (skip architecture): {'; '.join(problems[:5])}")
+        raise ValueError(f"not a StyleGAN2-ADA synthesis network (skip architecture): {'; '.join(problems[:5])}")
     generator = _generator_for(tensors, conv_clamp)
     generator.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return generator.eval()
 
 
 def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> Generator:
-    """A generator with the sizes that the tensors show."""
+    """A generator with the sizes of the tensors."""
     widths = {
         int(name.split(".")[0][1:]): tensor.shape[0]
         for name, tensor in tensors.items()
@@ -76,10 +76,10 @@ def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> G
     }
     for name, ndim in (("b4.conv1.affine.weight", 2), ("b4.torgb.bias", 1)):
         if name not in tensors:
-            raise ValueError(f"missing {name}: this is no StyleGAN2-ADA synthesis network")
+            raise ValueError(f"not a StyleGAN2-ADA synthesis network: missing {name}")
         if tensors[name].ndim != ndim:
             raise ValueError(f"{name} must have {ndim} dimension(s), got shape {list(tensors[name].shape)}")
-    # Any base that reproduces the widths min(base / r, max) will do; the caller compares every shape.
+    # Any base that gives the widths min(base / r, max) will do. The caller compares every shape.
     resolution, channel_max = max(widths, default=0), widths.get(4, 1)
     channel_base = max((res * width for res, width in widths.items()), default=1)
     return Generator(

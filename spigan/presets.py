@@ -1,4 +1,4 @@
-"""Named training configurations, starting points for `preset(name, **changes)` or the command line's options."""
+"""Named training configurations: starting points for `preset(name, **changes)` and `spigan train --preset NAME`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from spigan.choices import did_you_mean
 from spigan.config import ModelConfig, TrainConfig
 from spigan.data import DataConfig
 
@@ -63,14 +64,18 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_names() -> tuple[str, ...]:
-    """Names that `preset` knows."""
+    """Return the names of the presets."""
     return tuple(_PRESETS)
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """What a preset sets, as the nested plain values of a config.json."""
+    """Return the fields that a preset sets, as the plain nested values of a config.json.
+
+    Raises:
+        ValueError: there is no preset of that name.
+    """
     if name not in _PRESETS:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(_PRESETS)}")
+        raise ValueError(f"there is no preset {name!r}; available: {', '.join(_PRESETS)}{did_you_mean(name, _PRESETS)}")
     return {
         key: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
         for key, value in _PRESETS[name].items()
@@ -78,17 +83,22 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset(name: str, /, **changes: Any) -> TrainConfig:
-    """A training configuration by name.
+    """Return a training configuration by name.
 
     Args:
         name: "digits", "cifar10", "cifar10-small", "celebahq256" or "church256".
-        **changes: fields of `TrainConfig` to replace; a dict for `model` or `data` changes only the fields it names.
-            The 256-pixel presets need `data`, they have no source of their own.
+        **changes: fields of `TrainConfig` to replace. A dict for `model` or `data` changes only the fields it names.
+            The 256-pixel presets come without images and need `data`.
+
+    Raises:
+        ValueError: an unknown name, an invalid field, or a preset without images and no `data`.
     """
     fields = preset_fields(name)
     for key, value in changes.items():
         old = fields.get(key)
         fields[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     if "data" not in fields:
-        raise ValueError(f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet, hub id"}}')
+        raise ValueError(
+            f'the preset {name!r} needs images: pass data={{"source": "folder, zip, parquet file or hub id"}}'
+        )
     return TrainConfig.model_validate(fields)

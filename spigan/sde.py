@@ -10,13 +10,16 @@ from dataclasses import dataclass
 class VPSDE:
     """Variance-preserving SDE with the linear noise rate beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1].
 
-    Its solution at time t is Gaussian, x_t ~ N(a(t) x_0, s(t)^2 I), so noise is added in one step:
+    Its solution at time t is Gaussian, x_t ~ N(a(t) x_0, s(t)^2 I), so noise can be added in one step:
 
         log a(t) = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2,    s(t) = sqrt(1 - a(t)^2).
 
     Args:
         beta_min: noise rate at t = 0, positive.
         beta_max: noise rate at t = 1, at least `beta_min`.
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max < infinity.
     """
 
     beta_min: float = 0.1
@@ -29,13 +32,16 @@ class VPSDE:
             )
 
     def marginal(self, t: float) -> tuple[float, float]:
-        """Mean coefficient a(t) and standard deviation s(t) of x_t given x_0.
+        """Return the mean coefficient a(t) and the standard deviation s(t) of x_t given x_0.
 
         Args:
             t: time in [0, 1].
 
         Returns:
             (mean_coef, std), both in [0, 1].
+
+        Raises:
+            ValueError: t is outside [0, 1].
         """
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"VPSDE.marginal needs t in [0, 1], got {t}")

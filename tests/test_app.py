@@ -100,7 +100,7 @@ def test_between_two_seeds(page: Page, kind: str, interpolate: Any) -> None:
 
 @pytest.mark.parametrize("text", ["-1", "text", "1.5", "", "²", str(2**63), str(2**64), "9" * 5000, "1_0"])
 def test_what_is_no_seed(text: str) -> None:
-    with pytest.raises(ValueError, match=r"A seed is a whole number from 0 to 9223372036854775807, got .{1,43}\."):
+    with pytest.raises(ValueError, match=r"A seed must be a whole number from 0 to 9223372036854775807, got .{1,43}\."):
         read_seed(text)
 
 
@@ -115,12 +115,12 @@ def test_seeds() -> None:
         ("batch", (BUNDLED, "0", MAX_COUNT + 1), f"a whole number from 1 to {MAX_COUNT}, got {MAX_COUNT + 1}"),
         ("batch", (BUNDLED, "0", 2.5), f"a whole number from 1 to {MAX_COUNT}, got 2.5"),
         ("batch", (BUNDLED, "0", None), f"a whole number from 1 to {MAX_COUNT}, got nothing"),
-        ("batch", (BUNDLED, str(2**63 - 2), 3), "The last seed, 9223372036854775808, is beyond"),
-        ("batch", ("nothing", "0", 1), "There is no model nothing: choose one of "),
+        ("batch", (BUNDLED, str(2**63 - 2), 3), "The last seed, 9223372036854775808, exceeds"),
+        ("batch", ("nothing", "0", 1), "There is no model nothing; available: "),
         ("time", (BUNDLED, "0", [1.5]), "t must be a number from 0 to 1, got 1.5"),
         ("between", (BUNDLED, "z", "0", "1", [None]), "a must be a number from 0 to 1, got nothing"),
         ("between", (BUNDLED, "z", "5", "05"), "Both seeds are 5"),
-        ("between", (BUNDLED, "w", "5", "6"), "must be of z or of h, got w"),
+        ("between", (BUNDLED, "w", "5", "6"), "kind must be z or h, got w"),
     ],
 )
 def test_refused(page: Page, method: str, arguments: tuple[Any, ...], message: str) -> None:
@@ -166,7 +166,7 @@ def test_command_binds_to_loopback(launched: list[dict[str, Any]], saved: Path) 
 
 def test_command_warns_of_other_hosts(launched: list[dict[str, Any]]) -> None:
     result = CliRunner().invoke(command_line, ["app", "--host", "0.0.0.0", "--port", "9000", "--open"])
-    assert "warning: whoever can reach this machine at 0.0.0.0 can use the page; it has no password" in result.stderr
+    assert "warning: anyone who can reach this machine at 0.0.0.0 can use the page; it has no password" in result.stderr
     assert (launched[0]["host"], launched[0]["port"], launched[0]["browser"]) == ("0.0.0.0", 9000, True)
 
 
@@ -198,6 +198,7 @@ def address(page: Page) -> Iterator[str]:
     blocks.close()
 
 
+@pytest.mark.slow
 def test_served_on_loopback_alone(address: str) -> None:
     assert urlsplit(address).hostname == "127.0.0.1"
     # Linux gives the whole of 127/8 to this machine: what listens on every address would answer here too.
@@ -207,6 +208,7 @@ def test_served_on_loopback_alone(address: str) -> None:
         assert other.connect_ex(("127.0.0.2", urlsplit(address).port)) != 0
 
 
+@pytest.mark.slow
 def test_where_nobody_can_listen(page: Page, address: str) -> None:
     port = urlsplit(address).port
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
@@ -217,6 +219,7 @@ def test_where_nobody_can_listen(page: Page, address: str) -> None:
         launch(page, host="a..b", block=False)
 
 
+@pytest.mark.slow
 def test_served_through_a_proxy_and_on_ipv6(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy is for other machines: gradio asks this one."""
     pytest.importorskip("gradio")
@@ -233,6 +236,7 @@ def test_served_through_a_proxy_and_on_ipv6(page: Page, monkeypatch: pytest.Monk
         assert urlsplit(url).hostname == host
 
 
+@pytest.mark.slow
 def test_nothing_is_reported(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradio reports the start of a page and asks for newer versions, unless told not to."""
     gradio = pytest.importorskip("gradio")
@@ -317,7 +321,7 @@ def test_invalid_seed_shows_a_message(browser: Any, address: str, text: str) -> 
     box = tab.panel.get_by_label("First seed")
     box.fill(text)
     tab.alert.wait_for()
-    assert tab.alert.inner_text() == f"A seed is a whole number from 0 to 9223372036854775807, got {text}."
+    assert tab.alert.inner_text() == f"A seed must be a whole number from 0 to 9223372036854775807, got {text}."
     assert "Traceback" not in tab.view.content()
     assert tab.images.first.get_attribute("src") == before  # the picture stays
     tab.changed(lambda: box.fill("5"))

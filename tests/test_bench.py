@@ -76,7 +76,9 @@ def test_refused(tmp_path: Path) -> None:
         read_run(tmp_path / "half.json")
     for content in ("[]", "{}", '{"machine_info": {}, "benchmarks": []}'):
         (tmp_path / "other.json").write_text(content)
-        with pytest.raises(ValueError, match=r"other\.json is no run of this suite: pytest benchmarks/"):
+        with pytest.raises(
+            ValueError, match=r"other\.json is not a run of this suite; make one with: pytest benchmarks/"
+        ):
             read_run(tmp_path / "other.json")
     runs = [save(tmp_path / "a.json", ROWS), save(tmp_path / "b.json", ROWS, device="Another")]
     with pytest.raises(ValueError, match="the runs are of several devices: Another; Some CPU"):

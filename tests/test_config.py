@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spigan import SPIGAN, DataConfig, ModelConfig, TrainConfig, preset
@@ -78,9 +78,9 @@ def test_frozen(config: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"colour": 1}, "colour: Extra inputs are not permitted, got 1"),
-        ({"model": {"colour": 1}}, "model.colour: Extra inputs are not permitted, got 1"),
-        ({"data": DIGITS | {"colour": 1}}, "data.colour: Extra inputs are not permitted, got 1"),
+        ({"colour": 1}, "colour: there is no such field, got 1"),
+        ({"model": {"colour": 1}}, "model.colour: there is no such field, got 1"),
+        ({"data": DIGITS | {"colour": 1}}, "data.colour: there is no such field, got 1"),
         ({"batch": 0}, "batch: Input should be greater than or equal to 1, got 0"),
         ({"batch": 2.5}, "batch: Input should be a valid integer, got a number with a fractional part, got 2.5"),
         ({"intervals": 0}, "intervals: Input should be greater than or equal to 1, got 0"),
@@ -102,6 +102,44 @@ def test_refused_fields_are_named(fields: dict[str, Any], expected: str) -> None
     assert message(**fields).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"model": {"resoluton": 64}},
+            "model.resoluton: there is no such field, got 64; did you mean model.resolution?",
+        ),
+        (
+            {"data": DIGITS | {"splitt": "test"}},
+            "data.splitt: there is no such field, got 'test'; did you mean data.split?",
+        ),
+        ({"ode_steps": 4}, "ode_steps: there is no such field, got 4; did you mean model.ode_steps?"),
+        ({"total_king": 4}, "total_king: there is no such field, got 4; did you mean total_kimg?"),
+        ({"augment": "dada"}, "augment: Input should be 'none', 'diffaug' or 'ada', got 'dada'; did you mean ada?"),
+        ({"augment": "5" * 1000}, "augment: Input should be 'none', 'diffaug' or 'ada', got '5555"),
+    ],
+)
+def test_the_nearest_name_is_suggested(fields: dict[str, Any], expected: str) -> None:
+    assert message(**fields).startswith(expected)
+    assert message(**fields).endswith("?") == expected.endswith("?")
+
+
+def test_fields_of_other_configurations_are_suggested() -> None:
+    class Paint(BaseModel, extra="forbid"):
+        colour: str = "red"
+
+    for config, hint in ((ModelConfig, "did you mean resolution?"), (Paint, "got 8")):
+        with pytest.raises(ValidationError) as caught:
+            config.model_validate({"resoluton": 8} | ({"color": 8} if config is Paint else {}))
+        assert describe_problems(caught.value).endswith(hint)
+    assert describe_problems(caught.value, Paint).endswith("color: there is no such field, got 8; did you mean colour?")
+
+
+def test_at_most_five_problems_are_described() -> None:
+    text = message(**{f"field{i}": i for i in range(8)})
+    assert text.count("there is no such field") == 5 and text.endswith("; and 3 more")
+
+
 def test_nan_is_no_number() -> None:
     """Comparisons with NaN are false, so a bound must not be written as a comparison that fails."""
     for name in ("lr_g", "total_kimg", "beta2", "r1_gamma", "ema_kimg"):
@@ -120,6 +158,11 @@ def test_batch_gpu_divides_batch() -> None:
     for batch_gpu in (None, 1, 8, 32):
         config = TrainConfig.model_validate({"data": DIGITS, "batch": 32, "batch_gpu": batch_gpu})
         assert config.batch_gpu == batch_gpu
+
+
+def test_the_noise_rate_may_be_constant() -> None:
+    config = TrainConfig.model_validate({"data": DIGITS, "beta_min": 2, "beta_max": 2})
+    assert (config.beta_min, config.beta_max) == (2.0, 2.0)
 
 
 def test_data_resolution_is_the_models() -> None:
@@ -193,5 +236,5 @@ def test_preset_fields_are_plain_json(name: str) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="there is no preset 'mnist'; there are digits, cifar10, "):
+    with pytest.raises(ValueError, match="there is no preset 'mnist'; available: digits, cifar10, "):
         preset("mnist")

@@ -1,10 +1,8 @@
-"""Pixels, grids and files that are written whole or not at all."""
+"""Pixels, grids and PNG files."""
 
 from __future__ import annotations
 
 import os
-import stat
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from spigan.files import atomic_path
 from spigan.images import display_scale, make_grid, save_png, to_pil, to_uint8, to_unit_interval
 
 EVERY_VALUE = torch.arange(256, dtype=torch.uint8)
@@ -96,76 +93,6 @@ def test_grid_is_about_square_by_default(n: int, columns: int, rows: int) -> Non
 @pytest.mark.parametrize(("resolution", "scale"), [(8, 8), (16, 4), (32, 2), (64, 1), (256, 1), (1024, 1)])
 def test_display_scale(resolution: int, scale: int) -> None:
     assert display_scale(resolution) == scale
-
-
-def test_atomic_path_replaces_when_the_block_ends_well(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.txt"
-    for text in ("first", "second"):
-        before = path.read_text() if path.exists() else None
-        with atomic_path(path) as scratch:
-            scratch.write_text(text)
-            assert scratch.name == path.name and scratch.parent.parent == path.parent
-            assert scratch.parent.name.startswith(".file.txt-")
-            assert (path.read_text() if path.exists() else None) == before
-        assert path.read_text() == text
-        assert os.listdir(path.parent) == ["file.txt"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_atomic_path_keeps_the_old_file_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def write() -> None:
-        with atomic_path(path) as scratch:
-            scratch.write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        write()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
-
-
-def test_atomic_path_leaves_nothing_where_it_cannot_write(tmp_path: Path) -> None:
-    (tmp_path / "folder" / "inside").mkdir(parents=True)
-    with pytest.raises(OSError), atomic_path(tmp_path / "folder") as scratch:  # noqa: PT011  # which one: by platform
-        scratch.write_text("text")
-    assert os.listdir(tmp_path) == ["folder"]
-
-
-def test_scratch_of_killed_programs_is_removed(tmp_path: Path) -> None:
-    """Not that of a program that still writes, nor what only looks like it."""
-    pytest.importorskip("fcntl", reason="no locks of folders")
-    path, long_ago = tmp_path / "file.txt", time.time() - 3600
-    stale, young, other = (
-        tmp_path / f".{name}" for name in ("file.txt-12345678", "file.txt-abcdefgh", "file.txt-kept")
-    )
-    for folder in (stale, young, other):
-        folder.mkdir()
-        (folder / "file.txt").write_text("half")
-    for folder in (stale, other):
-        os.utime(folder, (long_ago, long_ago))
-    with atomic_path(path) as writing:
-        assert set(tmp_path.iterdir()) == {young, other, writing.parent}
-        writing.write_text("first")
-        os.utime(writing.parent, (long_ago, long_ago))
-        with atomic_path(path) as second:  # as another process would
-            second.write_text("second")
-        assert writing.read_text() == "first"
-    assert path.read_text() == "first" and set(tmp_path.iterdir()) == {path, young, other}
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_atomic_path_gives_the_permissions_of_a_new_file(tmp_path: Path, umask: int, mode: int) -> None:
-    old = os.umask(umask)
-    try:
-        with atomic_path(tmp_path / "file.txt") as scratch:
-            scratch.write_text("text")
-        assert os.umask(umask) == umask  # and leaves the umask alone
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == mode
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])

@@ -1,4 +1,4 @@
-"""spigan.info: it tells what works, above all where something does not."""
+"""spigan.info: the report, above all where something does not work."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_collect():
 
 
 def test_packages_that_are_not_installed_are_named(monkeypatch):
-    monkeypatch.setattr(info, "_PACKAGES", ("torch", "no-such-package-here"))
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package-here"))
     assert info.collect()["versions"]["no-such-package-here"] == "not installed"
 
 
@@ -81,19 +81,33 @@ def test_report():
 
 
 def test_report_is_one_line_per_operation_and_the_causes(monkeypatch):
-    monkeypatch.setattr(backends, "implementations", {})
-    for op in ("first", "second_op"):
-        backends.register(op, "reference", backends.always_available)
-    backends.register("first", "cpp", lambda device: "it is out of order")
+    described = {
+        "first": {
+            "chosen": "reference",
+            "why": "auto: first that runs on cpu",
+            "cannot_run": {"cpp": "it is out of order"},
+            "not_chosen": [],
+            "not_implemented": ["triton", "cuda"],
+        },
+        "second_op": {
+            "chosen": "reference",
+            "why": "auto: first that runs on cpu",
+            "cannot_run": {},
+            "not_chosen": [],
+            "not_implemented": ["triton", "cuda", "cpp"],
+        },
+    }
+    assert described["first"].keys() == backends.describe(torch.device("cpu"))["philox_normal"].keys()
+    monkeypatch.setattr(backends, "describe", lambda device: described)
     assert backend_section(info.report().split("\nbackends on cuda:")[0]) == [
         "  first      reference  (auto: first that runs on cpu)",
         "    cpp cannot run: it is out of order",
         "  second_op  reference  (auto: first that runs on cpu)",
         "  not in this version: triton, cuda, cpp (second_op)",
     ]
-    monkeypatch.setenv("SPIGAN_BACKEND", "cpp")
+    described["first"] |= {"chosen": None, "why": "cpp was asked for by SPIGAN_BACKEND: it is out of order"}
     assert backend_section(info.report().split("\nbackends on cuda:")[0])[:2] == [
-        "  first      NONE       (cpp was requested by SPIGAN_BACKEND: it is out of order)",
+        "  first      NONE       (cpp was asked for by SPIGAN_BACKEND: it is out of order)",
         "    cpp cannot run: it is out of order",
     ]
 
@@ -130,6 +144,7 @@ def both(sabotage, tmp_path):
     return json.loads(as_json), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sabotage", "cause"),
     [

@@ -1,1 +1,1 @@
-"""A study of several training runs: the grid, the runs, the report."""
+"""Ablation studies: grid files (grid), training the arms (study), tables and curves (report)."""

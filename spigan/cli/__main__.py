@@ -1,5 +1,6 @@
 """`python -m spigan.cli`."""
 
-from spigan.cli import main
+from spigan.cli.program import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,20 @@
-"""Images for training and evaluation: `open_dataset` reads a source, `loader` yields its shuffled batches."""
+"""Images for training and evaluation: `open_dataset` reads a source, `loader` yields its shuffled batches.
 
-from spigan.data.dataset import DataConfig, ImageDataset, loader, open_dataset
+How a stored image becomes pixels, for example a row of a parquet file:
 
-__all__ = ["DataConfig", "ImageDataset", "loader", "open_dataset"]
+1. `open_dataset` (dataset.py) asks `find_source` (sources/find.py) for the `Source` that `DataConfig.source` names.
+2. `dataset[i]` calls `ImageReader.read` (decode.py), which calls `source.open(i)`. For parquet, that is
+   `RowGroupSource.open` or `RowSource.open` in sources/parquet.py: it reads the row's bytes.
+3. `open_image` (decode.py) reads the image's header, within limits.
+4. `ImageReader` checks the header, decodes the pixels and makes a square of the right size and channels.
+
+To train on images that are stored in another way, write a `Source` and register it: see `spigan.data.Source`.
+"""
+
+from spigan.data.batches import loader
+from spigan.data.config import DataConfig
+from spigan.data.dataset import ImageDataset, open_dataset
+from spigan.data.sources.base import Source, UnsuitableImage
+from spigan.data.sources.find import register_source
+
+__all__ = ["DataConfig", "ImageDataset", "Source", "UnsuitableImage", "loader", "open_dataset", "register_source"]

@@ -1,14 +1,14 @@
-"""Feature networks: uint8 images -> the [N, D] features that metrics compare, and class probabilities where there are.
+"""Feature networks: they map uint8 images to the [N, D] features that metrics compare, and to class probabilities.
 
-A feature network is named by a specification:
+A specification names a feature network:
 
     inception                       the Inception of 2015-12-05, from the user's cache
     inception=PATH                  the same file elsewhere
-    cifar10-resnet56=PATH           safetensors of the CIFAR-10 ResNet-56
+    cifar10-resnet56=PATH           the CIFAR-10 ResNet-56, a safetensors file
     NAME=PATH, or PATH              any TorchScript network; NAME (default: the file's) names its metrics
 
-Only the first is FID. A distance of other features is called FD-<name>, an Inception Score of another classifier
-IS-<name>.
+FID and IS are only defined with Inception. With any other network, the distance is called FD-<name> and the Inception
+Score IS-<name>.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from spigan.data.dataset import user_path
 from spigan.evaluation.cache import cache_folder
-from spigan.models.spigan import load_weights
+from spigan.evaluation.resnet56 import load_resnet56
+from spigan.files import user_path
+from spigan.images import to_pil
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,26 +37,29 @@ INCEPTION_NAME = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_NAME}"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 RESNET56 = "cifar10-resnet56"
-RESNET56_SOURCE = "docs/evaluation.md says how to make it from https://github.com/akamaster/pytorch_resnet_cifar10"
+RESNET56_SOURCE = "docs/evaluation.md explains how to make it from https://github.com/akamaster/pytorch_resnet_cifar10"
 
 Network = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class FeatureNet:
-    """A network that images are compared by. Made by `load_features`.
+    """A network whose features images are compared by. Made by `load_features`.
 
     Args:
-        network: (uint8 [N, 3, H, W] on `device`, whether class probabilities are wanted) -> features [N, D], and class
-            probabilities [N, classes] or None.
-        name: what its metrics are called after; None for the Inception of FID.
-        sha256: of the file of weights.
+        network: function of images (uint8 [N, 3, H, W] on `device`) and whether class probabilities are wanted. It
+            returns features [N, D], and class probabilities [N, classes] or None.
+        name: name that its metrics carry; None for FID's Inception.
+        sha256: sha256 of the file of weights.
         source: specification that it was loaded by.
-        resolution: side that images are resized to first; None: any, as they are.
-        device: where it runs.
+        resolution: side in pixels that images are resized to first; None: images of any size are taken as they are.
+        device: device that it runs on.
 
     Attributes:
-        dim: D.
-        classes: number of classes; None without class probabilities.
+        dim: number of features, D.
+        classes: number of classes; None if there are no class probabilities.
+
+    Raises:
+        ValueError: the network cannot be applied to images, or its results have the wrong shape.
     """
 
     def __init__(
@@ -70,23 +74,28 @@ class FeatureNet:
         self.classes = None if probabilities is None else probabilities.shape[1]
 
     def metric(self, kind: str) -> str:
-        """Name of a metric of these features; kind is "FD", "KID" or "IS": "FID", "KID", "IS" of the Inception of FID,
-        else "FD-ResNet56" and so on."""
+        """Return the name of a metric, whose kind is "FD", "KID" or "IS".
+
+        It is "FID", "KID" or "IS" for FID's Inception, otherwise "FD-ResNet56" and so on.
+        """
         return "FID" if kind == "FD" and not self._suffix else kind + self._suffix
 
     @torch.inference_mode()
     def __call__(
         self, images: Tensor, *, resize: str = "lanczos", probabilities: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Features of uint8 images [N, C, H, W], C = 1 (repeated) or 3.
+        """Compute the features of images.
 
         Args:
-            images: on any device.
-            resize: Pillow's filter, antialiased, where they are not of this network's `resolution`.
-            probabilities: also return class probabilities, where the network has any.
+            images: uint8 [N, C, H, W] on any device; C = 1 is repeated to 3.
+            resize: Pillow filter (antialiased) for images that are not of this network's `resolution`.
+            probabilities: also return class probabilities, if the network has any.
 
         Returns:
-            float32 [N, D], and float32 [N, classes] or None, on this network's device.
+            Features, float32 [N, D], and class probabilities, float32 [N, classes] or None, on this network's device.
+
+        Raises:
+            ValueError: the images have another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
@@ -99,30 +108,28 @@ class FeatureNet:
         return features.float(), None if classes is None else classes.float()
 
     def _try(self) -> tuple[Tensor, Tensor | None]:
-        """What two images of noise give, checked: a wrong network ends here, not after an hour of sampling."""
+        """Apply the network to two images of noise: a wrong network fails here, not after an hour of sampling."""
         side = self.resolution or 32
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), dtype=np.uint8))
         try:
             features, probabilities = self(noise, probabilities=True)
-        except Exception as error:  # it is anybody's code
+        except Exception as error:  # a network may run any code
             raise ValueError(
                 f"{self.source} cannot be applied to uint8 images [N, 3, {side}, {side}] "
-                f"({type(error).__name__}: {(str(error).strip() or 'no more is known').splitlines()[-1][:500]}): "
+                f"({type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1][:500]}): "
                 "see docs/evaluation.md"
             ) from error
         for what, values in (("features", features), ("class probabilities", probabilities)):
             if values is not None and (values.ndim != 2 or len(values) != 2):
                 raise ValueError(
-                    f"{self.source} makes {what} of shape {list(values.shape)}, expected [2, D] of 2 images"
+                    f"{self.source} makes {what} of shape {list(values.shape)} from 2 images; expected [2, D]"
                 )
         return features, probabilities
 
 
 def resized(images: Tensor, resolution: int, resize: str) -> Tensor:
-    """uint8 [N, C, H, W] resized to squares by Pillow, whose filters are antialiased."""
+    """Resize images, uint8 [N, C, H, W], to squares with Pillow, whose filters are antialiased."""
     from PIL import Image
-
-    from spigan.images import to_pil
 
     def one(image: Image.Image) -> Tensor:
         pixels = np.asarray(image.resize((resolution, resolution), Image.Resampling[resize.upper()]))
@@ -132,18 +139,18 @@ def resized(images: Tensor, resolution: int, resize: str) -> Tensor:
 
 
 def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: str | Path | None = None) -> FeatureNet:
-    """The feature network that a specification names; see the top of this module.
+    """Load the feature network that a specification names.
 
-    A TorchScript file is a program: load only one from somebody you trust. torch's global generator is not touched.
+    A TorchScript file is a program: only load files that you trust. torch's global generator is not touched.
 
     Args:
-        spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "NAME=PATH" or "PATH".
-        device: where it shall run.
-        cache_dir: where "inception" is looked for; default: see `spigan.evaluation.cache.cache_folder`.
+        spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "NAME=PATH" or "PATH"; see the top of this module.
+        device: device to run on.
+        cache_dir: folder with Inception's file, for "inception"; default: see `spigan.evaluation.cache.cache_folder`.
 
     Raises:
-        FileNotFoundError: no such file; the message says where to get it.
-        ValueError: the file is damaged, of another kind, or not of the network that the name means.
+        FileNotFoundError: the file does not exist; the message says where to get it.
+        ValueError: the file is damaged, of another kind, or holds another network than the name says.
     """
     name, separator, path = spec.partition("=")
     if not separator:
@@ -156,17 +163,17 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
     file = user_path(path)
     if not file.is_file():
         known = f'"inception", "inception=PATH", "{RESNET56}=PATH", or the PATH of a TorchScript network'
-        raise FileNotFoundError(f"feature network {spec!r}: there is no file {path!r}; expected {known}")
+        raise FileNotFoundError(f"feature network {spec!r}: the file {path!r} does not exist; expected {known}")
     if not re.fullmatch(r"[\w.-]+", name or file.stem):
-        raise ValueError(f"feature network {spec!r}: its name may hold letters, digits, '.', '-' and '_' only")
+        raise ValueError(f"feature network {spec!r}: its name may only contain letters, digits, '.', '-' and '_'")
     if (name or file.stem).lower() in ("inception", "fid", INCEPTION_NAME.removesuffix(".pt")):
-        raise ValueError(f"{name or file.stem!r} would be taken for FID's network: say inception={path}")
+        raise ValueError(f"{name or file.stem!r} would be taken for FID's network: use inception={path}")
     script = _load_script(file, device)
     return FeatureNet(_script_network(script), name or file.stem, file_sha256(file), spec, None, device)
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file."""
+    """Return the sha256 (hex) of a file."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -180,13 +187,13 @@ def file_sha256(path: Path) -> str:
 def _load_script(path: Path, device: torch.device) -> Any:
     try:
         with warnings.catch_warnings():
-            # torch calls TorchScript deprecated; the weights of FID exist in no other form.
+            # torch calls TorchScript deprecated, but FID's weights only exist in this form.
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch.jit.load(str(path), map_location=device).eval()
     except Exception as error:  # torch's reader raises RuntimeError, IndexError, UnicodeDecodeError and others
         raise ValueError(
-            f"{path} is not a TorchScript file, or damaged ({_first_line(error)}): weights alone are "
-            "not enough, a network is saved by torch.jit.script(network).save(PATH)"
+            f"{path} is damaged or not a TorchScript file ({_first_line(error)}): save the network, not only its "
+            "weights, with torch.jit.script(network).save(PATH)"
         ) from error
 
 
@@ -195,9 +202,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _script_network(script: Any) -> Network:
-    """Any TorchScript network: uint8 [N, 3, H, W] -> features [N, D], or the pair (features, class probabilities).
+    """Wrap a TorchScript network that maps uint8 [N, 3, H, W] to features [N, D], or to (features, probabilities).
 
-    Where it takes return_features (NVIDIA's feature networks do), that is set.
+    If it takes `return_features`, as NVIDIA's feature networks do, that is set.
     """
     takes = {argument.name for argument in script.forward.schema.arguments}
     options = {"return_features": True} if "return_features" in takes else {}
@@ -211,25 +218,25 @@ def _script_network(script: Any) -> Network:
 
 
 def _inception(spec: str, path: Path, device: torch.device) -> FeatureNet:
-    """NVIDIA's TorchScript translation of the Inception of 2015-12-05.
+    """Load NVIDIA's TorchScript translation of the Inception of 2015-12-05.
 
-    It resizes images to 299 x 299 itself, bilinearly and without antialiasing, as FID is defined.
+    The network itself resizes images to 299 x 299, bilinearly and without antialiasing, as in the definition of FID.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: FID needs the Inception network of 2015-12-05, a TorchScript file of 96 MB. Get "
-            f"it from {INCEPTION_URL} and put it there, or say inception=PATH"
+            f"{path} does not exist: FID needs the Inception network of 2015-12-05, a TorchScript file of 96 MB. "
+            f"Download {INCEPTION_URL} and put it there, or use inception=PATH"
         )
     sha256 = file_sha256(path)
     if sha256 != INCEPTION_SHA256:
         raise ValueError(
-            f"{path} is not {INCEPTION_NAME} (its sha256 is {sha256[:12]}..., expected {INCEPTION_SHA256[:12]}...): "
-            f"get it again from {INCEPTION_URL}; only that file makes what is called FID. Another network is given as "
-            "NAME=PATH"
+            f"{path} is not {INCEPTION_NAME} (expected the sha256 {INCEPTION_SHA256[:12]}..., got {sha256[:12]}...): "
+            f"download it again from {INCEPTION_URL}; FID is only defined with this file. To use another network, "
+            "write NAME=PATH"
         )
     script = _load_script(path, device)
-    # The softmax without its bias, as the Inception Score was published. Of features that are there already: the
-    # network's own no_output_bias=True would compute them a second time.
+    # The softmax without its bias, as the Inception Score was published. It is computed here from the features, because
+    # the network's own no_output_bias=True would compute those a second time.
     weight = script.state_dict()["output.weight"].float()  # [1008, 2048]
 
     def network(images: Tensor, probabilities: bool) -> tuple[Tensor, Tensor | None]:
@@ -239,82 +246,10 @@ def _inception(spec: str, path: Path, device: torch.device) -> FeatureNet:
     return FeatureNet(network, None, sha256, spec, None, device)
 
 
-# ---- ResNet-56 for CIFAR-10 ----
-
-
-class _BatchNorm(nn.Module):
-    """Batch normalisation with kept statistics: what nn.BatchNorm2d is in eval mode, without its counter of batches."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            self.register_buffer(name, torch.empty(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)  # type: ignore[arg-type]
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (He et al. 2015, option A)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = _BatchNorm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = _BatchNorm(outputs)
-        self.stride, self.padding = stride, outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:  # every second pixel; channels of zeros on both sides
-            half = self.padding // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.padding - half))
-        return F.relu(y + x)
-
-
-class ResNet56(nn.Module):
-    """The ResNet-56 for 32x32 images (He et al. 2015, section 4.2): 3 stages of 9 blocks, 16, 32 and 64 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = _BatchNorm(16)
-        inputs = 16
-        for stage, outputs in enumerate((16, 32, 64), 1):
-            first = _Block(inputs, outputs, stride=1 if stage == 1 else 2)
-            self.add_module(f"layer{stage}", nn.Sequential(first, *(_Block(outputs, outputs, 1) for _ in range(8))))
-            inputs = outputs
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 RGB [N, 3, 32, 32] -> features [N, 64] after global average pooling, class probabilities [N, 10]."""
-        mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32)
-        x = (images.float() / 255.0 - mean[:, None, None]) / std[:, None, None]
-        x = F.relu(self.bn1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
-        for stage in (1, 2, 3):
-            x = self.get_submodule(f"layer{stage}")(x)
-        features = x.mean((2, 3))
-        return features, self.linear(features).softmax(1)
-
-
 def _resnet56(spec: str, path: str, device: torch.device) -> FeatureNet:
     file = user_path(path)
     if not path or not file.is_file():
-        problem = f"{path} does not exist" if path else f"{spec!r} says no file"
-        raise FileNotFoundError(f"{problem}: give {RESNET56}=PATH of its safetensors; {RESNET56_SOURCE}")
-    with torch.device("meta"):  # no memory, and no random numbers, for weights that are about to be replaced
-        resnet = ResNet56()
-    resnet = resnet.to_empty(device="cpu")
-    load_weights(resnet, file)
-    resnet = resnet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    # On a CPU activations of 64 images stay in the cache: 666 images/s instead of 498 at 256 (one thread of an AVX-512
-    # server CPU, PyTorch 2.13, 2026-11-25).
-    rows = 64 if device.type == "cpu" else 4096
-
-    def network(images: Tensor, probabilities: bool) -> tuple[Tensor, Tensor | None]:
-        features, classes = zip(*(resnet(part) for part in images.split(rows)), strict=True)
-        return torch.cat(features), torch.cat(classes) if probabilities else None
-
+        problem = f"{path} does not exist" if path else f"{spec!r} lacks the path of a file"
+        raise FileNotFoundError(f"{problem}: use {RESNET56}=PATH with its safetensors file; {RESNET56_SOURCE}")
+    network = load_resnet56(file, device)
     return FeatureNet(network, "ResNet56", file_sha256(file), spec, 32, device)

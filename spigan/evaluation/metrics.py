@@ -1,8 +1,8 @@
-"""Formulas of the metrics, on features alone: [N, D] tensors of one row per image, on any device.
+"""The metrics' formulas, on features: [N, D] tensors with one row per image, on any device.
 
-Rows are compared with rows in chunks, so that memory grows with N + D^2, never with N^2. The mean, the covariance, what
-is computed of them and the kernel of KID are float64. Distances between neighbours are float32 after the reference's
-mean is subtracted, which makes |x|^2 + |y|^2 - 2 x.y accurate enough: neighbours are only compared by size.
+Rows are compared in blocks, so that memory grows with N + D^2, never with N^2. The mean, the covariance, everything
+computed from them and the kernel of KID are float64. Distances between neighbours are float32, after the reference's
+mean is subtracted; this makes |x|^2 + |y|^2 - 2 x.y accurate enough, because neighbours are only compared by size.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ NEIGHBOURS_MANIFOLD = 3
 NEIGHBOURS_COVERAGE = 5
 """k of density and coverage (Naeem et al. 2020, section 4.2)."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-"""Subsets of KID: as many as Karras et al. 2020a take, of the largest size that Binkowski et al. 2018 take."""
+"""Subsets of KID: their number as in Karras et al. 2020a, their size the largest in Binkowski et al. 2018."""
 INCEPTION_SPLITS = 10
-"""Parts that the Inception Score is averaged over (Salimans et al. 2016)."""
+"""Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
 
-_BLOCK = 1 << 24  # distances at a time, 64 MiB in float32
-_ROWS = 4096  # rows at a time whose float64 copy makes sums
+_BLOCK = 1 << 24  # distances computed at a time, 64 MiB in float32
+_ROWS = 4096  # rows copied to float64 at a time
 
 
 class Estimate(NamedTuple):
-    """A mean and a standard deviation, of subsets or of parts."""
+    """A mean and a standard deviation, over subsets or parts."""
 
     mean: float
     std: float
 
 
 def check_features(features: Tensor, what: str = "features", least: int = 1) -> Tensor:
-    """`features` where they are [N, D] finite numbers of at least `least` rows.
+    """Return `features` if they are finite numbers [N, D] with N >= least.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not; the message calls them `what`.
     """
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{what} must be floating-point [N, D], got {features.dtype} {list(features.shape)}")
     if len(features) < least:
         raise ValueError(f"{what}: at least {least} images are needed, got {len(features)}")
     if not all(part.isfinite().all() for part in features.split(_ROWS)):
-        raise ValueError(f"{what} must be finite: the feature network made infinities or NaN")
+        raise ValueError(f"{what} must be finite, but the feature network returned infinity or NaN")
     return features
 
 
@@ -52,7 +52,7 @@ def check_features(features: Tensor, what: str = "features", least: int = 1) -> 
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and unbiased covariance [D, D] of features [N, D], N >= 2, in float64."""
+    """Return the mean [D] and the unbiased covariance [D, D], in float64, of features [N, D] with N >= 2."""
     check_features(features, least=2)
     mean = torch.stack([part.double().sum(0) for part in features.split(_ROWS)]).sum(0) / len(features)
     covariance = mean.new_zeros(len(mean), len(mean))
@@ -63,10 +63,10 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
-    """Squared Frechet distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
+    """Return the squared Frechet distance between two Gaussians (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = L L^T the last trace is the sum of the singular values of
-    L1^T L2, which, unlike a matrix square root of C1 C2, exists and is real for singular covariances too.
+    It is |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). With C = L L^T, the trace of (C1 C2)^(1/2) is the sum of the
+    singular values of L1^T L2. Unlike a matrix square root of C1 C2, these also exist for singular covariances.
 
     Args:
         mean1: [D] float64.
@@ -81,7 +81,7 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """L with L L^T = covariance; eigenvalues that rounding alone made are 0."""
+    """Return L with L L^T = covariance, with 0 for eigenvalues that are only rounding errors."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
     return vectors * torch.where(values > noise, values, 0.0).sqrt()
@@ -93,16 +93,17 @@ def _factor(covariance: Tensor) -> Tensor:
 def kernel_distance(
     reference: Tensor, samples: Tensor, *, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE, seed: int = 0
 ) -> Estimate:
-    """KID: squared maximum mean discrepancy of features, k(x, y) = (x.y / D + 1)^3 (Binkowski et al. 2018, section 4).
+    """Return KID, the squared maximum mean discrepancy of features (Binkowski et al. 2018, section 4).
 
-    Unbiased, so it may be a little below 0. The subsets are drawn without replacement from a generator of their own.
+    The kernel is k(x, y) = (x.y / D + 1)^3. The estimate is unbiased, so it may be slightly below 0. The subsets are
+    drawn without replacement, from a generator that is seeded here.
 
     Args:
-        reference: [N, D].
-        samples: [M, D].
-        subsets: pairs of subsets that it is averaged over.
-        subset_size: rows of each; no more than N and M.
-        seed: of the subsets.
+        reference: features [N, D].
+        samples: features [M, D].
+        subsets: number of pairs of subsets to average over.
+        subset_size: rows per subset; at most N and M are used.
+        seed: seed of the subsets.
 
     Returns:
         Mean and standard deviation over the subsets.
@@ -123,7 +124,7 @@ def kernel_distance(
 
 
 def _mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased squared MMD of x and y, both [n, D]; Gretton et al. 2012, eq. 4."""
+    """Return the unbiased squared MMD of x and y, both [n, D] (Gretton et al. 2012, eq. 4)."""
     n, dim = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -137,11 +138,11 @@ def _mmd2(x: Tensor, y: Tensor) -> Tensor:
 
 
 def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Estimate:
-    """exp(E KL(p(y|x) || p(y))) of class probabilities (Salimans et al. 2016, section 4).
+    """Return the Inception Score, exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4).
 
     Args:
-        probabilities: [N, classes], rows sum to 1, N >= splits.
-        splits: consecutive parts, of which the score is taken separately.
+        probabilities: class probabilities [N, classes] with N >= splits; rows sum to 1.
+        splits: number of consecutive parts that are scored separately.
 
     Returns:
         Mean and standard deviation over the parts.
@@ -150,7 +151,7 @@ def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Es
     scores = []
     for part in probabilities.tensor_split(splits):
         p = part.double()
-        # The mean divergence from the mean is the entropy of the mean less the mean entropy; entr(0) is 0.
+        # The mean divergence from the mean is the entropy of the mean minus the mean entropy; entr(0) is 0.
         scores.append((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp())
     values = torch.stack(scores)
     return Estimate(values.mean().item(), values.std(correction=0).item())
@@ -160,7 +161,7 @@ def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Es
 
 
 class Neighbours(NamedTuple):
-    """Shares in [0, 1] (density may exceed 1)."""
+    """Fractions in [0, 1]; density may exceed 1."""
 
     precision: float
     recall: float
@@ -171,13 +172,13 @@ class Neighbours(NamedTuple):
 def neighbour_distances(
     features: Tensor, centre: Tensor, k: int = NEIGHBOURS_COVERAGE, *, progress: bool = False
 ) -> Tensor:
-    """Squared distances from every row to its k nearest others, in ascending order.
+    """Return the squared distances from every row to its k nearest other rows, in ascending order.
 
     Args:
         features: [N, D], N > k.
-        centre: [D] subtracted from all rows; the same in everything that is compared.
+        centre: [D], subtracted from all rows; use the same one for everything that is compared.
         k: number of neighbours.
-        progress: show a bar where it takes more than two seconds.
+        progress: show a progress bar if this takes over 2 s.
 
     Returns:
         float32 [N, k].
@@ -195,20 +196,21 @@ def neighbour_distances(
 def neighbour_metrics(
     reference: Tensor, samples: Tensor, radii: Tensor, centre: Tensor, *, progress: bool = False
 ) -> Neighbours:
-    """Improved precision and recall, density and coverage.
+    """Return improved precision and recall, density and coverage.
 
-    Precision is the share of samples within the reference's manifold, the union of balls around its rows that reach to
-    the third nearest other row; recall the share of reference rows within the samples' (Kynkäänniemi et al. 2019,
-    eq. 1 to 3). Density counts how many balls of the reference, to the fifth nearest, hold a sample, over k; coverage
-    is the share of these balls that hold any (Naeem et al. 2020, eq. 4 and 6). They are comparable where N and M are
-    equal: the radii shrink as rows are added.
+    The manifold of a set is the union of balls around its rows, each reaching to the third nearest other row. Precision
+    is the fraction of samples within the reference's manifold, recall the fraction of reference rows within the
+    samples' manifold (Kynkäänniemi et al. 2019, eq. 1 to 3). For density and coverage, balls around reference rows
+    reach to the fifth nearest other row (k = 5). Density is the mean number of balls that a sample lies in, divided by
+    k; coverage is the fraction of balls with a sample in them (Naeem et al. 2020, eq. 4 and 6). Values can only be
+    compared for equal N and M, because the radii shrink as rows are added.
 
     Args:
         reference: [N, D], N > 5.
         samples: [M, D], M > 3.
         radii: `neighbour_distances(reference, centre)`.
-        centre: [D], about the mean of the reference.
-        progress: show bars where it takes more than two seconds.
+        centre: [D], roughly the mean of the reference.
+        progress: show progress bars if this takes over 2 s.
     """
     check_features(reference, "reference", least=NEIGHBOURS_COVERAGE + 1)
     check_features(samples, "samples", least=NEIGHBOURS_MANIFOLD + 1)
@@ -221,7 +223,7 @@ def neighbour_metrics(
     for block in _squared_distances(samples, reference, centre, title):  # [rows, N]
         precise += int((block <= manifold).any(1).sum())
         recalled |= (block <= sample_radii[start : start + len(block), None]).any(0)
-        within = block < ball  # as the authors' code has it; a set against itself then has density 1
+        within = block < ball  # as in the authors' code, so that a set against itself has density 1
         inside += int(within.sum())
         covered |= within.any(0)
         start += len(block)
@@ -234,9 +236,9 @@ def neighbour_metrics(
 
 
 def _squared_distances(x: Tensor, y: Tensor, centre: Tensor, title: str | None) -> Iterator[Tensor]:
-    """Squared distances from x [N, D] to all of y [M, D], float32 [rows, M] at a time; a block may be overwritten.
+    """Yield the squared distances from x [N, D] to y [M, D] in blocks, float32 [rows, M], which may be overwritten.
 
-    `title` is that of a progress bar; None: no bar.
+    `title` is the title of a progress bar; None: no bar.
     """
     from tqdm.auto import tqdm
 

@@ -1,4 +1,4 @@
-"""The networks: mapping, generator, discriminator, and the model made of the first two."""
+"""The networks: mapping, generator, discriminator, and SPIGAN, which joins the first two."""
 
 from spigan.models.discriminator import Discriminator
 from spigan.models.generator import Generator

@@ -1,5 +1,5 @@
-"""Discriminator: (image, time) -> logit. StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c) that is told the
-time, one network for every t (the paper's section 3.4.2)."""
+"""Discriminator: (image, time) -> logit. StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c), conditioned
+on the time: one network for every t (section 3.4.2 of the paper)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spigan.ops.upfirdn2d import fir_filter
 
 
 def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
-    """Transformer positional encoding of 1000 t, base 10000 (Ho et al. 2020, appendix B).
+    """Return the Transformer's positional encoding of 1000 t, base 10000 (Ho et al. 2020, appendix B).
 
     Args:
         t: [N] times in [0, 1].
-        dim: even number of values.
+        dim: length of the embedding, even.
 
     Returns:
         [N, dim]: cosines, then sines.
@@ -54,7 +54,7 @@ class DiscriminatorBlock(nn.Module):
     Args:
         in_channels: I.
         out_channels: O.
-        time_dim: P; None for a block that is not told the time.
+        time_dim: P; None for a block without time.
     """
 
     resample_filter: Tensor
@@ -71,7 +71,7 @@ class DiscriminatorBlock(nn.Module):
         """x [N, I, H, W], time [N, P] -> [N, O, H/2, W/2]."""
         shortcut = self.skip(downsample2d(x, self.resample_filter))
         x = self.conv0(x, None if self.time is None or time is None else self.time(time))
-        # Blur with two pixels of padding, then the stride-2 convolution without any: centred, size H/2.
+        # Blur with two pixels of padding, then the stride-2 convolution without padding: centred, of size H/2.
         x = self.conv1(fir_bias_act(x, filter=self.resample_filter, padding=(2, 2)))
         return (x + shortcut) * math.sqrt(0.5)
 
@@ -81,7 +81,7 @@ def minibatch_std(x: Tensor, group_size: int) -> Tensor:
 
     Args:
         x: [N, C, H, W].
-        group_size: images in a group; where it does not divide N, the largest smaller number that does.
+        group_size: images in a group; if it does not divide N, the largest smaller number that does.
 
     Returns:
         [N, C + 1, H, W].
@@ -101,7 +101,7 @@ class Discriminator(nn.Module):
         img_channels: C.
         channel_base: width at resolution r is min(channel_base / r, channel_max).
         channel_max: largest width.
-        time_conditioning: False makes it StyleGAN2's, which sees clean images only.
+        time_conditioning: False for StyleGAN2's discriminator, which sees clean images only.
         time_dim: width of the time embedding.
         mbstd_group: images in a group of the minibatch standard deviation.
     """
@@ -133,7 +133,7 @@ class Discriminator(nn.Module):
         self.out = Linear(widths[-1], 1)
 
     def forward(self, img: Tensor, t: float | Tensor = 1.0) -> Tensor:
-        """Logit that an image is a real one of time t.
+        """Return the logit that an image is a real one of time t.
 
         Args:
             img: [N, C, H, W] in about [-1, 1].

@@ -1,39 +1,36 @@
-"""Models for others: the folder that is pushed to the Hugging Face hub, and its model card.
+"""Publishing models: the folder that is pushed to the Hugging Face hub, and its model card.
 
-What is pushed: config.json, model.safetensors (the averaged weights), samples.png and README.md, the card. Never the
-discriminator, an optimiser's state or a checkpoint, and of local paths no more than the last part.
+A push uploads config.json, model.safetensors (the averaged weights), samples.png and README.md, the card. It never
+uploads the discriminator, optimiser states or checkpoints, and of local paths it shows the last part at most.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from spigan.files import read_json, shorten
-from spigan.images import display_scale, make_grid, save_png
+from spigan.images import grid_side, save_png
+from spigan.models.grid import sample_grid
+from spigan.models.pretrained import CARD_NAME, PretrainedModel, hub_connection, weights_sha256
+from spigan.runs import read_best, read_config, read_rows
 
-if TYPE_CHECKING:
-    from spigan.models import SPIGAN
-
-CARD_NAME = "README.md"
 SAMPLES_NAME = "samples.png"
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 _TASK = "unconditional-image-generation"
 _DATA = {"source", "split", "count", "resolution", "channels", "resize", "crop", "xflip", "fingerprint"}
-# Of a run's configuration: where and how it ran, which is nobody's business and may name local files.
+# Fields of a run's configuration that say where and how it ran. They are private and may name local files.
 _PRIVATE = {"device", "metric_features", "metric_samples", "metric_ticks"}
 
 
 def push_to_hub(
-    model: SPIGAN,
+    model: PretrainedModel,
     repo_id: str,
     *,
     run: str | Path | None = None,
@@ -47,10 +44,10 @@ def push_to_hub(
 ) -> str:
     """Upload a model with its card in one commit; see `spigan.SPIGAN.push_to_hub`."""
     if create_pr and branch is not None:
-        raise ValueError(f"a pull request is against the main branch: leave out create_pr or the branch {branch!r}")
-    fields = describe(model, run=run, metrics=metrics, license=license)  # what is wrong with it is told first
+        raise ValueError(f"a pull request targets the main branch: leave out create_pr or the branch {branch!r}")
+    fields = describe(model, run=run, metrics=metrics, license=license)  # before anything is created on the hub
     api = HfApi(token=token)
-    with TemporaryDirectory() as scratch, connection():
+    with TemporaryDirectory() as scratch, hub_connection():
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -66,20 +63,8 @@ def push_to_hub(
     return commit.pr_url or commit.commit_url
 
 
-@contextmanager
-def connection() -> Iterator[None]:
-    """A connection to the hub that fails inside the block raises OSError, which those of HTTP libraries are not."""
-    try:
-        yield
-    except Exception as error:
-        # By name: huggingface_hub talks by httpx or httpx2, which are no dependencies of ours.
-        if isinstance(error, OSError) or not type(error).__module__.startswith("httpx"):
-            raise
-        raise OSError(f"the hub cannot be reached: {error or type(error).__name__}") from error
-
-
 def write_folder(
-    model: SPIGAN,
+    model: PretrainedModel,
     folder: str | Path,
     repo_id: str,
     *,
@@ -91,13 +76,16 @@ def write_folder(
 
     Args:
         model: the model.
-        folder: new or empty.
-        repo_id: name on the hub, which the card tells how to use.
+        folder: a new or empty folder.
+        repo_id: name on the hub, for the instructions in the card.
         run, metrics, license: as in `spigan.SPIGAN.push_to_hub`.
+
+    Returns:
+        The folder.
 
     Raises:
         FileExistsError: the folder is not empty.
-        FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`, or a name that the hub does not take.
+        FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`, or the hub does not allow the name.
     """
     validate_repo_id(repo_id)
     folder = Path(folder)
@@ -107,19 +95,14 @@ def write_folder(
     return folder
 
 
-def _write(model: SPIGAN, folder: Path, repo_id: str, fields: dict[str, Any]) -> None:
-    from spigan.sampling import Sampler
-
-    resolution = model.config.resolution
-    side = 8 if resolution <= 64 else 4
-    images = Sampler(model, output="uint8")(range(side**2), to="cpu")
-    save_png(make_grid(images, columns=side, scale=display_scale(resolution)), folder / SAMPLES_NAME)
+def _write(model: PretrainedModel, folder: Path, repo_id: str, fields: dict[str, Any]) -> None:
+    save_png(sample_grid(model), folder / SAMPLES_NAME)
     model.save_pretrained(folder)
-    card(model, repo_id, **fields, samples=side**2).save(folder / CARD_NAME)
+    card(model, repo_id, **fields, samples=grid_side(model.config.resolution) ** 2).save(folder / CARD_NAME)
 
 
 def card(
-    model: SPIGAN,
+    model: PretrainedModel,
     repo_id: str | None = None,
     *,
     data: dict[str, Any] | None = None,
@@ -128,13 +111,13 @@ def card(
     license: str | None = None,
     samples: int = 0,
 ) -> ModelCard:
-    """The model card.
+    """Return the model card.
 
     Args:
         model: the model.
-        repo_id: name on the hub, or where else the model can be found.
-        data, training, metrics, license: of `describe`.
-        samples: how many images samples.png shows; 0: there is none.
+        repo_id: name on the hub, or another place where the model can be found.
+        data, training, metrics, license: as `describe` returns them.
+        samples: number of images in samples.png; 0 if there is no such file.
     """
     config = model.config
     name = (repo_id or "spigan model").rpartition("/")[2]
@@ -166,101 +149,97 @@ def card(
         training=training,
         settings=json.dumps(training["config"], indent=2) if training else "",
         metrics=metrics,
-        licence=license or "Whoever trained the model has stated none. The code of spigan is under Apache-2.0.",
+        licence=license or "The author of the model has not stated a licence. The code of spigan is under Apache-2.0.",
         samples=samples,
     )
 
 
 def describe(
-    model: SPIGAN,
+    model: PretrainedModel,
     *,
     run: str | Path | None = None,
     metrics: str | Path | None = None,
     license: str | None = None,
 ) -> dict[str, Any]:
-    """What a card tells of data, training and metrics.
+    """Collect what a card shows about data, training and metrics.
 
     Args:
         model: the model.
         run: folder of the training run.
-        metrics: JSON of `spigan evaluate --out`; default: those of the run's best/, where its weights are the model's.
-        license: as the hub writes it, such as "cc-by-4.0".
+        metrics: JSON file of `spigan evaluate --out`; default: the metrics in the run's best/, if it holds the weights
+            of the model.
+        license: the hub's name of a licence, such as "cc-by-4.0".
 
     Returns:
         Arguments for `card`.
 
     Raises:
-        FileNotFoundError: no such run, or no such file.
-        ValueError: the run's files are damaged, the run made a model of another architecture, or the metrics are those
-            of other weights.
+        FileNotFoundError: the run or one of its files does not exist.
+        ValueError: the run's files are damaged, the run trained another architecture, or the metrics are of other
+            weights.
     """
-    from spigan.runs import read_config, read_rows
-
     fields: dict[str, Any] = {"license": license}
-    best = None
     if run is not None:
-        run = Path(run)
-        config = read_config(run)
-        if config.model != model.config:
-            raise ValueError(f"{run} trained a model of another architecture than the one to push")
-        best = _best(run, model)
-        rows = read_rows(run / "stats.jsonl", "iteration", "kimg", "seconds")
-        stats = [row for row in rows if best is None or row["iteration"] <= best["iteration"]]
-        settings = config.model_dump(exclude=_PRIVATE)
-        settings["data"]["source"] = _public(config.data.source)
-        data = fields["data"] = read_json(run / "data.json")
-        if missing := _DATA - data.keys():
-            raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
-        data["source"] = _public(str(data["source"]))
-        training = fields["training"] = {"config": settings}
-        if stats:  # none before the first tick
-            training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
+        fields |= _describe_run(Path(run), model)
     if metrics is not None:
-        fields["metrics"] = _evaluated(Path(metrics), model)
-    elif best is not None:
+        fields["metrics"] = _evaluation(Path(metrics), model)
+    return fields
+
+
+def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
+    """Data and training of a run, and the metrics that it measured for the weights of `model`, if any."""
+    config = read_config(run)
+    if config.model != model.config:
+        raise ValueError(f"{run} trained a model of another architecture than the one to push")
+    best = _best(run, model)
+    rows = read_rows(run / "stats.jsonl", "iteration", "kimg", "seconds")
+    stats = [row for row in rows if best is None or row["iteration"] <= best["iteration"]]
+    settings = config.model_dump(exclude=_PRIVATE)
+    settings["data"]["source"] = _public(config.data.source)
+    data = read_json(run / "data.json")
+    if missing := _DATA - data.keys():
+        raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
+    data["source"] = _public(str(data["source"]))
+    training: dict[str, Any] = {"config": settings}
+    if stats:  # there are none before the first tick
+        training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
+    fields: dict[str, Any] = {"data": data, "training": training}
+    if best is not None:
         values = {key: value for key, value in best.items() if key not in ("metric", "value", "iteration", "kimg")}
-        note = f"Measured during training at {best['kimg']:g} kimg, on the training images; the lowest "
+        note = f"Measured during training at {best['kimg']:g} kimg, on the training images. This was the lowest "
         note += f"{best['metric']} of the run."
         fields["metrics"] = {"values": values, "note": note, "reference": (data["source"], data["split"])}
     return fields
 
 
-def _best(run: Path, model: SPIGAN) -> dict[str, Any] | None:
-    """The record of the run's best model, where `model` has its weights."""
-    from spigan.models import SPIGAN
-    from spigan.models.pretrained import weights_sha256
-    from spigan.runs import read_best
-
+def _best(run: Path, model: PretrainedModel) -> dict[str, Any] | None:
+    """The record of the run's best model if `model` has its weights."""
     record = read_best(run)
-    if record is None or weights_sha256(SPIGAN.from_pretrained(run / "best")) != weights_sha256(model):
+    if record is None or weights_sha256(type(model).from_pretrained(run / "best")) != weights_sha256(model):
         return None
     return record
 
 
-def _evaluated(path: Path, model: SPIGAN) -> dict[str, Any]:
+def _evaluation(path: Path, model: PretrainedModel) -> dict[str, Any]:
     """Metrics that `spigan evaluate` wrote."""
-    from spigan.models.pretrained import weights_sha256
-
     result = read_json(path)
     try:
         sha, values, samples = result["model"]["sha256"], dict(result["metrics"]), result["samples"]["count"]
         reference = _public(result["reference"]["source"]), result["reference"]["split"]
-        note = f"{samples:,} samples against {result['reference']['count']:,} images of {', '.join(reference)}, by the "
-        note += f"features of {result['features']['name']}; measured by spigan evaluate, {result['date']}."
+        note = f"{samples:,} samples against {result['reference']['count']:,} images of {', '.join(reference)}, with "
+        note += f"the features of {result['features']['name']}; measured by `spigan evaluate`, {result['date']}."
         values = {**values, "NFE": result["nfe"]}
         if wrong := [name for name, value in values.items() if not isinstance(value, (int, float))]:
-            raise ValueError(f"{shorten(wrong[0])} is no number")
+            raise ValueError(f"{shorten(wrong[0])} is not a number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not what `spigan evaluate --out` writes: {type(error).__name__} {error}"
-        ) from error
+        raise ValueError(f"{path} is not a file of `spigan evaluate --out`: {type(error).__name__} {error}") from error
     if sha != weights_sha256(model):
-        raise ValueError(f"{path} holds metrics of other weights than those of the model: evaluate this model")
+        raise ValueError(f"{path} holds metrics of other weights than the model's: evaluate this model")
     return {"values": values, "note": note, "reference": reference}
 
 
 def _public(source: str) -> str:
-    """A data source without the folders that it lies in; names and hub ids as they are."""
+    """A data source without the folders above it; names and hub ids stay as they are."""
     path = Path(source)
     if source.count("/") <= 1 and not path.is_absolute() and source[:1] not in "~." and not path.exists():
         return source

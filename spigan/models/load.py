@@ -1,4 +1,4 @@
-"""What an argument `model` means: a bundled model, a folder, a run, a hub id; and on which device."""
+"""From the arguments `model` and `device` to a model: a bundled one, a folder, a run or a hub id."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from spigan.models.spigan import SPIGAN
 
 BUNDLED_MODELS = ("digits", "cifar10-small")
-"""Names of the models that come with spigan, trained by this project from the presets of these names (docs/models.md);
-the first is that of `sample(model=None)`."""
+"""Names of the models that come with spigan, trained from the presets of the same names (docs/models.md). The first is
+the default of `sample`."""
 
 Model = SPIGAN | str | Path | None
 
@@ -23,10 +23,10 @@ def _bundled_model(name: str) -> SPIGAN:
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """The device that a name means; None and "auto": cuda where there is one, else the CPU.
+    """Return a device by name; None and "auto" mean cuda if available, else the CPU.
 
     Raises:
-        ValueError: no such device, or none here.
+        ValueError: the name is unknown, or there is no such device here.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,23 +42,23 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def load_model(model: Model = None, device: torch.device | str | None = None) -> SPIGAN:
-    """The model that an argument `model` means.
+    """Return the model that an argument `model` names.
 
     Args:
-        model: a SPIGAN; the name of a bundled model, which comes before a folder of that name in the working directory
-            (`./name` and a `Path` are always folders); a folder or hub id for `SPIGAN.from_pretrained`; a run folder,
-            whose exported model is taken; None for the bundled digits.
-        device: where it shall be; default: where a SPIGAN is, else cuda where there is one, else the CPU.
+        model: a SPIGAN; the name of a bundled model, which takes precedence over a folder of that name in the working
+            directory (`./name` and a `Path` are always folders); a folder or hub id for `SPIGAN.from_pretrained`; a
+            run folder, for its exported model; None for the bundled digits.
+        device: device of the result; default: that of a SPIGAN, else cuda if available, else the CPU.
 
     Returns:
-        The model; the one that was passed where it is on `device` already, else a copy.
+        `model` itself if it is a SPIGAN on `device` already, else a model that does not require gradients.
 
     Raises:
-        FileNotFoundError: no such model; the bundled ones are listed.
+        FileNotFoundError: there is no such model; the message lists the bundled ones.
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device
-        # An empty tensor knows which device "cuda" is at the moment.
+        # An empty tensor tells which device "cuda" stands for at the moment.
         if device is None or here == torch.empty(0, device=resolve_device(device)).device:
             return model
         return copy.deepcopy(model).to(resolve_device(device))

@@ -1,6 +1,6 @@
 """Mapping networks: noise image z = i(0) -> latent vector h(t).
 
-`ODEMapping` is the paper's (section 3.3, eq. 6); `MLPMapping` is StyleGAN2's, for the baseline without time.
+`ODEMapping` is the paper's (section 3.3, eq. 6). `MLPMapping` is StyleGAN2's, for the baseline without time.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from spigan.ops.rk4_mlp import integrate, mlp_vector_field
 
 Times = float | Sequence[float]
 
-_MAX_STEPS = 10_000  # of dopri5: with weights that explode it would not end
+_MAX_STEPS = 10_000  # of dopri5, which would never end if the weights have exploded
 
 
 def check_times(times: list[float]) -> None:
-    """Raise ValueError unless `times` are some in [0, 1]."""
+    """Raise ValueError unless `times` is a non-empty list of times in [0, 1]."""
     if not times or not all(0.0 <= time <= 1.0 for time in times):
         raise ValueError(f"t must be a time in [0, 1] or a non-empty list of such times, got {times}")
 
 
 def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore[no-untyped-def]
-    """One step of the explicit Euler method."""
+    """Take one step of the explicit Euler method."""
     return h + dt * field(h, t)
 
 
 class ImageEmbedding(nn.Module):
     """o: noise image -> h(0). Stride-2 3x3 convolutions down to 4x4, one linear layer, second-moment normalisation.
 
-    The paper's appendix with its layer sizes is not available; they are this project's choice. So is the learning rate
-    multiplier, without which training makes h almost the same for every z (docs/training.md has the measurement).
+    The paper gives the layer sizes in an appendix that is not available, so they are this project's choice. So is the
+    learning rate multiplier: without it, training makes h almost the same for every z (measured in docs/training.md).
 
     Args:
         resolution: H = W of the image.
         img_channels: C.
         dim_h: D.
-        channels: width of the first convolution; doubled at each one up to D.
-        lr_multiplier: learning rate relative to the optimiser's.
+        channels: width of the first convolution; each further one doubles it, up to D.
+        lr_multiplier: learning rate, relative to the optimiser's.
     """
 
     def __init__(self, resolution: int, img_channels: int, dim_h: int, channels: int, lr_multiplier: float) -> None:
@@ -62,19 +62,19 @@ class ImageEmbedding(nn.Module):
 class ODEMapping(nn.Module):
     """h(0) = o(z), dh/dt = r(h, t): a neural ODE whose state at time t is the style of the image i(t).
 
-    r is `layers` layers of width D, each y = W y + b + t u, the activation between them (see `spigan.ops.rk4_mlp`),
-    with equalised learning rate.
+    r has `layers` layers of width D with equalised learning rate, each y = W y + b + t u, and activations between them
+    (see `spigan.ops.rk4_mlp`).
 
     Args:
         resolution, img_channels: shape of z.
         dim_h: D.
         layers: number L of layers of r.
-        steps: solver steps over [0, 1] (rk4, euler).
-        solver: "rk4", "euler" or "dopri5" (adaptive, through torchdiffeq: one step size for the whole batch, so that an
+        steps: number of solver steps over [0, 1] (rk4, euler).
+        solver: "rk4", "euler" or "dopri5" (adaptive, from torchdiffeq; the whole batch shares one step size, so an
             image depends on its neighbours, within `tolerance`).
         activation: "silu", "lrelu", "tanh" or "softplus".
         embed_channels: width of o's first convolution.
-        lr_multiplier: learning rate of o and r relative to the optimiser's (StyleGAN2's mapping uses 0.01).
+        lr_multiplier: learning rate of o and r, relative to the optimiser's (StyleGAN2's mapping uses 0.01).
         tolerance: relative and absolute tolerance of dopri5.
     """
 
@@ -99,13 +99,13 @@ class ODEMapping(nn.Module):
         self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier)
         self.steps, self.solver, self.activation = steps, solver, activation
         self.weight_gain = lr_multiplier / dim_h**0.5
-        # The time's weights start with unit variance and not, like those of D other inputs, with 1 / D: the time shall
-        # move h about as far as a change of z does, or the generator learns late to tell the times apart.
+        # The weights of the time start with unit variance, not with 1 / D like those of the D other inputs. So the time
+        # moves h about as far as a change of z does; otherwise the generator learns late to tell the times apart.
         self.bias_gain = self.time_gain = lr_multiplier
         self.tolerance = tolerance
 
     def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
-        """h at one time or several, solved once from 0 through all of them.
+        """Return h at one time or several. The ODE is solved once from 0 through all of them.
 
         Args:
             z: [N, C, H, W] noise images.
@@ -143,20 +143,20 @@ class ODEMapping(nn.Module):
         except ImportError as error:
             raise ImportError('the solver "dopri5" needs torchdiffeq: pip install "spigan[ode]"') from error
         if h0.shape[0] == 0:
-            return h0.expand(len(grid), *h0.shape)  # torchdiffeq finds no step size for an empty batch
+            return h0.expand(len(grid), *h0.shape)  # torchdiffeq cannot choose a step size for an empty batch
         times = torch.tensor([0.0, *grid], dtype=h0.dtype, device=h0.device)
         options = {"rtol": self.tolerance, "atol": self.tolerance, "options": {"max_num_steps": _MAX_STEPS}}
         try:
             return odeint(lambda t, h: field(h, t), h0, times, method="dopri5", **options)[1:]
-        except AssertionError as error:  # torchdiffeq's way to say that the steps are too small or too many
+        except AssertionError as error:  # torchdiffeq raises it if the steps are too small or too many
             raise ValueError(f"dopri5 does not reach t = {grid[-1]:g} with these weights ({error}): use rk4") from error
 
 
 class MLPMapping(nn.Module):
-    """StyleGAN2's mapping network: normalised z through `layers` leaky ReLU layers. It has no time.
+    """StyleGAN2's mapping network: normalised z through `layers` leaky ReLU layers, without time.
 
     Args:
-        dim_h: D, also the length of z.
+        dim_h: D, which is also the length of z.
         layers: number of layers.
         lr_multiplier: learning rate relative to the optimiser's.
     """
@@ -171,7 +171,7 @@ class MLPMapping(nn.Module):
         """[N, D] -> [N, D] for t = 1, [1, N, D] for t = [1.0].
 
         Raises:
-            ValueError: any other time; this mapping knows only clean images.
+            ValueError: t is another time; this mapping makes clean images only.
         """
         times = [t] if isinstance(t, (int, float)) else list(t)
         if times != [1.0]:

@@ -1,4 +1,4 @@
-"""A model as one file that runs without spigan: ONNX for onnxruntime and its like, pt2 for PyTorch alone."""
+"""Export a model as one file that runs without spigan: ONNX, for onnxruntime and others, or pt2, for PyTorch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from spigan.ops import use_backend
 FORMATS = ("onnx", "pt2")
 
 METADATA = "spigan.json"
-"""Name under which a file holds what it is: a key of an ONNX model's metadata, an extra file of a pt2 archive."""
+"""Name of the description in an exported file: a key of an ONNX model's metadata, an extra file of a pt2 archive."""
 
-_OPSET = 18  # the one in which torch's translations are written: no conversion follows, which might fail
-# An ONNX file is a protobuf message, of less than 2 GiB; 16 MiB of them are for the graph.
-_ONNX_MAX_WEIGHTS = 2**31 - 2**24
+_OPSET = 18  # the one that torch's exporter writes; any other needs a conversion, which might fail
+# Bytes. An ONNX file is a protobuf message of less than 2 GiB; 16 MiB are left for the graph.
+ONNX_MAX_WEIGHTS = 2**31 - 2**24
 
 
 class _Sampler(nn.Module):
-    """What is exported: z [N, *z_shape] -> images [N, C, H, W] in [0, 1]."""
+    """The exported function: z [N, *z_shape] -> images [N, C, H, W] in [0, 1]."""
 
     def __init__(self, model: SPIGAN, t: float) -> None:
         super().__init__()
@@ -47,26 +47,27 @@ def export_model(
 ) -> Path:
     """Write a program of plain operators that makes the images of `spigan.sample(z=z, t=t)`.
 
-    Its input is z [N, *config.z_shape] float32, standard normal; its output images [N, C, H, W] float32 in [0, 1]. It
-    computes in float32, with the stored per-pixel noise, so that a z always gives the same image. The file also holds
-    a JSON object under `METADATA`: spigan's version, the model's config, z_shape, t and the range.
+    The input is z [N, *config.z_shape] float32, standard normal; the output is images [N, C, H, W] float32 in [0, 1].
+    The program computes in float32 with the stored per-pixel noise, so a z always gives the same image. The file also
+    holds a JSON object named `METADATA`: spigan's version, the model's config, z_shape, t and the range.
 
     Args:
-        model: see `spigan.sampling.load_model`. It is not changed.
-        path: the file, replaced whole or not at all.
-        format: "onnx" (opset 18; input "z", output "images") or "pt2" (`torch.export.load` reads it); default: by the
+        model: as in `spigan.sampling.load_model`. It is not changed.
+        path: the file, which is replaced whole or not at all.
+        format: "onnx" (opset 18; input "z", output "images") or "pt2" (read by `torch.export.load`); default: by the
             suffix of `path`.
         t: time in [0, 1]; 1 is the clean image.
-        batch_size: the only N that the program takes; default: any from 1.
+        batch_size: the only N that the program accepts; default: any N from 1.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: an argument out of range, the solver dopri5, or weights too large for an ONNX file (2 GiB).
-        ImportError: "onnx" without the extra `export`.
+        ValueError: an argument is out of range, the solver is dopri5, or the weights are too large for an ONNX file
+            (2 GiB).
+        ImportError: the format is "onnx" and the extra `export` is not installed.
     """
-    path, t = Path(path), float(t)  # not several times, which the model itself would take
+    path, t = Path(path), float(t)  # refuses several times, which the model itself would accept
     format = format_of(path) if format is None else format
     if format not in FORMATS:
         raise ValueError(f'format must be "onnx" or "pt2", got {format!r}')
@@ -76,10 +77,10 @@ def export_model(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if format == "onnx":
         _check_onnx_packages()
-    # A copy: a program shares its weights with the model that was traced.
+    # A copy: a program shares its weights with the traced model.
     network = copy.deepcopy(load_model(model, "cpu")).float().eval().requires_grad_(False)
     write = _write_onnx if format == "onnx" else _write_pt2
-    # Where the caller has autocast on, its casts would become part of the program.
+    # If the caller has autocast on, its casts would become part of the program.
     with torch.autocast("cpu", enabled=False):
         program = _trace(network, t, batch_size)
         with atomic_path(path) as scratch:
@@ -88,10 +89,10 @@ def export_model(
 
 
 def format_of(path: Path) -> str:
-    """The format that the suffix of `path` names."""
+    """Return the format that the suffix of `path` names; raise ValueError if it names none."""
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
-        raise ValueError(f"{path} tells no format: name the file .onnx or .pt2, or say which format it shall have")
+        raise ValueError(f"{path}: cannot tell the format from the suffix; use .onnx or .pt2, or give the format")
     return format
 
 
@@ -101,7 +102,7 @@ def _check_onnx_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f'ONNX files are written with onnx and onnxscript: pip install "spigan[export]" ({error})'
+            f'writing ONNX files needs onnx and onnxscript: pip install "spigan[export]" ({error})'
         ) from error
 
 
@@ -109,14 +110,14 @@ def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram
     """The program as one graph of PyTorch's own operators, on the CPU."""
     if network.config.mapping == "ode" and network.config.ode_solver == "dopri5":
         raise ValueError(
-            'the solver "dopri5" chooses its steps from the values that it meets, which no exported graph can; set '
+            'a model with the solver "dopri5" cannot be exported, because its steps depend on the values; set '
             'ode_solver to "rk4" in the model\'s config.json: the weights fit all solvers'
         )
-    # torch.export takes a size of 1 for a constant.
+    # torch.export would treat a size of 1 as a constant.
     z = torch.zeros(batch_size or 2, *network.config.z_shape)
     sizes = None if batch_size else {"z": {0: torch.export.Dim("batch", min=1)}}
     with use_backend("reference"), _quietly():
-        # Without decompositions this only takes the blocks apart in which the networks turn autocast off.
+        # With no decompositions this only inlines the blocks in which the networks turn autocast off.
         program = torch.export.export(_Sampler(network, t), (z,), dynamic_shapes=sizes).run_decompositions({})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which would be stored
@@ -149,10 +150,10 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
     assert translated is not None
     tensors = [value.const_value for value in translated.model.graph.initializers.values()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    if weights > _ONNX_MAX_WEIGHTS:
-        # ONNX can keep weights in a second file, but then neither is whole without the other.
+    if weights > ONNX_MAX_WEIGHTS:
+        # ONNX can keep weights in a second file, but neither file is complete without the other.
         raise ValueError(
-            f"an ONNX file holds weights of at most {_ONNX_MAX_WEIGHTS} bytes, and this model's are {weights}: "
+            f"an ONNX file holds at most {ONNX_MAX_WEIGHTS} bytes of weights, but this model has {weights}: "
             "export it as pt2"
         )
     proto = translated.model_proto
@@ -162,7 +163,7 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what torch's exporters say about torchvision and about themselves."""
+    """Silence the warnings of torch's exporters about torchvision and themselves."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Images between images: along h(0) to h(1), between two z, between two h(1), and the path that training follows
-(the paper's Figs. 9, 10, 11 and 4).
+"""Interpolations: from h(0) to h(1), between two z, between two h(1), and the path that training follows (Figs. 9, 10,
+11 and 4 of the paper).
 
-Every function returns rows of images, uint8 [R, S, C, H, W] on the CPU; `save_rows` makes a picture or an animation of
-them. The generator evaluates `Sampler.batch_size` images at a time, so that memory grows with the result alone.
+Every function returns rows of images, uint8 [R, S, C, H, W] on the CPU. `save_rows` makes a picture or an animation of
+them. The generator evaluates `Sampler.batch_size` images at a time, so only the result grows with the number of images.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from spigan.images import ANIMATIONS, display_scale, make_grid, save_animation, 
 from spigan.models.load import Model
 from spigan.ops import path_interpolate, philox_normal, use_backend
 from spigan.ops.path_interpolate import to_unit_range
-from spigan.sampling import Sampler
-from spigan.sampling.sampler import resolve_seeds
+from spigan.sampling.sampler import Sampler
+from spigan.sampling.seeds import resolve_seeds
 from spigan.sde import VPSDE
 
 Mix = Literal["spherical", "linear"]
 Steps = int | Sequence[float]
-"""A number S of places, 0, 1 / (S - 1), ..., 1; or the S places themselves, in [0, 1]."""
+"""A number S of evenly spaced values from 0 to 1, as in `torch.linspace(0, 1, S)`; or the S values, in [0, 1]."""
 
 
 def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
-    """From noise to image: h(0) to h(1) of fixed z (Fig. 9).
+    """Go from noise to image: from h(0) to h(1) of a fixed z (Fig. 9).
 
-    The ODE is solved once through all the times. Where they are close, its steps are shorter than those of `sample`, so
-    that the last image equals `sample`'s up to the solver's error.
+    The ODE is solved once through all the times. If they are close together, its steps are shorter than those of
+    `sample`; the last image then equals `sample`'s up to the solver's error.
 
     Args:
         seeds: R seeds of z.
-        steps: S times 0, 1 / (S - 1), ..., 1; or a list of S times in [0, 1].
+        steps: number S of times 0, 1 / (S - 1), ..., 1; or a list of S times in [0, 1].
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
 
@@ -45,7 +45,7 @@ def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = N
         uint8 [R, S, C, H, W].
 
     Raises:
-        ValueError: a model without time (mapping="mlp"), or an argument out of range.
+        ValueError: the model has no time (mapping="mlp"), or an argument is out of range.
     """
     sampler = _sampler(model, options)
     if sampler.model.config.mapping == "mlp":
@@ -58,23 +58,23 @@ def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = N
 def interpolate_z(
     seeds: Sequence[int], steps: Steps = 9, *, mix: Mix = "spherical", model: Model = None, **options: Any
 ) -> Tensor:
-    """Between the noise of one seed and that of the next (Fig. 10): z' to z'', each z to its own h(1) and image.
+    """Interpolate between the noise of one seed, z', and that of the next, z'' (Fig. 10).
 
-    spherical: z = cos(a pi / 2) z' + sin(a pi / 2) z'', which is standard normal for every a as z' and z'' are.
-    linear: z = (1 - a) z' + a z'', as the paper writes; its variance (1 - a)^2 + a^2 falls to a half between them.
+    spherical: z = cos(a pi / 2) z' + sin(a pi / 2) z'', which is standard normal for every a, as z' and z'' are.
+    linear: z = (1 - a) z' + a z'', as the paper writes. Its variance (1 - a)^2 + a^2 drops to 1/2 in the middle.
 
     Args:
         seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: S values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
-        mix: how.
+        steps: number S of values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
+        mix: "spherical" or "linear".
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
 
     Returns:
-        uint8 [R, S, C, H, W]; the first and last image of a row are those of its seeds.
+        uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     if mix not in ("spherical", "linear"):
         raise ValueError(f'mix must be "spherical" or "linear", got {mix!r}')
@@ -84,19 +84,19 @@ def interpolate_z(
 
 
 def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
-    """Between the latent vectors of one seed and the next (Fig. 11): h(1) = (1 - a) h(1)' + a h(1)''.
+    """Interpolate between the latent vectors of one seed and the next (Fig. 11): h(1) = (1 - a) h(1)' + a h(1)''.
 
     Args:
         seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: S values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
+        steps: number S of values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
         model: as in `spigan.sample`.
         **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
 
     Returns:
-        uint8 [R, S, C, H, W]; the first and last image of a row are those of its seeds.
+        uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     sampler = _sampler(model, options)
     h = torch.cat([_latents(sampler, z) for z in _noise(sampler, _several(seeds)).split(sampler.batch_size)])
@@ -104,12 +104,12 @@ def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None
 
 
 def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: VPSDE = VPSDE()) -> Tensor:
-    """What training shows the discriminator, and what it would see along the SDE (Fig. 4): x_0 to x_T, both ways.
+    """Go from x_0 to x_T, along the SDE and along the straight path that the discriminator sees in training (Fig. 4).
 
         SDE:            x_t = a(t) x_0 + s(t) e,                      t = 0, 1 / (S - 1), ..., 1
         straight path:  i(1 - t) = (1 - t) x_0 + t x_T,  x_T = x_1    (eq. 7)
 
-    Both have the same ends and the same noise e. Pixels beyond [-1, 1] are clamped, as always on their way to uint8.
+    Both have the same ends and the same noise e. Pixels outside [-1, 1] are clamped.
 
     Args:
         images: uint8 [N, C, H, W] clean images x_0.
@@ -118,17 +118,17 @@ def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: V
         sde: the forward process.
 
     Returns:
-        uint8 [2 N, S, C, H, W], two rows for each image: along the SDE, along the straight path.
+        uint8 [2 N, S, C, H, W], two rows for each image: first along the SDE, then along the straight path.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
     seeds = resolve_seeds(len(images), seeds)
     times = _weights(steps).tolist()
     noise = philox_normal(images.shape, seed=torch.tensor(seeds, dtype=torch.int64, device=images.device))
     clean = to_unit_range(images)
     diffused = torch.stack([a * clean + s * noise for a, s in map(sde.marginal, times)])
-    # The reference: any number of times.
+    # The reference backend takes any number of times.
     x_T, i = path_interpolate(
         images, [1.0 - t for t in reversed(times[:-1])], noise=noise, sde=sde, backend="reference"
     )
@@ -137,32 +137,35 @@ def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: V
 
 
 def linear(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """(1 - a) first + a second for every a of `weights` [S]: [S, *first.shape]."""
+    """Return (1 - a) first + a second for every a in `weights` [S]: [S, *first.shape]."""
     a = weights.to(first).view(-1, *(1,) * first.ndim)
     return (1.0 - a) * first + a * second
 
 
 def spherical(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """cos(a pi / 2) first + sin(a pi / 2) second for every a of `weights` [S]: [S, *first.shape].
+    """Return cos(a pi / 2) first + sin(a pi / 2) second for every a in `weights` [S]: [S, *first.shape].
 
-    Standard normal where `first` and `second` are, and independent.
+    The result is standard normal if `first` and `second` are, and are independent.
     """
     angle = weights.double().view(-1, *(1,) * first.ndim) * (math.pi / 2)
     return angle.cos().to(first) * first + angle.sin().to(first) * second
 
 
 def save_rows(rows: Tensor, out: str | Path, *, columns: int | None = None, frame_time: int = 80) -> Path:
-    """Write rows of images as a grid (.png), or as an animation there and back (.gif, .webp).
+    """Write rows of images as a grid (.png), or as an animation that runs forwards and backwards (.gif, .webp).
 
     Args:
         rows: uint8 [R, S, C, H, W].
         out: the file.
-        columns: animation: how many rows' images lie side by side in a frame; default: about as many as one above the
-            other.
-        frame_time: animation: milliseconds that each of the S frames is shown.
+        columns: for an animation, which shows all rows at once: images side by side in a frame; default: about as many
+            as there are one above the other.
+        frame_time: for an animation: milliseconds for which each frame is shown.
+
+    Returns:
+        `out`.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is another one.
     """
     out = Path(out)
     check_suffix(out)
@@ -184,26 +187,26 @@ def _sampler(model: Model, options: dict[str, Any]) -> Sampler:
 
 
 def _weights(steps: Steps) -> Tensor:
-    """float64 [S]: 0, 1 / (S - 1), ..., 1, or the values that are given."""
+    """float64 [S]: 0, 1 / (S - 1), ..., 1, or the given values."""
     if not isinstance(steps, int):
-        if not steps or not all(0.0 <= place <= 1.0 for place in steps):
-            raise ValueError(f"steps must be a number, or a list of some values in [0, 1], got {steps}")
+        if not steps or not all(0.0 <= weight <= 1.0 for weight in steps):
+            raise ValueError(f"steps must be a number, or a non-empty list of values in [0, 1], got {steps}")
         return torch.tensor(steps, dtype=torch.float64)
     if steps < 2:
-        raise ValueError(f"steps must be at least 2, the two ends, got {steps}")
+        raise ValueError(f"steps must be at least 2, for the two ends, got {steps}")
     return torch.linspace(0.0, 1.0, steps, dtype=torch.float64)
 
 
 def _several(seeds: Sequence[int]) -> list[int]:
-    """The seeds, after a check that there is something between each and the next."""
+    """Return the seeds, at least two, of which no neighbours are equal."""
     seeds = resolve_seeds(None, seeds)
     if len(seeds) < 2 or any(a == b for a, b in pairwise(seeds)):
-        raise ValueError(f"at least two seeds are needed, each unlike the one before it, got {seeds}")
+        raise ValueError(f"at least two seeds are needed, each different from the one before it, got {seeds}")
     return seeds
 
 
 def _noise(sampler: Sampler, seeds: Sequence[int]) -> Tensor:
-    """z [R, *z_shape] of seeds, as `sample` draws them."""
+    """z [R, *z_shape] of seeds, as `sample` draws it."""
     numbers = torch.tensor(resolve_seeds(None, seeds), dtype=torch.int64, device=sampler.device)
     if not len(numbers):
         raise ValueError("at least one seed is needed, got none")
@@ -211,7 +214,7 @@ def _noise(sampler: Sampler, seeds: Sequence[int]) -> Tensor:
 
 
 def _latents(sampler: Sampler, z: Tensor, t: float | list[float] = 1.0) -> Tensor:
-    """h [N, D] of z, or [K, N, D] of K times."""
+    """h [N, D] of z at one time, or [K, N, D] at K times."""
     with torch.inference_mode(), use_backend(sampler.backend):
         return sampler.model.mapping(z, t)
 
@@ -223,7 +226,7 @@ def _between(
     mix: Callable[[Tensor, Tensor, Tensor], Tensor],
     images_of: Callable[..., Tensor],
 ) -> Tensor:
-    """Rows of images between ends [R + 1, ...], no more of the mixtures in memory than a batch."""
+    """Rows of images between ends [R + 1, ...]. Only one batch of mixtures is in memory at a time."""
     parts = _weights(steps).split(sampler.batch_size)
     return torch.stack(
         [

@@ -1,4 +1,4 @@
-"""Images to disk while the next batch is computed: a folder of PNGs, one grid, an npz or a parquet file."""
+"""Write images while the next batch is computed: to a folder of PNGs, one grid, an npz or a parquet file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Add = Callable[[Tensor], None]
 
 
 class Format(str, Enum):
-    """How images are written."""
+    """File formats of images."""
 
     png = "png"
     grid = "grid"
@@ -34,10 +34,10 @@ class Format(str, Enum):
 
 
 def format_of(out: Path) -> Format:
-    """The format that a path asks for.
+    """Return the format for the suffix of a path.
 
     Raises:
-        ValueError: none does.
+        ValueError: the suffix is unknown.
     """
     formats = {".png": Format.grid, ".npz": Format.npz, ".parquet": Format.parquet, "": Format.png}
     if out.suffix.lower() not in formats and not out.is_dir():
@@ -48,23 +48,23 @@ def format_of(out: Path) -> Format:
 def image_writer(
     fmt: Format, out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]
 ) -> AbstractContextManager[Add]:
-    """A context whose value takes batches of images in the order of their seeds: uint8 [K, B, C, H, W] on the CPU.
+    """Return a context manager whose value takes batches of images, in the order of their seeds.
 
-    Files are whole when the block ends well; one that is not is never left behind, whatever ends the block. Memory does
-    not grow with the number of images, but for a grid.
+    A batch is uint8 [K, B, C, H, W] on the CPU. The files are complete when the block ends; if it fails, no incomplete
+    file is left behind. Memory does not grow with the number of images, except for a grid.
 
     Args:
-        fmt: png: a file each, named by seed (and time, where there are several); grid: one PNG, a row for each image
-            where there are several times; npz: `images` uint8 [N, H, W, C], or [K, N, H, W, C] with several times,
-            `seeds` [N] and `t` [K]; parquet: a row for each image, `image` {bytes: PNG, path}, `seed` and `t`, as
-            `datasets.load_dataset("parquet", ...)` reads images.
+        fmt: png: one file for each image, named by its seed (and time if there are several); grid: one PNG, with a row
+            for each image if there are several times; npz: `images` uint8 [N, H, W, C], or [K, N, H, W, C] for several
+            times, `seeds` [N] and `t` [K]; parquet: one row for each image with `image` {bytes: PNG, path}, `seed` and
+            `t`, as `datasets.load_dataset("parquet", ...)` reads images.
         out: folder (png) or file.
         seeds: N seeds.
         times: K times.
         shape: (C, H, W).
 
     Raises:
-        ValueError: `out` is a folder where a file is needed, or the other way round.
+        ValueError: `out` is a folder but must be a file, or the other way round.
     """
     if fmt is Format.png and out.is_file():
         raise ValueError(f"{out} is a file; --format png needs a folder")
@@ -77,10 +77,10 @@ def image_writer(
 @contextmanager
 def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
     names = [f"{moment:.2f}" for moment in times]
-    if len(set(names)) < len(names):  # two decimals do not tell them apart
+    if len(set(names)) < len(names):  # two decimals are not enough
         names = [repr(float(moment)) for moment in times]
     if len(set(names)) < len(names):
-        raise ValueError(f"a file for each time needs times that differ, got {list(times)}")
+        raise ValueError(f"times must differ to write a file for each, got {list(times)}")
 
     def save(images: Tensor, part: Sequence[int]) -> None:
         for name, row in zip(names, images, strict=True):
@@ -104,7 +104,10 @@ def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: 
 
 @contextmanager
 def _encoders() -> Iterator[Callable[..., Future[Any]]]:
-    """`submit` of a pool of threads (Pillow encodes without the interpreter's lock) that lets no long queue arise."""
+    """Yield the `submit` of a pool of threads, which blocks while the queue is long.
+
+    Threads are enough: Pillow encodes without holding the interpreter's lock.
+    """
     threads = os.cpu_count() or 1
     waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -129,7 +132,7 @@ def _grid(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[
     yield batches.append
     images = torch.cat(batches, dim=1)
     columns = len(times) if len(times) > 1 else None
-    cells = images.transpose(0, 1).flatten(0, 1)  # image by image, its times side by side
+    cells = images.transpose(0, 1).flatten(0, 1)  # image by image, with the times of each side by side
     save_png(make_grid(cells, columns=columns, scale=display_scale(shape[-1])), out)
 
 
@@ -137,10 +140,10 @@ def _grid(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[
 def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
     channels, height, width = shape
     size = (len(times), len(seeds), height, width, channels)
-    # First into a nameless file (a kill leaves none) that can be written in any order: the times are its first axis.
+    # First into an unnamed file, which does not outlive a kill and can be written in any order: the times come first.
     with atomic_path(out) as scratch, tempfile.TemporaryFile(dir=out.parent) as file:
         array: Any = np.memmap(file, np.uint8, "w+", shape=size) if 0 not in size else np.empty(size, np.uint8)
-        # A full disk is an error here; in mapped memory it would kill the process.
+        # A full disk raises an error here. While writing to mapped memory it would kill the process.
         if hasattr(os, "posix_fallocate") and array.size:
             os.posix_fallocate(file.fileno(), 0, array.size)
         start = 0
@@ -152,7 +155,7 @@ def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[i
 
         yield add
         if start != len(seeds):
-            raise ValueError(f"{len(seeds)} images were announced, {start} came")
+            raise ValueError(f"expected {len(seeds)} images, got {start}")
         values = {
             "images": array if len(times) > 1 else array[0],
             "seeds": np.array(seeds, dtype=np.int64),
@@ -160,7 +163,7 @@ def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[i
         }
         with zipfile.ZipFile(scratch, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, value in values.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:  # as NumPy's own savez
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:  # as in NumPy's savez
                     np.lib.format.write_array(entry, value)
 
 
@@ -193,7 +196,7 @@ def _parquet(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tup
             nonlocal start
             part = seeds[start : start + images.shape[1]]
             start += images.shape[1]
-            # Image by image, its times one after the other.
+            # Image by image, with the times of each one after the other.
             written.append((submit(_encode, images.transpose(0, 1).flatten(0, 1)), part))
             if len(written) > (os.cpu_count() or 1):
                 write_one()
@@ -204,7 +207,7 @@ def _parquet(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tup
 
 
 def _encode(images: Tensor) -> list[bytes]:
-    """uint8 [N, C, H, W] -> N PNG files."""
+    """Encode uint8 [N, C, H, W] as N PNG files."""
     files = []
     for picture in to_pil(images):
         buffer = io.BytesIO()

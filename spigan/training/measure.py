@@ -34,7 +34,7 @@ class RunMetrics:
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, processes: Processes, progress: bool) -> None:
-        from spigan.evaluation.evaluate import Evaluator
+        from spigan.evaluation.evaluator import Evaluator
         from spigan.evaluation.features import load_features
 
         assert config.metric_features is not None

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spigan import SPIGAN, ModelConfig
+from spigan.evaluation.resnet56 import ResNet56
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -90,3 +92,19 @@ def shared() -> Callable[[str], Path]:
         return SHARED / name
 
     return find
+
+
+@pytest.fixture
+def random_resnet() -> Callable[[Path], Path]:
+    """random_resnet(path): write the weights of an untrained ResNet-56."""
+
+    def write(path: Path) -> Path:
+        torch.manual_seed(0)
+        state = ResNet56().state_dict()
+        for name, tensor in state.items():
+            if "bn" in name:  # those have no initial values
+                tensor.fill_(0.0 if name.endswith(("bias", "mean")) else 1.0)
+        save_file(state, path)
+        return path
+
+    return write

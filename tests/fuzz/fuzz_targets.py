@@ -34,8 +34,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spigan import SPIGAN, ModelConfig, TrainConfig, data
+from spigan import SPIGAN, ModelConfig, TrainConfig
 from spigan.data import DataConfig, open_dataset
+from spigan.data.sources import cifar
 from spigan.ops import BackendUnavailable
 
 MEMORY = 3 << 30  # address space that a case may add: a few decoded images of the largest size that is accepted
@@ -265,7 +266,7 @@ class _Means(torch.nn.Module):
 def resnet() -> bytes:
     from safetensors.torch import save
 
-    from spigan.evaluation.features import ResNet56
+    from spigan.evaluation.resnet56 import ResNet56
 
     return save({k: torch.rand(v.shape) * 0.1 for k, v in ResNet56().state_dict().items()})
 
@@ -334,18 +335,18 @@ _numbers = count()
 
 def read_cifar(path: Path) -> None:
     """The archive, of batches of two images."""
-    kept, data.CIFAR_IMAGES = data.CIFAR_IMAGES, 2
+    kept, cifar.BATCH_IMAGES = cifar.BATCH_IMAGES, 2
     try:
         read_images(path)
     finally:
-        data.CIFAR_IMAGES = kept
+        cifar.BATCH_IMAGES = kept
 
 
 def read_config_option(path: Path) -> None:
     """spigan train --config."""
-    from spigan.cli import _train_config
+    from spigan.cli.train import train_config
 
-    _train_config("digits", path, None, {}, [])
+    train_config("digits", path, None, {}, [])
 
 
 def read_evaluation(path: Path) -> None:
@@ -399,7 +400,7 @@ def read_grid(path: Path) -> None:
     read(path)
 
 
-def read_train_config(path: Path) -> None:
+def readtrain_config(path: Path) -> None:
     from spigan.runs import read_config
 
     read_config(path.parent)
@@ -444,7 +445,7 @@ def _folder(path: Path) -> None:
 
 def _cifar() -> list[bytes]:
     batch = b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\nq\x01(K\x01K\x02K\x03t\x89T"
-    batch += struct.pack("<i", 2 * data.CIFAR_VALUES) + bytes(2 * data.CIFAR_VALUES) + b"tbu."
+    batch += struct.pack("<i", 2 * cifar.IMAGE_VALUES) + bytes(2 * cifar.IMAGE_VALUES) + b"tbu."
     archive = tarred({f"cifar-10-batches-py/data_batch_{i}": batch for i in range(1, 6)})
     return [archive, gzip.compress(archive, mtime=0)]
 

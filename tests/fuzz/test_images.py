@@ -34,7 +34,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import spigan.data.dataset
+from spigan.data import limits
 
 PNG = images()["png-RGB"]
 
@@ -126,7 +126,7 @@ def test_links_and_pipes_in_a_folder() -> None:
         ("zero.png", lambda path: path.symlink_to("/dev/zero"), "zero.png is not a regular file"),
         ("gone.png", lambda path: path.symlink_to("nowhere"), "gone.png cannot be read as an image"),
         ("round.png", lambda path: path.symlink_to("round.png"), "round.png cannot be read as an image"),
-        ("above", lambda path: path.symlink_to(folder), "links to a folder that is in"),
+        ("above", lambda path: path.symlink_to(folder), "links to a folder that is already in"),
     ):
         make(folder / name)
         assert not attempt("folder", lambda: read_images(folder), message)
@@ -221,8 +221,8 @@ def test_zip_bomb_with_a_size_that_lies() -> None:
 
 
 def test_zip_bomb_of_another_method() -> None:
-    path = written("pictures.zip", zipped({"a.png": bytes(1 << 28)}, zipfile.ZIP_BZIP2))
-    assert not attempt("bomb", lambda: read_images(path), "a.png is not packed by deflate", memory=1 << 27)
+    path = written("pictures.zip", zipped({"a.png": bytes(1 << 26)}, zipfile.ZIP_BZIP2))
+    assert not attempt("bomb", lambda: read_images(path), "a.png is not packed with deflate", memory=1 << 25)
 
 
 def test_zip_bomb_with_its_size() -> None:
@@ -285,8 +285,8 @@ def test_cifar_archive_that_is_a_bomb(kind: str) -> None:
     assert not attempt("bomb", lambda: read_cifar(path), "unpacks to more than", memory=1 << 30)
 
 
-def test_pickle_of_a_hundred_million_instructions() -> None:
-    content = tarred({f"cifar-10-batches-py/data_batch_{i}": b"\x80\x02" + b"N" * 30_000_000 for i in range(1, 6)})
+def test_pickle_of_millions_of_instructions() -> None:
+    content = tarred({f"cifar-10-batches-py/data_batch_{i}": b"\x80\x02" + b"N" * 3_000_000 for i in range(1, 6)})
     path = written("cifar-10-python.tar.gz", gzip.compress(content, 1))
     assert not attempt("bomb", lambda: read_cifar(path), "has more than 1000000 instructions", memory=1 << 30)
 
@@ -340,8 +340,8 @@ def test_parquet_of_other_columns(kinds: dict[str, str], column: str | None, com
     path = written("train.parquet", parquet_of(table, compression=compression, row_group_size=2))
     with pytest.MonkeyPatch.context() as patched:
         if in_place:
-            patched.setattr(spigan.data.dataset, "CACHE_BYTES", 0)
-            patched.setattr(spigan.data.dataset, "ROW_GROUP_BYTES", 1 << 30)
+            patched.setattr(limits, "CACHE_BYTES", 0)
+            patched.setattr(limits, "ROW_GROUP_BYTES", 1 << 30)
         attempt("parquet", lambda: read_images(path, column=column), "train.parquet")
 
 
@@ -356,10 +356,10 @@ def test_parquet_bomb(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
     options: dict[str, Any] = {"dictionary_pagesize_limit": 1 << 30, "write_statistics": False, "store_schema": False}
     pq.write_table(pa.table({"image": values}), path, compression="zstd", **options)
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(spigan.data.dataset, "MAX_COLUMN_BYTES", 1 << 29)  # 4 GiB take seconds
+    monkeypatch.setattr(limits, "MAX_COLUMN_BYTES", 1 << 29)  # 4 GiB take seconds
     if in_place:
-        monkeypatch.setattr(spigan.data.dataset, "CACHE_BYTES", 0)
-        monkeypatch.setattr(spigan.data.dataset, "ROW_GROUP_BYTES", 1 << 30)
+        monkeypatch.setattr(limits, "CACHE_BYTES", 0)
+        monkeypatch.setattr(limits, "ROW_GROUP_BYTES", 1 << 30)
     read = lambda: read_images(path, column="image")  # noqa: E731
     assert not attempt("bomb", read, "train.parquet", memory=1 << 29)
 
@@ -373,7 +373,7 @@ def test_parquet_bomb_of_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"dictionary_pagesize_limit": 1 << 30, "write_statistics": False, "store_schema": False}
     pq.write_table(pa.table({"image": values}), path, compression="zstd", **options)
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(spigan.data.dataset, "MAX_COLUMN_BYTES", 1 << 29)
+    monkeypatch.setattr(limits, "MAX_COLUMN_BYTES", 1 << 29)
     read = lambda: read_images(path, column="image")  # noqa: E731
     assert not attempt("bomb", read, "unpacks to more than", memory=1 << 29)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from spigan import SPIGAN, DataConfig
-from spigan.ablation.study import grid_path, read_grid
+from spigan.ablation.grid import grid_path, read_grid
 from spigan.cli import app
 from spigan.data import open_dataset
 from spigan.evaluation.features import load_features

@@ -134,6 +134,7 @@ def test_gradients_reach_every_parameter() -> None:
         assert value.grad.abs().max() > 0, name
 
 
+@pytest.mark.slow
 def test_gradients_and_second_derivatives_are_right() -> None:
     discriminator = make(8, 1, channel_max=2).double()
     img = images(2, 8, 1, torch.float64).requires_grad_(True)

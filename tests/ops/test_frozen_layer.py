@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from spigan.ops import BACKENDS, BackendUnavailable, modulated_conv2d, philox_normal
+from spigan.ops import BACKENDS, BackendUnavailable, frozen_layer, layer_weights, modulated_conv2d, philox_normal
 from spigan.ops.backends import why_unavailable
 from spigan.ops.upfirdn2d import fir_filter
 
@@ -215,3 +215,16 @@ def test_noise_of_a_seed_where_images_are_convolved_in_parts(up: int, dtype: tor
     x, weight, style = (torch.randn(shape, dtype=dtype) for shape in ((5, 3, 6, 7), (4, 3, 3, 3), (5, 3)))
     cpp, reference = (modulated_conv2d(x, weight, style, up=up, noise_seed=5, backend=b) for b in ("cpp", "reference"))
     torch.testing.assert_close(cpp, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_chunks_of_several_images(up, monkeypatch):
+    """Two of five images at a time, by matrix products: each has its own style, noise and factors."""
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_TILES", 1)
+    monkeypatch.setattr(layer_weights, "WINOGRAD_MIN_CHANNELS", 1)
+    monkeypatch.setattr(frozen_layer, "WINOGRAD_CHUNK", 2 * 16 * 6)  # 8x8 pixels are 16 tiles, of 6 channels
+    monkeypatch.setattr(frozen_layer, "PRODUCTS_CHUNK", 2 * 64 * 9 * 6)
+    arguments = single_layer(5, 6, 6, 8, 3, up, torch.float32, noise_rows=5)
+    exact = modulated_conv2d(**double(arguments), up=up, backend="reference")
+    actual = modulated_conv2d(**arguments, up=up, backend="cpp")
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-5)

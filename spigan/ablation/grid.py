@@ -1,0 +1,156 @@
+"""Grid files: what the arms of an ablation study are."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spigan.choices import did_you_mean
+from spigan.config import TrainConfig, describe_problems
+from spigan.files import read_json, read_text, shorten
+from spigan.presets import preset
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUILT_IN = Path(__file__).parents[1] / "assets" / "grids"
+"""Folder of the bundled grid files: table5 (the paper's Table 5) and digits (a small study)."""
+
+MAX_ARMS = 1000  # each is a training run
+
+
+class GridFile(BaseModel):
+    """Contents of a grid file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str = Field("digits", description="preset that every arm starts from")
+    base: dict[str, Any] = Field({}, description="fields of TrainConfig that all arms share")
+    arms: dict[str, dict[str, Any]] = Field({}, description="fields of TrainConfig of each arm, by its name")
+    product: dict[str, list[Any]] = Field(
+        {},
+        description='values of fields ("intervals", "model.ode_steps"): adds every combination, of every arm if any',
+    )
+    metric: str = Field("FD-ResNet56", description="column of metrics.jsonl, or else of stats.jsonl")
+    better: Literal["lower", "higher"] | None = Field(
+        None, description="which values of the metric are better; None: neither, as for a loss"
+    )
+
+
+@dataclass(frozen=True)
+class Study:
+    """An ablation study, read from a grid file.
+
+    Attributes:
+        preset: preset that the arms start from.
+        arms: configurations by name.
+        metric: column of metrics.jsonl or stats.jsonl to report.
+        better: which values of the metric are better; None if neither.
+    """
+
+    preset: str
+    arms: dict[str, TrainConfig]
+    metric: str
+    better: Literal["lower", "higher"] | None
+
+
+def grid_path(grid: str) -> Path:
+    """Return the path of a grid file.
+
+    Args:
+        grid: a path, or the name of a bundled grid.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no bundled grid of that name.
+    """
+    names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
+    if grid in names and not Path(grid).is_file():
+        return BUILT_IN / f"{grid}.toml"
+    if not Path(grid).is_file():
+        raise FileNotFoundError(
+            f"{grid} is neither a file nor a bundled grid ({', '.join(names)}){did_you_mean(grid, names)}"
+        )
+    return Path(grid)
+
+
+def read_grid(path: Path) -> Study:
+    """Read a grid file.
+
+    Args:
+        path: a TOML file, or a JSON file (.json), which unlike TOML has null.
+
+    Raises:
+        ValueError: the file has the wrong format or describes no valid study. The message names the arm and field.
+    """
+    try:
+        return _study(path, read_json(path) if path.suffix.lower() == ".json" else _toml(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+
+
+def _study(path: Path, content: dict[str, Any]) -> Study:
+    try:
+        file = GridFile.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {describe_problems(error, GridFile)}") from error
+    count = max(1, len(file.arms)) * math.prod(map(len, file.product.values()))
+    if count > MAX_ARMS:
+        raise ValueError(f"{path} has {shorten(count)} arms; at most {MAX_ARMS} are allowed")
+    changes = _combinations(file)
+    if not changes:
+        raise ValueError(f"{path} has no arms: add [arms.NAME] tables or a [product]")
+    arms = {}
+    for name, fields in changes.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]{0,199}", name):
+            what = "at most 200 letters, digits and . _ - = , +"
+            raise ValueError(f"{path}: {shorten(repr(name))} cannot be the name of a folder: use {what}")
+        try:
+            arms[name] = preset(file.preset, **_merged(file.base, fields))
+        except ValidationError as error:
+            raise ValueError(f"{path}: arm {name}: {describe_problems(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: arm {name}: {error}") from error
+    return Study(file.preset, arms, file.metric, file.better)
+
+
+def _combinations(file: GridFile) -> dict[str, dict[str, Any]]:
+    """Return the changes of each arm: every arm of `arms` with every combination of `product`."""
+    changes = {}
+    for name, fields in (file.arms or ({"": {}} if file.product else {})).items():
+        for values in product(*file.product.values()):
+            parts = [name] if name else []
+            arm = fields
+            for field, value in zip(file.product, values, strict=True):
+                nested: Any = value
+                for key in reversed(field.split(".")):
+                    nested = {key: nested}
+                arm = _merged(arm, nested)
+                parts.append(f"{field.rpartition('.')[2]}={str(value).lower()}")
+            changes["_".join(parts)] = arm
+    return changes
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return `first` updated by `second`; tables (model, data) are merged field by field."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,216 @@
+"""The report of an ablation study: its table (the paper's Table 5) and curves (Fig. 8)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from spigan.ablation.grid import Study
+from spigan.config import TrainConfig
+from spigan.files import atomic_path, read_json, write_text
+from spigan.runs import read_rows
+from spigan.training.checkpoint import checkpoints
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = list[tuple[float, float, float]]  # (kimg, hours of training, metric)
+
+_STATISTICS = ("metrics.jsonl", "stats.jsonl")
+
+
+def has_ended(folder: Path, config: TrainConfig) -> bool:
+    """Return whether the run of an arm is finished: trained to its full length, with its model exported."""
+    file = end_file(folder)
+    return file.is_file() and read_json(file).get("total_kimg") == config.total_kimg
+
+
+def end_file(folder: Path) -> Path:
+    """Return the file that marks a finished arm."""
+    return folder / "finished.json"
+
+
+def error_file(out: Path, name: str) -> Path:
+    """Return the file for the traceback of an arm that failed."""
+    return out / f"{name}.error.txt"
+
+
+def write_report(study: Study, out: Path) -> list[Path]:
+    """Write table.md, table.json and, once there is a point to draw, curve.png.
+
+    Args:
+        study: the study.
+        out: its folder, with any number of runs, finished or not.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ImportError: matplotlib, for the curve, is not installed.
+    """
+    require_matplotlib()
+    curves = {name: read_curve(out / name, study.metric) for name in study.arms}
+    rows = [_row(study, out, name, curves[name]) for name in study.arms]
+    missing = _missing(study, out, curves)
+    head = {"preset": study.preset, "metric": study.metric, "better": study.better}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "table.json", json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    write_text(out / "table.md", _markdown(study, rows, missing))
+    if any(curves.values()):
+        with atomic_path(out / "curve.png") as scratch:
+            curve_figure(study, curves).savefig(scratch, format="png", dpi=110)
+    return [path for name in ("table.md", "table.json", "curve.png") if (path := out / name).is_file()]
+
+
+def read_curve(folder: Path, metric: str) -> Curve:
+    """Read the curve of a metric.
+
+    Args:
+        folder: the run folder.
+        metric: a column of metrics.jsonl or, if it is not there, of stats.jsonl.
+
+    Returns:
+        The points (kimg, hours of training, metric); [] if neither file has the metric.
+    """
+    for file in _STATISTICS:
+        points = [
+            (row["kimg"], row["seconds"] / 3600, row[metric])
+            for row in read_rows(folder / file, "kimg", "seconds")
+            if isinstance(row.get(metric), (int, float))
+        ]
+        if points:
+            return points
+    return []
+
+
+def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
+    """Return a row of the table."""
+    config, folder = study.arms[name], out / name
+    stats = read_rows(folder / "stats.jsonl", "kimg", "seconds", "images_per_sec")
+    measured = read_rows(folder / "metrics.jsonl", "kimg", "seconds")
+    reached = (stats or measured or [{"kimg": 0.0, "seconds": 0.0}])[-1]
+    best = None
+    if study.better is not None:
+        best = (min if study.better == "lower" else max)(curve, key=lambda point: point[2], default=None)
+    if has_ended(folder, config):
+        state = "ended"
+    elif error_file(out, name).is_file():
+        state = f"failed: {error_file(out, name).read_text(encoding='utf-8').splitlines()[0]}"
+    else:
+        begun = reached["kimg"] > 0 or checkpoints(folder)
+        state = f"at {reached['kimg']:g} of {config.total_kimg:g} kimg" if begun else "not started"
+    return {
+        "arm": name,
+        "intervals": config.intervals,
+        "fixed_t": config.fixed_t,
+        "mapping": config.model.mapping,
+        "updates": config.updates,
+        "kimg": reached["kimg"],
+        "last": curve[-1][2] if curve else None,
+        "best": best[2] if best else None,
+        "best_kimg": best[0] if best else None,
+        "seconds": reached["seconds"],
+        # The median, because some ticks include a checkpoint or an evaluation.
+        "images_per_sec": statistics.median(row["images_per_sec"] for row in stats) if stats else None,
+        "state": state,
+    }
+
+
+def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
+    """Return a note if no run has the metric but some have others."""
+    names = {
+        key
+        for arm in study.arms
+        for file in _STATISTICS
+        for row in read_rows(out / arm / file)
+        for key in row
+        if key not in ("iteration", "kimg", "seconds")
+    }
+    if any(curves.values()) or not names:
+        return ""
+    return f"No run has measured {study.metric}; available: {', '.join(sorted(names))}."
+
+
+def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
+    titles = ["arm", "K", "fixed t", "mapping", "updates", "kimg", f"last {study.metric}"]
+    titles += [f"best {study.metric} (at kimg)", "seconds", "images/s", "state"]
+    cells = [
+        [
+            row["arm"],
+            str(row["intervals"]),
+            "yes" if row["fixed_t"] else "no",
+            row["mapping"],
+            row["updates"],
+            f"{row['kimg']:g}",
+            "" if row["last"] is None else f"{row['last']:.4g}",
+            "" if row["best"] is None else f"{row['best']:.4g} ({row['best_kimg']:g})",
+            f"{row['seconds']:.0f}",
+            "" if row["images_per_sec"] is None else f"{row['images_per_sec']:.3g}",
+            row["state"].replace("|", "\\|"),
+        ]
+        for row in rows
+    ]
+    lines = [titles, ["---"] * len(titles), *cells]
+    if study.better is None:
+        lines = [[cell for i, cell in enumerate(line) if i != 7] for line in lines]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    better = f" ({study.better} is better)" if study.better else ""
+    title = f"Preset `{study.preset}`, {study.metric}{better}. Written by `spigan ablate`."
+    return "\n".join([title, "", *([missing, ""] if missing else []), *table]) + "\n"
+
+
+def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
+    """Draw the metric against images seen, for random and fixed t of the same K (Fig. 8) and for all arms, and against
+    hours for all arms."""
+    from matplotlib.figure import Figure
+
+    pairs = _fixed_pairs(study)
+    panels = 2 + bool(pairs)
+    figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
+    *fig8, images, hours = figure.subplots(1, panels)
+    looks = {}  # an arm has the same look in all panels
+    for (random, fixed), style in zip(pairs, ["-", "--", ":", "-."] * len(pairs), strict=False):
+        k = study.arms[random].intervals
+        for name, kind, colour in ((random, "random", "tab:blue"), (fixed, "fixed", "tab:orange")):
+            looks[name] = {"color": colour, "linestyle": style}
+            _draw(fig8[0], curves[name], 0, f"{kind} t, K = {k} ({name})", looks[name])
+        fig8[0].set_title("Random against fixed t (the paper's Fig. 8)")
+    others = [name for name in curves if name not in looks]
+    for name, curve in curves.items():
+        look = looks.get(name) or {"color": f"C{2 + others.index(name) % 8}"}
+        _draw(images, curve, 0, name, look)
+        _draw(hours, curve, 1, name, look)
+    images.set_title("All arms against images")
+    hours.set_title("All arms against time")
+    for ax in figure.axes:
+        ax.set(xlabel="hours of training" if ax is hours else "images seen, thousands", ylabel=study.metric)
+        ax.legend(fontsize=8)
+    return figure
+
+
+def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, Any]) -> None:
+    """Draw a curve against its column `x`, unless it has no point."""
+    if curve:
+        ax.plot([point[x] for point in curve], [point[2] for point in curve], marker=".", label=label, **look)
+
+
+def _fixed_pairs(study: Study) -> list[tuple[str, str]]:
+    """Return pairs (random, fixed) of arms that differ only in fixed_t."""
+    names = {config.model_dump_json(): name for name, config in study.arms.items()}
+    found = []
+    for name, config in study.arms.items():
+        random = names.get(config.model_copy(update={"fixed_t": False}).model_dump_json())
+        if config.fixed_t and random is not None:
+            found.append((random, name))
+    return found
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401 - before anything is trained or written
+    except ImportError as error:
+        raise ImportError('the curve needs matplotlib: pip install "spigan[bench]"') from error

@@ -1,0 +1,149 @@
+"""`spigan evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spigan.cli.errors import warn
+from spigan.cli.options import Backend, Batch, Device, Dtype, FirstSeed, torch_dtype
+
+if TYPE_CHECKING:
+    from spigan.data import DataConfig
+
+_REFERENCE = "Reference images"
+
+
+def _check_features(value: str) -> str:
+    """Catch misspelled names of the known networks; anything else may be the path of a network."""
+    from spigan.choices import did_you_mean
+
+    hint = did_you_mean(value, ("inception", "cifar10-resnet56=PATH"))
+    if hint and value not in ("inception", "cifar10-resnet56") and "=" not in value and not Path(value).exists():
+        raise ValueError(f"--features names neither a known network nor a file, got {value}{hint}")
+    return value
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder, a saved model, a hub id, or a bundled model: digits (default), cifar10-small.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Any source of `spigan train --data` (default: what the run was trained on).",
+            show_default=False,
+            rich_help_panel=_REFERENCE,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of the source (default: train, or the run's).", rich_help_panel=_REFERENCE)
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            help="Convert the images: 1 (grey) or 3 (RGB) (default: as stored, or the run's).",
+            rich_help_panel=_REFERENCE,
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="lanczos (default, or the run's), bicubic, bilinear, box or nearest.", rich_help_panel=_REFERENCE
+        ),
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            help="Feature network: inception or inception=PATH (FID), cifar10-resnet56=PATH, or NAME=PATH or PATH of "
+            "a TorchScript file. TorchScript is a program: use only files you trust.",
+            callback=_check_features,
+        ),
+    ] = "inception",
+    samples: Annotated[int, typer.Option(help="Number of images to draw.", min=1)] = 50_000,
+    seed: FirstSeed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the result, with everything it depends on, to this JSON file.")
+    ] = None,
+    batch: Batch = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    backend: Backend = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of reference statistics (default: $SPIGAN_CACHE, or ~/.cache/spigan)."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
+) -> None:
+    """Measure the quality of a model's images.
+
+    Computes FID (or another Frechet distance), KID, Inception Score, precision, recall and coverage, and times
+    sampling. FID needs the Inception network of 2015-12-05; if it is missing, the error says where to get it.
+
+    \b
+    Examples:
+      spigan evaluate runs/00000 --out metrics.json
+      spigan evaluate runs/00000 --features cifar10-resnet56=resnet56.safetensors
+      spigan evaluate user/model --data photos.zip --samples 10000
+    """
+    reference = reference_config(model, data, {"split": split, "channels": channels, "resize": resize})
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder; expected the path of a JSON file")
+    options = {"features": features, "samples": samples, "seed": seed, "batch_size": batch, "device": device}
+    options |= {"dtype": torch_dtype(dtype), "backend": backend, "cache_dir": cache, "progress": not quiet}
+    _measure(model, reference, out, options)
+
+
+def _measure(model: str | None, reference: DataConfig, out: Path | None, options: dict[str, Any]) -> None:
+    import warnings
+
+    from spigan.evaluation.evaluate import evaluate, table
+    from spigan.files import write_text
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they are in the result
+        result = evaluate(model, data=reference, **options)
+    if out is not None:
+        write_text(out, json.dumps(result, indent=2) + "\n")
+    for warning in result["warnings"]:
+        warn(warning)
+    typer.echo(table(result))
+    if out is not None:
+        typer.echo(f"Result with all settings: {out}")
+
+
+def reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
+    """Return the reference images of an evaluation.
+
+    Args:
+        model: the model's name or folder.
+        data: source of the images, or None for those that the bundled model or the run was trained on.
+        changes: fields of `DataConfig` to replace; None keeps the field.
+
+    Raises:
+        ValueError: `data` is None and `model` is not a training run.
+    """
+    from spigan.data import DataConfig
+    from spigan.models.load import BUNDLED_MODELS
+    from spigan.presets import preset_fields
+    from spigan.runs import read_config, run_of
+
+    fields: dict[str, Any] = {}
+    if data is not None:
+        fields = {"source": data}
+    elif model is None or model in BUNDLED_MODELS:
+        fields = preset_fields(model or BUNDLED_MODELS[0])["data"]
+    else:
+        run = run_of(model)
+        if run is None:
+            raise ValueError(f"{model} is not a training run, so its training images are unknown: pass --data")
+        fields = read_config(run).data.model_dump() | {"resolution": None}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return DataConfig.model_validate(fields | given)

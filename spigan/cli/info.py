@@ -1,0 +1,15 @@
+"""`spigan info`."""
+
+from __future__ import annotations
+
+from spigan.cli.options import AsJson
+
+
+def info(as_json: AsJson = False) -> None:
+    """Show versions, devices and backends.
+
+    For every operation, shows which backend it would use and why. Include the output in bug reports.
+    """
+    from spigan.info import main as print_info
+
+    print_info(as_json)

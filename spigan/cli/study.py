@@ -1,0 +1,60 @@
+"""`spigan ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spigan.cli.errors import fail
+from spigan.cli.options import NoProgress
+
+
+def ablate(
+    grid: Annotated[
+        str, typer.Argument(help="A grid file (.toml or .json), or one that comes with spigan: table5, digits.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the study; each arm is a run folder in it.")] = Path("ablation"),
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the grid file and exit: a template for your own.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Train nothing; report on the runs in the folder.")
+    ] = False,
+    quiet: NoProgress = False,
+) -> None:
+    """Train the arms of an ablation study and compare them (Table 5, Fig. 8).
+
+    The arms are trained one after another. Writes table.md, table.json and curve.png. Run the same command again after
+    an interruption: finished arms are kept, an interrupted one resumes exactly. The exit status is 0 if all arms
+    finished, 1 if one failed, 130 after Ctrl-C.
+
+    \b
+    Examples:
+      spigan ablate digits
+      spigan ablate table5 --show > my-grid.toml
+      spigan ablate my-grid.toml --out study
+      spigan ablate my-grid.toml --out study --report-only
+    """
+    from spigan.ablation.grid import grid_path, read_grid
+    from spigan.ablation.report import write_report
+    from spigan.ablation.study import run
+    from spigan.files import read_text
+
+    path = grid_path(grid)
+    if show:
+        typer.echo(read_text(path), nl=False)
+        return
+    study = read_grid(path)
+    failed: list[str] = []
+    interrupted = False
+    if not report_only:
+        failed, interrupted = run(study, out, progress=not quiet, say=typer.echo)
+    paths = write_report(study, out)
+    if interrupted:
+        typer.echo(f"Stopped. Resume with: spigan ablate {grid} --out {out}")
+        raise typer.Exit(130)
+    typer.echo(f"Report: {', '.join(map(str, paths))}")
+    if failed:
+        fail(f"{len(failed)} of {len(study.arms)} arms failed: {', '.join(failed)}; run the command again to retry")

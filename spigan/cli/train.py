@@ -1,0 +1,177 @@
+"""`spigan train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spigan.cli.options import Device, NoProgress
+
+if TYPE_CHECKING:
+    from spigan.config import TrainConfig
+
+_WHAT, _HOW = "What to train", "How to train"
+
+
+def train(
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Configuration to start from: digits (default), cifar10, cifar10-small, celebahq256 or church256.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images: a folder, a zip, a parquet file or a folder of them, LMDB, tar shards, "
+            "cifar-10-python.tar.gz, or a hub id (default: the preset's).",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, new or empty (default: runs/NNNNN).", rich_help_panel=_WHAT)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json to start from instead of a preset.", rich_help_panel=_WHAT)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Resume the run in this folder. Add --kimg to extend it.", rich_help_panel=_WHAT),
+    ] = None,
+    kimg: Annotated[
+        float | None, typer.Option(help="Length of the training in thousands of images.", rich_help_panel=_HOW)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per minibatch.", rich_help_panel=_HOW)] = None,
+    intervals: Annotated[
+        int | None,
+        typer.Option("-k", "--intervals", help="K: number of times per iteration.", rich_help_panel=_HOW),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the initial weights, noise and data order.", rich_help_panel=_HOW)
+    ] = None,
+    device: Device = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change any other field of TrainConfig; repeat for several.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show-config", help="Print the configuration and exit.")] = False,
+    quiet: NoProgress = False,
+) -> None:
+    """Train a model (Algorithm 1 of the paper).
+
+    The run folder receives config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN is the
+    number of thousands of images seen), checkpoints/ and the exported model/. Ctrl-C saves a checkpoint; --resume
+    continues from it. With --set metric_features=... the run is also evaluated: metrics.jsonl and best/.
+
+    \b
+    Examples:
+      spigan train
+      spigan train --preset cifar10 --kimg 10000
+      spigan train --data photos.zip --set model.resolution=64 --set augment=ada
+      spigan train --resume runs/00000
+      torchrun --nproc-per-node 4 -m spigan train --preset cifar10   # needs the extra `distributed`
+    """
+    from spigan.training.trainer import Trainer
+
+    given = {"total_kimg": kimg, "batch": batch, "intervals": intervals, "seed": seed, "device": device}
+    if resume is not None:
+        others: dict[str, Any] = {
+            "--preset": preset,
+            "--data": data,
+            "--out": out,
+            "--config": config,
+            "--set": changes,
+        }
+        others |= {"--batch": batch, "--seed": seed, "--intervals": intervals, "--device": device}
+        _refuse_beside_resume(others | {"--show-config": show or None})
+        trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
+    else:
+        if preset is not None and config is not None:
+            raise ValueError("--preset and --config exclude each other: leave out one of them")
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = train_config(preset or "digits", config, data, given, changes or [])
+        if show:
+            typer.echo(settings.model_dump_json(indent=2))
+            return
+        trainer = Trainer(settings, out, progress=not quiet)
+    _fit(trainer)
+
+
+def _refuse_beside_resume(others: dict[str, Any]) -> None:
+    if extra := [name for name, value in others.items() if value is not None]:
+        raise ValueError(f"--resume uses the run's own configuration: leave out {', '.join(extra)}")
+
+
+def _fit(trainer: Any) -> None:
+    """Train until the end or a signal, and say where the model is."""
+    count, main = trainer.processes.count, trainer.processes.main
+    where = f"{count} processes on {trainer.device.type}" if count > 1 else str(trainer.device)
+    if main:
+        length = f"{trainer.config.total_kimg:g} kimg on {where}, K = {trainer.config.intervals}"
+        typer.echo(f"{trainer.run_dir}: {length}")
+    trainer.fit()
+    trainer.processes.close()
+    if trainer.interrupted:
+        raise typer.Exit(130)
+    if main:
+        typer.echo(f"Done. The model is in {trainer.run_dir / 'model'}; try: spigan sample --model {trainer.run_dir}")
+
+
+def train_config(
+    preset: str, config: Path | None, data: str | None, given: dict[str, Any], changes: list[str]
+) -> TrainConfig:
+    """Return the configuration that the command line describes: a preset or file, then named options, then --set.
+
+    Args:
+        preset: name of the preset, unless `config` is given.
+        config: config.json to start from.
+        data: source of the images, or None for that of the preset or file.
+        given: fields set by options of their own.
+        changes: "FIELD=VALUE"; VALUE is JSON if it parses as such, else text.
+
+    Raises:
+        ValueError: the fields make no valid configuration.
+        OSError: `config` cannot be read.
+    """
+    from spigan.config import TrainConfig
+    from spigan.files import read_json
+    from spigan.presets import preset_fields
+
+    fields = preset_fields(preset) if config is None else read_json(config)
+    fields |= given
+    if data is not None:
+        stored = fields.get("data", {})
+        if not isinstance(stored, dict):
+            raise ValueError(f"data must be an object in {config}, got {stored!r}")
+        fields["data"] = stored | {"source": data}
+    for change in changes:
+        _apply(fields, change)
+    if "data" not in fields:
+        raise ValueError(f"the preset {preset!r} needs images: pass --data with a folder, zip, parquet file or hub id")
+    return TrainConfig.model_validate(fields)
+
+
+def _apply(fields: dict[str, Any], change: str) -> None:
+    """Set one field: "model.ode_steps=8"."""
+    name, separator, text = change.partition("=")
+    if not separator:
+        raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        fields = fields.setdefault(parent, {})
+        if not isinstance(fields, dict):
+            raise ValueError(f"--set {change}: {parent!r} has no fields of its own")
+    fields[leaf] = value

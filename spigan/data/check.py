@@ -1,0 +1,145 @@
+"""`spigan data check`: decode every image of a source once and report what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from spigan.data.config import DataConfig, source_name
+from spigan.data.decode import ImageReader
+from spigan.data.sources.base import Source
+from spigan.data.sources.find import find_source
+from spigan.data.workers import available_cores, chunks, map_chunks
+
+_Size = tuple[int, int]
+
+
+def check(config: DataConfig, *, workers: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Decode every image of a source and report what it holds.
+
+    Args:
+        config: which images. If it has a resolution, they are also cropped and resized, as in training.
+        workers: worker processes; None: one per CPU core, 0: decode in this process.
+        progress: show a progress bar.
+
+    Returns:
+        A report of plain JSON values:
+
+        - "source", "split", "images": what was checked, and the number of images
+        - "broken": [{index, error}]
+        - "width", "height": [least, most]
+        - "sizes", "modes", "formats": the number of images for each, most frequent first, at most 20 sizes
+        - "duplicates": "groups" of images that are equal in every pixel, the number of "images" beyond the first of
+          each group, and "examples" (names, at most 5 of a group and 10 groups)
+        - "seconds", "workers", "images_per_second" of this call
+        - "images_per_second_core": images that one core decodes (and crops and resizes) in a second, without waiting
+          for the disk
+
+    Raises:
+        ValueError: whatever `open_dataset` raises, except for single images.
+    """
+    source = find_source(config, progress)
+    workers = available_cores() if workers is None else workers
+    began = time.perf_counter()
+    tally = _tally(source, config, workers, progress)
+    elapsed = time.perf_counter() - began
+    groups = _equal(tally.digests, np.flatnonzero(tally.sound))
+    sizes = tally.sizes
+    ranges = [[min(side), max(side)] for side in zip(*sizes, strict=True)] if sizes else [None, None]
+    return {
+        "source": config.source,
+        "split": config.split,
+        "images": len(source),
+        "broken": tally.broken,
+        "width": ranges[0],
+        "height": ranges[1],
+        "sizes": {f"{width} x {height}": count for (width, height), count in sizes.most_common(20)},
+        "modes": dict(tally.modes.most_common()),
+        "formats": dict(tally.formats.most_common()),
+        "duplicates": {
+            "groups": len(groups),
+            "images": sum(len(group) - 1 for group in groups),
+            "examples": [[source.name(index) for index in group[:5]] for group in groups[:10]],
+        },
+        "seconds": elapsed,
+        "workers": workers,
+        "images_per_second": len(source) / elapsed,
+        "images_per_second_core": int(tally.sound.sum()) / tally.busy if tally.busy else None,
+    }
+
+
+class _Tally:
+    """What is counted over all images."""
+
+    def __init__(self, count: int) -> None:
+        self.broken: list[dict[str, Any]] = []
+        self.sizes: Counter[_Size] = Counter()
+        self.modes: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.digests = np.zeros(count, dtype="S16")
+        self.sound = np.zeros(count, dtype=bool)
+        self.busy = 0.0  # seconds of CPU time
+
+    def add(self, index: int, found: _Found | str) -> None:
+        if isinstance(found, str):
+            self.broken.append({"index": index, "error": found})
+            return
+        self.digests[index], self.sound[index] = found.digest, True
+        self.sizes[found.size] += 1
+        self.modes[found.mode] += 1
+        self.formats[found.kind] += 1
+        self.busy += found.seconds
+
+
+class _Found(NamedTuple):
+    """Facts about an image: size as stored, Pillow's mode and format, digest of the pixels, CPU seconds to decode."""
+
+    size: _Size
+    mode: str
+    kind: str
+    digest: bytes
+    seconds: float
+
+
+def _tally(source: Source, config: DataConfig, workers: int, progress: bool) -> _Tally:
+    tally, parts = _Tally(len(source)), chunks(0, len(source))
+    with tqdm(total=len(source), unit="img", desc=source_name(config), disable=not progress) as bar:
+        for indices, results in zip(parts, map_chunks(_Inspector(source, config), parts, workers), strict=True):
+            for index, result in zip(indices, results, strict=True):
+                tally.add(index, result)
+            bar.update(len(indices))
+            bar.set_postfix(broken=len(tally.broken), refresh=False)
+    return tally
+
+
+class _Inspector:
+    """Decodes an image and notes what it is."""
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        self.reader = ImageReader(source, config)
+
+    def __call__(self, index: int) -> _Found:
+        began = time.thread_time()
+        with self.reader.opened(index) as image:
+            size, mode, kind = image.size, image.mode, str(image.format or "array")
+            image.load()
+            decoded = time.thread_time()
+            # Indices mean nothing without their palette.
+            pixels = image.convert("RGBA" if image.has_transparency_data else "RGB") if mode == "P" else image
+            digest = hashlib.blake2b(f"{pixels.mode} {size}".encode() + pixels.tobytes(), digest_size=16).digest()
+            hashed = time.thread_time()
+            if self.reader.resolution:
+                self.reader.square(image)
+        return _Found(size, mode, kind, digest, time.thread_time() - hashed + decoded - began)
+
+
+def _equal(digests: np.ndarray, indices: np.ndarray) -> list[list[int]]:
+    """Group those of `indices` with equal digests: groups of two or more, in the order of their first."""
+    order = indices[np.argsort(digests[indices], kind="stable")]
+    starts = np.flatnonzero(digests[order[1:]] != digests[order[:-1]]) + 1
+    return sorted(group.tolist() for group in np.split(order, starts) if len(group) > 1)

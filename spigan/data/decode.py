@@ -1,0 +1,170 @@
+"""From a stored image to pixels: open it safely, check it, and make a square of it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spigan.data import limits
+from spigan.data.config import DataConfig
+from spigan.data.sources.base import Source, UnsuitableImage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# The same kinds by Pillow's names. Pillow must never try others (EPS would start Ghostscript) on untrusted data.
+PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class ImageReader:
+    """Reads the images of a source as squares. Every error names the image.
+
+    Attributes:
+        source: where the images are stored.
+        config: how they become squares.
+        resolution: side of the squares in pixels. None: as stored; set it to require the same of all images.
+        channels: 1 or 3. None: as stored; set it to require the same of all images.
+    """
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        self.source, self.config = source, config
+        self.resolution: int | None = config.resolution
+        self.channels: int | None = config.channels
+
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        """Open image `index` and check its header. Its pixels are not decoded yet.
+
+        Raises:
+            ValueError: the image is unsuitable or damaged, also if this shows within the `with` block.
+        """
+        try:
+            with self.source.open(index) as image:
+                self._check(image)
+                yield image
+        except UnsuitableImage as error:
+            raise ValueError(f"{self.source.name(index)} {error}") from None
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
+            raise ValueError(
+                f"{self.source.name(index)} cannot be read as an image ({type(error).__name__}: {error}): repair or "
+                "remove it"
+            ) from error
+
+    def read(self, index: int, out: np.ndarray) -> tuple[int, int]:
+        """Decode image `index` into `out`, uint8 [C, H, W]; return its width and height as stored."""
+        with self.opened(index) as image:
+            size = image.size
+            pixels = np.asarray(self.square(image))
+            out[:] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+        return size
+
+    def stored_size(self, index: int) -> tuple[int, int]:
+        """Width and height of image `index` as stored, without decoding it."""
+        with self.opened(index) as image:
+            return image.size
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """Turn an image upright, convert it to `channels`, crop its centre and resize it to `resolution`."""
+        from PIL import Image, ImageOps
+
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        mode = "L" if self.channels == 1 else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        side = min(image.size)
+        if image.size != (side, side):
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+        if self.resolution is not None and side != self.resolution:
+            image = image.resize((self.resolution,) * 2, Image.Resampling[self.config.resize.upper()])
+        return image
+
+    def _check(self, image: Image.Image) -> None:
+        width, height = image.size
+        if width * height > limits.MAX_PIXELS:
+            raise UnsuitableImage(
+                f"has {width} x {height} pixels; at most {limits.MAX_PIXELS} are accepted: make it smaller"
+            )
+        # A camera's MPO is a photograph, followed by a second view or a preview.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
+            raise UnsuitableImage("holds several frames; expected one image: save the frames as files, or remove it")
+        # Pillow silently opens 16-bit RGB as 8-bit RGB; the decoder's raw mode ("RGB;16B") still tells.
+        if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+            raise UnsuitableImage(
+                "has more than 8 bits per channel; expected 8: convert it first and choose how to scale the values"
+            )
+        if self.config.channels is None:
+            self._check_channels(image)
+        if self.config.crop == "none" and width != height:
+            raise UnsuitableImage(f'has {width} x {height} pixels, not a square: use crop="center", or crop it first')
+        if self.config.resolution is None and self.resolution not in (None, min(width, height)):
+            raise UnsuitableImage(
+                f"has {width} x {height} pixels, but {self.source.name(0)} makes a square of {self.resolution}: set "
+                "resolution to resize all images"
+            )
+
+    def _check_channels(self, image: Image.Image) -> None:
+        if image.has_transparency_data:
+            raise UnsuitableImage("has an alpha channel: set channels=3 (or 1) to put transparent images on white")
+        found = channels_of(image)
+        if self.channels is not None and self.channels != found:
+            kinds = {1: "grey", 3: "RGB"}
+            raise UnsuitableImage(
+                f"is {kinds[found]}, but {self.source.name(0)} is {kinds[self.channels]}: set channels=3 (or 1) to "
+                "convert all images"
+            )
+
+
+def channels_of(image: Image.Image) -> int:
+    """Channels of an image as stored: 1 for grey, otherwise 3."""
+    return 1 if image.mode in ("1", "L", "LA") else 3
+
+
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """Open an encoded image from an untrusted file; only its header is read.
+
+    Args:
+        file: path of the file, or its contents.
+
+    Raises:
+        UnsuitableImage: `file` is a pipe or a device.
+        Exception: whatever Pillow raises for a file that is not an image in one of `PILLOW_FORMATS`.
+    """
+    from PIL import Image
+
+    if isinstance(file, Path):
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise UnsuitableImage("is not a regular file: remove it")
+        return Image.open(_File(file), formats=PILLOW_FORMATS)
+    return Image.open(file, formats=PILLOW_FORMATS)
+
+
+def check_size(size: int, has: str = "has") -> None:
+    """Refuse an encoded image of `size` bytes if no image within `limits.MAX_PIXELS` needs that many."""
+    most = 4 * limits.MAX_PIXELS
+    if size > most:
+        raise UnsuitableImage(f"{has} {size} bytes; at most {most} are accepted: make it smaller")
+
+
+class _File(io.BufferedReader):
+    """A file whose reads allocate no more than the file's size, whatever length a header claims."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None else min(size, self._size))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_size"):  # Pillow only closes files that it opened itself; this one it just drops
+            self.close()

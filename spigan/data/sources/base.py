@@ -1,0 +1,89 @@
+"""`Source`, the interface of everything that stores images, and the errors that a source raises."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Source(Protocol):
+    """A sequence of stored images with random access.
+
+    A source only finds and opens images. `ImageDataset` checks them, crops and resizes them, and adds their names to
+    error messages. Any class with these four methods is a source; it need not inherit from this one. It must survive
+    pickling and forking, because worker processes read it: open files on demand rather than in `__init__`.
+
+    A source of images that are computed, registered under the name "gradients":
+
+        import numpy as np
+        from PIL import Image
+        from spigan.data import DataConfig, open_dataset, register_source
+
+        class Gradients:
+            def __len__(self):
+                return 100
+
+            def name(self, index):
+                return f"gradient {index}"
+
+            def open(self, index):
+                return Image.fromarray(np.full((32, 32, 3), index, dtype=np.uint8))
+
+            def identity(self):
+                yield b"gradients, version 1"
+
+        register_source("gradients", lambda config, progress: Gradients())
+        dataset = open_dataset(DataConfig(source="gradients"))
+        dataset[7]  # uint8 tensor of shape [3, 32, 32]
+
+    After that, `Trainer` and `evaluate` take `DataConfig(source="gradients")` too.
+    """
+
+    def __len__(self) -> int:
+        """Number of images, at least 1."""
+
+    def name(self, index: int) -> str:
+        """Name of image `index` in error messages, such as "photos.zip!a.png" or "train.parquet row 17"."""
+
+    def open(self, index: int) -> Image.Image:
+        """Open image `index` (0 <= index < len) as a new Pillow image, which the caller closes.
+
+        Pixels need not be decoded yet. For encoded images, use `spigan.data.decode.open_image`, which limits what
+        Pillow may do with untrusted data.
+
+        Raises:
+            UnsuitableImage: the image cannot be used. Other exceptions are reported as "cannot be read as an image".
+        """
+
+    def identity(self) -> Iterator[bytes]:
+        """Bytes that tell this source's data from other data without decoding them, such as names and sizes.
+
+        They become part of `ImageDataset.fingerprint`, which a resumed run compares. Leave out what may change while
+        the data stay the same, such as the path of the folder.
+        """
+
+
+class UnsuitableImage(Exception):
+    """An image cannot be used. The message continues a sentence that starts with its name: "has 3 frames; ..."."""
+
+
+def require(module: str, package: str, extra: str | None = None) -> Any:
+    """Import a module that only some sources need.
+
+    Args:
+        module: name to import.
+        package: package that provides the module.
+        extra: extra of spigan that installs the package, if any.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        wanted = f'"spigan[{extra}]"' if extra else package
+        raise ModuleNotFoundError(f"this source of images needs the package {package}: pip install {wanted}") from error

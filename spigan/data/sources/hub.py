@@ -1,0 +1,45 @@
+"""Data sets of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from spigan.data.sources.base import require
+from spigan.data.sources.parquet import RowSource, image_column
+
+CIFAR10 = "uoft-cs/cifar10"
+
+
+def open_hub(identifier: str, split: str, column: str | None) -> RowSource:
+    """Download a data set from the Hub to the cache of `datasets`, unless it is there, and open its images.
+
+    Args:
+        identifier: "owner/name".
+        split: as `datasets` names it, such as "train" or "train[:10%]".
+        column: name of the column of images; None: the only one.
+
+    Raises:
+        FileNotFoundError: there is no such data set, or no network.
+        ValueError: there is no such split or column, or the split has no rows.
+    """
+    datasets = require("datasets", "datasets")
+    try:
+        rows = datasets.load_dataset(identifier, split=split).with_format("arrow")[:]
+    except Exception as error:  # no network, no such dataset, no such split: the Hub's clients raise many kinds
+        advice = (
+            "check the name and split, or pass a local path: a folder of images, a zip file or a folder of parquet "
+            "files"
+        )
+        if identifier == CIFAR10:
+            advice = (
+                "pass a local path as source: cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, "
+                "or a folder of the parquet files of https://huggingface.co/datasets/uoft-cs/cifar10"
+            )
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        raise kind(
+            f"{identifier!r}, split {split!r}, is not a local path and could not be loaded from the Hugging Face Hub "
+            f"({type(error).__name__}: {error}): {advice}"
+        ) from error
+    name = image_column(rows.schema, column, identifier)
+    if not len(rows):
+        raise ValueError(f"{identifier}, split {split!r}, has no rows: expected images")
+    # Data sets of loose files are downloaded as files, and their rows hold paths.
+    return RowSource([(identifier, rows.column(name))], open_paths=True)

@@ -1,0 +1,147 @@
+"""Images in uncompressed tar files, such as WebDataset's shards, read in place.
+
+Random access keeps the order of training a true permutation of all images, which resumes exactly, as for a folder.
+The index takes 24 bytes of memory per image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
+from spigan.data.sources.files import SPLITS
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class TarSource:
+    """Images in tar files, in the order of files and members.
+
+    Args:
+        files: uncompressed tar files.
+        column: extension of the images, everything after the first dot of a member's name; None: any image.
+        progress: show a progress bar while the files are listed, if that takes over 2 s.
+    """
+
+    def __init__(self, files: list[Path], column: str | None, progress: bool) -> None:
+        from tqdm import tqdm
+
+        self._files, self._digests = files, []
+        headers, offsets, sizes = array("q"), array("q"), array("q")
+        counts: list[int] = []
+        for file in tqdm(files, desc="listing", unit="tar", delay=2, disable=not progress):
+            sha = hashlib.sha256()
+            for member in _image_members(file, column):
+                headers.append(member.offset)
+                offsets.append(member.offset_data)
+                sizes.append(member.size)
+                sha.update(f"{member.name}\0{member.size}\0".encode(errors="surrogateescape"))
+            counts.append(len(sizes) - sum(counts))
+            self._digests.append(sha.digest())
+        if not sizes:
+            expected = f"members named *.{column}" if column else f"members named *{', *'.join(IMAGE_SUFFIXES)}"
+            raise ValueError(f"{', '.join(map(str, files))} has no images in it: expected {expected}")
+        self._members = np.stack([np.frombuffer(part, dtype=np.int64) for part in (headers, offsets, sizes)])  # [3, N]
+        self._ends = list(accumulate(counts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def name(self, index: int) -> str:
+        file, offset = self._files[bisect_right(self._ends, index)], int(self._members[0, index])
+        try:
+            with file.open("rb") as opened:
+                opened.seek(offset)
+                with tarfile.open(fileobj=opened, mode="r:") as archive:
+                    member = archive.next()
+                    return f"{file}!{member.name if member else offset}"
+        except (tarfile.TarError, OSError, ValueError, RecursionError):  # must not hide the error that is reported
+            return f"{file}!{offset}"
+
+    def open(self, index: int) -> Image.Image:
+        _, offset, size = self._members[:, index].tolist()
+        check_size(size)
+        # Opened for every image (some 20 us): a forked worker would share the position in a file kept open, and data
+        # sets have more shards than a process may have open files.
+        with self._files[bisect_right(self._ends, index)].open("rb", buffering=0) as file:
+            file.seek(offset)
+            return open_image(io.BytesIO(file.read(size)))
+
+    def identity(self) -> Iterator[bytes]:
+        for file, digest in zip(self._files, self._digests, strict=True):
+            yield file.name.encode(errors="surrogateescape") + b"\0" + digest
+
+
+def tar_files(root: Path, split: str) -> list[Path]:
+    """Return a folder's tar files of one split, sorted; all of them if their names give no split."""
+    files = sorted(root.glob("*.tar"))
+    splits = {file: re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files}
+    if not set(splits.values()) <= SPLITS:
+        if split == "train":
+            return files
+        raise ValueError(
+            f"{root} has no split {split!r}: the names of its tar files, such as {files[0].name}, give no split"
+        )
+    found = [file for file in files if splits[file] == split]
+    if not found:
+        raise ValueError(f"{root} has no split {split!r}: its tar files are of {sorted(set(splits.values()))}")
+    return found
+
+
+def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of `file` that are images, without reading them; see `TarSource` for `column`."""
+    try:
+        with file.open("rb") as opened:
+            sample = ""
+            for member in tar_members(opened):
+                folder, _, name = member.name.rpartition("/")
+                hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+                stem, _, extension = name.partition(".")
+                wanted = name.lower().endswith(IMAGE_SUFFIXES) if column is None else extension == column
+                if hidden or not wanted or not member.isreg() or member.issparse():
+                    continue
+                if column is None and f"{folder}/{stem}" == sample:
+                    raise ValueError(
+                        f"{file} has several images of the sample {sample.strip('/')!r}: set `column` to the extension "
+                        f'of one, everything after the first dot of their names, such as "{extension}"'
+                    )
+                sample = f"{folder}/{stem}"
+                yield member
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as an uncompressed tar file ({error}): copy, download or decompress it again"
+        ) from error
+
+
+def tar_members(data: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an uncompressed tar file in order, keeping none of them in memory.
+
+    Raises:
+        tarfile.TarError: `data` is not a tar file, or damaged.
+    """
+    try:
+        with tarfile.open(fileobj=data, mode="r:") as archive:
+            end = -1
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all members here
+                if member.offset <= end or member.size < 0:  # a hostile size would lead back, in an endless loop
+                    raise tarfile.ReadError(f"the member at byte {member.offset} has a size of {member.size}")
+                end = member.offset
+                yield member
+            data.seek(archive.offset)  # tarfile takes any block that is not a header for the end
+            if data.read(512).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except (ValueError, OverflowError, RecursionError) as error:  # malformed numbers; headers about headers
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error

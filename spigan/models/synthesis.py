@@ -1,0 +1,172 @@
+"""Layers and blocks of StyleGAN2's synthesis network, skip architecture (Karras et al. 2020b, Fig. 7), with
+StyleGAN2-ADA's parameter names and layout. `spigan.models.frozen_synthesis` runs them faster without gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from spigan.models.layers import LRELU_GAIN, Linear
+from spigan.ops import modulated_conv2d
+from spigan.ops.fir_bias_act import upsample2d
+from spigan.ops.upfirdn2d import fir_filter
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated 3x3 convolution, noise, bias, leaky ReLU.
+
+    Args:
+        in_channels: I.
+        out_channels: O.
+        dim_h: D.
+        resolution: height and width of the output.
+        up: 1, or 2 to double the resolution.
+        clamp: bound on the output's absolute value, or None.
+    """
+
+    resample_filter: Tensor
+    noise_const: Tensor
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, dim_h: int, resolution: int, up: int, clamp: float | None
+    ) -> None:
+        super().__init__()
+        self.up, self.clamp = up, clamp
+        self.affine = Linear(dim_h, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise_const", torch.randn(resolution, resolution))
+        self.register_buffer("resample_filter", fir_filter(), persistent=False)
+
+    def noise_inputs(self, mode: str, source: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the arguments `noise`, `noise_strength` and `noise_seed` of `modulated_conv2d`.
+
+        Args:
+            mode: "random", "const", "none" or "given".
+            source: the int64 [] seed of "random" noise, or the "given" noise [N or 1, 1, H, W].
+        """
+        if mode == "none":
+            return None, None, None
+        if mode == "random":
+            return None, self.noise_strength, source
+        return self.noise_const[None, None] if mode == "const" else source, self.noise_strength, None
+
+    def forward(self, x: Tensor, h: Tensor, mode: str, source: Tensor | None) -> Tensor:
+        """x [N, I, H, W], h [N, D] -> [N, O, up H, up W]. For `mode` and `source` see `noise_inputs`."""
+        noise, strength, seed = self.noise_inputs(mode, source)
+        return modulated_conv2d(
+            x,
+            self.weight,
+            self.affine(h),
+            up=self.up,
+            resample_filter=self.resample_filter,
+            noise=noise,
+            noise_strength=strength,
+            noise_seed=seed,
+            bias=self.bias,
+            activation="lrelu",
+            gain=LRELU_GAIN,
+            clamp=self.clamp,
+        )
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to the image's channels, without demodulation.
+
+    Args:
+        in_channels: I.
+        img_channels: C.
+        dim_h: D.
+        clamp: bound on the output's absolute value, or None.
+    """
+
+    def __init__(self, in_channels: int, img_channels: int, *, dim_h: int, clamp: float | None) -> None:
+        super().__init__()
+        self.clamp = clamp
+        self.affine = Linear(dim_h, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+        self.weight_gain = 1.0 / math.sqrt(in_channels)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        """x [N, I, H, W], h [N, D] -> [N, C, H, W]."""
+        style = self.affine(h) * self.weight_gain
+        return modulated_conv2d(x, self.weight, style, demodulate=False, bias=self.bias, clamp=self.clamp)
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution: two layers, and a ToRGB layer whose output is added to the image so far.
+
+    The first block (4x4) starts from a learned constant and has one layer, `conv1`.
+
+    Args:
+        in_channels: I; 0 for the first block.
+        out_channels: O.
+        img_channels: C.
+        dim_h: D.
+        resolution: height and width of the output.
+        clamp: bound on the layers' absolute values, or None.
+    """
+
+    resample_filter: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        img_channels: int,
+        *,
+        dim_h: int,
+        resolution: int,
+        clamp: float | None,
+    ) -> None:
+        super().__init__()
+        self.is_first = in_channels == 0
+        layer = {"dim_h": dim_h, "resolution": resolution, "clamp": clamp}
+        if self.is_first:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        else:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, up=2, **layer)  # type: ignore[arg-type]
+        self.conv1 = SynthesisLayer(out_channels, out_channels, up=1, **layer)  # type: ignore[arg-type]
+        self.torgb = ToRGB(out_channels, img_channels, dim_h=dim_h, clamp=clamp)
+        self.register_buffer("resample_filter", fir_filter(), persistent=False)
+
+    @property
+    def layers(self) -> list[SynthesisLayer]:
+        """The block's one or two layers, in the order in which they run."""
+        return [self.conv1] if self.is_first else [self.conv0, self.conv1]
+
+    def forward(
+        self,
+        x: Tensor | None,
+        img: Tensor | None,
+        h: Iterator[Tensor],
+        h_rgb: Tensor,
+        mode: str,
+        sources: Iterator[Tensor | None],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            x: [N, I, H/2, W/2]; None in the first block.
+            img: [N, C, H/2, W/2]; None in the first block.
+            h: yields the [N, D] latent vector of each layer.
+            h_rgb: [N, D] latent vector of ToRGB.
+            mode: noise mode of the layers; see `SynthesisLayer.noise_inputs`.
+            sources: yields the noise source of each layer.
+            dtype: dtype in which the first block starts.
+
+        Returns:
+            x [N, O, H, W] and img [N, C, H, W].
+        """
+        if x is None:
+            x = self.const.to(dtype).expand(h_rgb.shape[0], -1, -1, -1)
+        for layer in self.layers:
+            x = layer(x, next(h), mode, next(sources))
+        rgb = self.torgb(x, h_rgb).to(h_rgb.dtype)
+        return x, rgb if img is None else upsample2d(img, self.resample_filter, add=rgb)

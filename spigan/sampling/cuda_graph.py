@@ -1,0 +1,94 @@
+"""A sampler's batch, from seeds to pixels, as one CUDA graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spigan.models import SPIGAN
+from spigan.models.frozen_synthesis import frozen_state, has_forward_hooks
+
+Evaluate = Callable[[Tensor], Tensor]
+"""int64 [B] seeds -> images."""
+
+
+def supports_cuda_graph(model: SPIGAN) -> bool:
+    """Return whether batches of `model` can be captured: it is on a GPU and its solver has fixed steps."""
+    # dopri5 reads its step sizes back from the device, which a graph cannot do.
+    adaptive = model.config.mapping == "ode" and model.config.ode_solver == "dopri5"
+    return next(model.parameters()).device.type == "cuda" and not adaptive
+
+
+class GraphedBatches:
+    """Replays full batches of a sampler as a CUDA graph, and captures it again when the model has changed.
+
+    Args:
+        model: the model; `supports_cuda_graph`.
+        evaluate: makes the images of a batch.
+        batch_size: B; a smaller batch is not replayed.
+    """
+
+    def __init__(self, model: SPIGAN, evaluate: Evaluate, batch_size: int) -> None:
+        self._model, self._evaluate, self._batch_size = model, evaluate, batch_size
+        self._graph: BatchGraph | None = None
+
+    def replay(self, seeds: Tensor) -> Tensor | None:
+        """Return the images of int64 [B] seeds on the CPU.
+
+        None if no graph can make them: the batch is not full, the model has forward hooks, or its parameters may be
+        trained.
+        """
+        if len(seeds) < self._batch_size or has_forward_hooks(self._model.modules()):
+            return None
+        if (state := frozen_state(self._model)) is None:
+            return None
+        if self._graph is None or self._graph.state != state:
+            self._graph = None  # frees its memory before the next one is captured
+            self._graph = BatchGraph(self._model, self._evaluate, self._batch_size, state)
+        return self._graph.replay(seeds)
+
+    def forget(self) -> None:
+        """Drop the graph; the next full batch captures a new one."""
+        self._graph = None
+
+
+class BatchGraph:
+    """The graph of one state of a model.
+
+    Args:
+        model: the model, on a GPU.
+        evaluate: makes the images of a batch.
+        batch_size: B.
+        state: `frozen_state` of the model.
+    """
+
+    def __init__(self, model: SPIGAN, evaluate: Evaluate, batch_size: int, state: tuple[Any, ...]) -> None:
+        self.state = state
+        self._lock = threading.Lock()
+        device = next(model.parameters()).device
+        with torch.cuda.device(device):
+            self._seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # packs the weights, compiles Triton's kernels, allocates the libraries' workspaces
+                    evaluate(self._seeds)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Without `stream`, all graphs of a process are captured on one stream of one device. "thread_local": what
+            # other threads allocate in the meantime, such as a loader's pinned memory, does not spoil the capture.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._images = evaluate(self._seeds)
+        # The generator drops these when it is called with other weights, but the graph still reads them.
+        self._prepared = model.generator.prepared
+
+    def replay(self, seeds: Tensor) -> Tensor:
+        """Return the images of int64 [B] seeds."""
+        with self._lock:  # `sample` shares its samplers between threads
+            self._seeds.copy_(seeds, non_blocking=True)
+            self._graph.replay()
+            return self._images.clone()

@@ -1,0 +1,106 @@
+"""What `spigan data check` finds: sizes, modes, formats, duplicates and broken images."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from typer.testing import CliRunner
+
+from spigan.cli import app
+from spigan.data import DataConfig
+from spigan.data.check import check
+
+
+def encoded(seed: int, size: tuple[int, int] = (20, 14), mode: str = "RGB", kind: str = "PNG") -> bytes:
+    """A picture of random pixels."""
+    shape = (size[1], size[0], len(mode)) if len(mode) > 1 else (size[1], size[0])
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    root.mkdir(parents=True)
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    return root
+
+
+def cli(*args: Any) -> Any:
+    return CliRunner().invoke(app, ["data", *map(str, args)], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_check(tmp_path: Path) -> None:
+    files = {
+        "a.png": encoded(0, (20, 14)),
+        "b.jpg": encoded(1, (20, 14), kind="JPEG"),
+        "c.png": encoded(2, (9, 30), mode="L"),
+        "d.png": encoded(0, (20, 14)) + b"\0",  # the same pixels in another file
+        "e.bmp": encoded(0, (20, 14), kind="BMP"),  # and in another format
+        "f.png": encoded(2, (9, 30), mode="L"),
+        "g.png": encoded(5, (14, 20)),
+    }
+    good = write_folder(tmp_path / "good", files)
+    for workers in (0, 2):
+        report = check(DataConfig(source=str(good), channels=3), workers=workers, progress=False)
+        assert json.loads(json.dumps(report)) == report
+        assert (report["images"], report["broken"]) == (7, [])
+        assert report["sizes"] == {"20 x 14": 4, "9 x 30": 2, "14 x 20": 1}
+        assert (report["width"], report["height"]) == ([9, 20], [14, 30])
+        assert report["modes"] == {"RGB": 5, "L": 2}
+        assert report["formats"] == {"PNG": 5, "JPEG": 1, "BMP": 1}
+        assert report["duplicates"] == {
+            "groups": 2,
+            "images": 3,
+            "examples": [
+                [str(good / f"{name}") for name in group] for group in (("a.png", "d.png", "e.bmp"), ("c.png", "f.png"))
+            ],
+        }
+        assert report["workers"] == workers
+        assert report["images_per_second"] > 0 and report["images_per_second_core"] > 0
+    result = cli("check", good, "--quiet")
+    assert result.exit_code == 0
+    assert "7, 0 broken" in result.stdout and "20 x 14 (4)" in result.stdout and "3 in 2 groups" in result.stdout
+
+
+def test_check_sees_the_colours_of_palettes(tmp_path: Path) -> None:
+    """The same indices, of other colours; and a file without a palette that has the same pixels."""
+    image = Image.open(io.BytesIO(encoded(0, (6, 6)))).quantize(8)
+    other = image.copy()
+    other.putpalette([255 - value for value in image.getpalette() or []])
+    for name, picture in {"a.png": image, "b.png": other, "c.png": image.convert("RGB")}.items():
+        picture.save(tmp_path / name)
+    report = check(DataConfig(source=str(tmp_path), channels=3), workers=0, progress=False)
+    assert report["duplicates"]["examples"] == [[str(tmp_path / "a.png"), str(tmp_path / "c.png")]]
+    assert report["modes"] == {"P": 2, "RGB": 1}
+
+
+def test_check_of_broken_images(tmp_path: Path) -> None:
+    animated = io.BytesIO()
+    frames = [Image.new("L", (8, 8), value) for value in (0, 99)]
+    frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+    files = {
+        "a.png": encoded(0, (64, 64)),
+        "b.png": encoded(0, (64, 64))[:-3000],  # its header is fine
+        "c.gif": animated.getvalue(),
+    }
+    source = write_folder(tmp_path / "source", files)
+    result = cli("check", source, "--quiet", "--workers", 1, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert [row["index"] for row in report["broken"]] == [1, 2]
+    assert "b.png cannot be read as an image" in report["broken"][0]["error"]
+    assert "c.gif holds several frames" in report["broken"][1]["error"]
+    assert report["duplicates"]["groups"] == 0  # those that cannot be read are not all the same
+    result = cli("check", source, "--quiet", "--workers", 0, "--crop", "none", "--resolution", 8)
+    assert result.exit_code == 1
+    assert result.stderr.count("broken: ") == 2 and "3, 2 broken" in result.stdout
+    (source / "a.png").unlink()
+    assert "2, 2 broken" in cli("check", source, "--quiet", "--workers", 0).stdout
+    assert "does not exist" in cli("check", "./none").stderr

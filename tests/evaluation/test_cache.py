@@ -1,0 +1,106 @@
+"""The cache of a reference's statistics: used, damaged, not writable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spigan import SPIGAN, DataConfig
+from spigan.evaluation.cache import cache_folder, load, save
+from spigan.evaluation.evaluate import evaluate
+from spigan.evaluation.evaluator import Evaluator
+
+
+def measure(model: SPIGAN, scripts: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "data": DataConfig(source="digits"),
+        "features": str(scripts / "pixels.pt"),
+        "samples": 100,
+        "progress": False,
+    }
+    return evaluate(model, **options | changes)
+
+
+def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images that features are computed of, as they are."""
+    counts = []
+    plain = Evaluator.features
+
+    def counted(self: Evaluator, batches: Any, count: int, reference: bool = False) -> Any:
+        if reference:
+            counts.append(count)
+        return plain(self, batches, count, reference)
+
+    monkeypatch.setattr(Evaluator, "features", counted)
+    return counts
+
+
+def test_cache(model: SPIGAN, scripts: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = computations(monkeypatch)
+    first = measure(model, scripts)
+    files = sorted((cache / "features").iterdir())
+    assert [file.name.split("-")[:4] for file in files] == [["digits", "train", "8", "pixels"]] * 2
+    assert counts == [1797]
+    assert measure(model, scripts)["metrics"] == first["metrics"]
+    assert counts == [1797]
+    # Other numbers of neighbours, the same features.
+    measure(model, scripts, samples=120)
+    assert counts == [1797] and len(list((cache / "features").iterdir())) == 3
+    # Another filter, another network and another folder are other statistics.
+    measure(model, scripts, data=DataConfig(source="digits", resize="box"))
+    measure(model, scripts, features=str(scripts / "classifier.pt"))
+    measure(model, scripts, cache_dir=cache / "own")
+    assert counts == [1797] * 4
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: data[: len(data) // 2]])
+def test_damaged_cache_is_computed_again(
+    model: SPIGAN, scripts: Path, cache: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = computations(monkeypatch)
+    first = measure(model, scripts)
+    files = sorted((cache / "features").iterdir())
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged .* and will be computed again"):
+        assert measure(model, scripts)["metrics"] == first["metrics"]
+    assert counts == [1797, 1797]
+    assert [file.read_bytes() for file in files] == whole
+    # One of other contents under this name is not taken either.
+    files[1].write_bytes(whole[0])  # the neighbours' instead of the features
+    assert measure(model, scripts)["metrics"] == first["metrics"]
+    assert counts == [1797, 1797, 1797]
+
+
+def test_cache_that_cannot_be_written(model: SPIGAN, scripts: Path, cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be kept for later .*set SPIGAN_CACHE"):
+        result = measure(model, scripts)
+    assert result["metrics"]["FD-pixels"] > 0
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == Path(os.environ["SPIGAN_CACHE"])
+    assert cache_folder("~/mine") == Path.home() / "mine"
+    monkeypatch.delenv("SPIGAN_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "spigan"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "spigan"
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.tensor([1, 2])], ids=["NaN", "integers"])
+def test_cached_numbers_must_be_finite_floats(tmp_path: Path, value: torch.Tensor) -> None:
+    path = tmp_path / "a.safetensors"
+    save(path, "key", {"mean": value})
+    with pytest.warns(UserWarning, match="must hold finite numbers"):
+        assert load(path, "key", {"mean": (2,)}) is None
+    save(path, "key", {"mean": torch.ones(2)})
+    assert load(path, "another key", {"mean": (2,)}) is None
+    assert load(path, "key", {"mean": (2,)}) is not None
