@@ -10,9 +10,9 @@
 #include <string>
 #include <tuple>
 
-#include "operations.h"
 #include "common/philox.h"
 #include "cpu/cpu_kernels.h"
+#include "operations.h"
 #if defined(SPIGAN_WITH_CUDA)
 #include "cuda/cuda_operations.h"
 #endif

@@ -149,7 +149,9 @@ Args:
         require(x_size[0] >= 0, "x_size >= 0", x_size[0]);
         require(x_size[1] >= 0, "x_size >= 0", x_size[1]);
         if (filter == 0) {
-          require(x_size[0] == end.height && x_size[1] == end.width, "x of the result's size where no filter is", x_size[0]);
+          const char* const same_size = "x of the result's size where no filter is";
+          require(x_size[0] == end.height, same_size, x_size[0]);
+          require(x_size[1] == end.width, same_size, x_size[1]);
         } else {
           require(taps >= 1 && taps <= kMaxTaps, "1 to 8 taps", taps);
           require(up == 1 || up == 2, "up 1 or 2", up);
@@ -167,7 +169,8 @@ Args:
       py::arg("rgb_weight"), py::arg("rgb_channels"), context, Unlocked(),
       doc(R"(Write out = next_factor clamp(gain act(factor fir_gain FIR(x) + strength noise + bias)) + add.
 
-Images are channels-last and contiguous. "wide" is float32, or float64 where dtype is. An address of 0 leaves a part out.
+Images are channels-last and contiguous. "wide" is float32, or float64 if dtype is.
+An address of 0 leaves a part out.
 
 Args:
     out: address of [images, height, width, channels] of dtype; overwritten; 0 where only rgb is wanted.

@@ -11,9 +11,9 @@
 #define SPIGAN_HD inline
 #endif
 
-// CPU sources are compiled once for every instruction set (csrc/cpu/cpu_kernels.h). Each of those objects needs its own copy of
-// the functions below: the linker would keep one of several inline functions of the same name, and an AVX-512 one may
-// not run elsewhere. The inline namespace gives them different names.
+// CPU sources are compiled once per instruction set (csrc/cpu/cpu_kernels.h). Each of those objects needs its own copy
+// of the functions below: of several inline functions with the same name the linker keeps only one, and an AVX-512
+// version may not run on this CPU. The inline namespace gives them different names.
 #if defined(SPIGAN_ISA)
 #define SPIGAN_COMMON_BEGIN \
   namespace spigan {        \

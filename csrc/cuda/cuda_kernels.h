@@ -23,7 +23,6 @@ cudaError_t bias_act_backward(const BiasActBackward& args, cudaStream_t stream);
 // that the plan asks for.
 cudaError_t rk4_mlp(const Rk4Mlp& args, cudaStream_t stream);
 
-
 // How rk4_mlp divides the work. A group of `members` thread blocks integrates `rows` rows of the batch at a time, each
 // block the same dim / members columns throughout.
 struct Rk4Plan {
