@@ -5,7 +5,7 @@
 
 namespace spigan {
 
-// The numbers that the Python side (spigan/ops/native.py) passes.
+// The numbers that the Python side (spigan/ops/library.py) passes.
 enum class Activation : int { kSilu = 0, kLrelu = 1, kTanh = 2, kSoftplus = 3 };
 
 }  // namespace spigan

@@ -5,7 +5,7 @@
 
 namespace spigan {
 
-// The numbers that the Python side (spigan/ops/native.py) passes.
+// The numbers that the Python side (spigan/ops/library.py) passes.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kUInt8 = 4 };
 
 struct bfloat16 {

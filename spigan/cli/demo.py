@@ -52,12 +52,12 @@ def demo(
 def _draw(model: SPIGAN, run_dir: Path) -> None:
     """Write a grid of 64 samples, and a strip of 4 samples at the times `TIMES`."""
     from spigan.images import display_scale, make_grid, save_png
+    from spigan.models.grid import sample_grid
     from spigan.sampling import Sampler
 
-    scale = display_scale(model.config.resolution)
-    samples = Sampler(model, output="uint8")(range(64), to="cpu")
+    grid = save_png(sample_grid(model), run_dir / "samples.png")
     rows = Sampler(model, t=TIMES, output="uint8")(range(4), to="cpu").transpose(0, 1).flatten(0, 1)
-    grid = save_png(make_grid(samples, columns=8, scale=scale), run_dir / "samples.png")
+    scale = display_scale(model.config.resolution)
     strip = save_png(make_grid(rows, columns=len(TIMES), scale=scale), run_dir / "strip.png")
     typer.echo(f"Samples:              {grid}")
     typer.echo(f"h(0) to h(1), Fig. 9: {strip}")

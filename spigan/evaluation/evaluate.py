@@ -60,7 +60,10 @@ def evaluate(
         features: the feature network that images are compared by; see `spigan.evaluation.features.load_features`.
         samples: number of images to sample.
         seed: seed of the first image; image i has the seed `seed + i`.
-        batch_size, dtype, device, backend: as for `spigan.Sampler`.
+        batch_size: as for `spigan.Sampler`, like the next three.
+        dtype: as there.
+        device: as there.
+        backend: as there.
         cache_dir: folder for the reference's statistics; default: see `spigan.evaluation.cache.cache_folder`.
         progress: show progress bars.
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from spigan.config import TrainConfig
 from spigan.data import ImageDataset
 from spigan.files import write_text
-from spigan.images import display_scale, make_grid, save_png, to_uint8
+from spigan.images import display_scale, grid_side, make_grid, save_png
 from spigan.models import SPIGAN
-from spigan.ops import philox_normal
+from spigan.models.grid import sample_grid
 from spigan.runs import read_best
 from spigan.training import checkpoint
 from spigan.training.processes import Processes
@@ -144,19 +144,13 @@ class Snapshots:
 
     def sample_grid(self) -> Tensor:
         """Return a uint8 [C, H, W] grid of the averaged model's images of seeds 0, 1, ..., enlarged."""
-        resolution = self.config.model.resolution
-        side = 8 if resolution <= 64 else 4
-        seeds = torch.arange(side * side, device=self.processes.device)
-        z = philox_normal((len(seeds), *self.config.model.z_shape), seed=seeds)
-        with torch.no_grad():
-            parts = [to_uint8(self.state.ema(part)) for part in z.split(self.config.batch_gpu or self.config.batch)]
-        return make_grid(torch.cat(parts), columns=side, scale=display_scale(resolution)).cpu()
+        return sample_grid(self.state.ema, batch_size=self.config.batch_gpu or self.config.batch)
 
     def write_reals(self, dataset: ImageDataset) -> None:
         """Write reals.png, a grid of images spread over the dataset, in the main process."""
         if not self.processes.main:
             return
-        side = 8 if self.config.model.resolution <= 64 else 4
+        side = grid_side(self.config.model.resolution)
         step = max(1, len(dataset) // (side * side))
         images = torch.stack([dataset[i] for i in range(0, len(dataset), step)][: side * side])
         grid = make_grid(images, columns=side, scale=display_scale(self.config.model.resolution))

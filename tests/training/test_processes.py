@@ -49,7 +49,7 @@ CASES = {
     "mlp": {"model": {"mapping": "mlp"}, "intervals": 1, "xflip": True},
 }
 EXITS = int(os.environ.get("SPIGAN_EXITS", "4"))
-"""Launches of every way to exit."""
+"""Launches of each case of `test_exits_while`; see CONTRIBUTING.md."""
 
 # Plays the launcher for one job a line: forks two processes, waits, and prints their exit codes. A job trains the runs
 # that it lists, one after the other; a "stop" or "fault" happens to process 1. What it saw goes to found.RANK, what it
