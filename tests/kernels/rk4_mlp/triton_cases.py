@@ -19,7 +19,6 @@ def problem(n, dim, layers, dtype):
     return [x.to(dtype) for x in (h0, weight, torch.randn(layers, dim), torch.randn(layers, dim))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("n", "dim", "layers", "times", "steps"),
@@ -30,7 +29,9 @@ def problem(n, dim, layers, dtype):
         (5, 80, 2, [0.3, 1.0], 1),
     ],
 )
-def test_states(n, dim, layers, times, steps, activation, dtype, assert_accurate):
+def test_states(n, dim, layers, times, steps, activation, assert_accurate):
+    # Every pair of a size and an activation; the dtypes take turns.
+    dtype = DTYPES[(dim // 16 + list(ACTIVATIONS).index(activation)) % 2]
     inputs = problem(n, dim, layers, dtype)
 
     def solve(inputs, backend):
@@ -40,11 +41,11 @@ def test_states(n, dim, layers, times, steps, activation, dtype, assert_accurate
     assert_accurate(solve(inputs, "triton"), solve(inputs, "reference"), exact)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     n=st.integers(0, 20) | st.integers(30, 70),
     dim=st.sampled_from([16, 32, 48, 96, 112]),
-    layers=st.integers(1, 4),
+    layers=st.integers(1, 3),
     cents=st.sets(st.integers(1, 100), min_size=1, max_size=4).map(sorted),
     steps=st.integers(1, 2),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
@@ -62,7 +63,7 @@ def test_states_of_any_problem(assert_accurate, n, dim, layers, cents, steps, ac
 
 
 def test_many_times():
-    inputs, times = problem(2, 16, 2, torch.float32), [k / 64 for k in range(1, 65)]
+    inputs, times = problem(2, 16, 1, torch.float32), [k / 64 for k in range(1, 65)]
     actual = rk4_mlp(*inputs, times, steps=1, backend="triton")
     torch.testing.assert_close(actual, rk4_mlp(*inputs, times, steps=1, backend="reference"), rtol=1e-4, atol=1e-5)
 
