@@ -33,7 +33,7 @@ def kernels(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ModuleTy
     """The functions of spigan._C.cuda on CPU addresses."""
     pybind11 = pytest.importorskip("pybind11")
     options = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
-    # The workers of pytest-xdist share one build: the first builds, the others wait for its lock and find it done.
+    # The workers of pytest-xdist share one build: the first builds, the others wait for the lock and find the result.
     shared = (
         tmp_path_factory.getbasetemp().parent
         if "PYTEST_XDIST_WORKER" in os.environ
@@ -42,7 +42,8 @@ def kernels(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ModuleTy
     folder = shared / "cuda_on_cpu"
     with (shared / "cuda_on_cpu.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build(folder, "_cuda_on_cpu", *options)
+        if not any(folder.glob("_cuda_on_cpu*")):
+            build(folder, "_cuda_on_cpu", *options)
     (path,) = folder.glob("_cuda_on_cpu*")
     spec = spec_from_file_location("_cuda_on_cpu", path)
     assert spec is not None and spec.loader is not None
