@@ -59,8 +59,8 @@ class Page:
         models: the models by the names that the page shows: those given first, then the bundled ones.
 
     Raises:
-        FileNotFoundError, ValueError: a model cannot be loaded.
-        BackendUnavailable: a backend requested by name cannot run.
+        FileNotFoundError, ValueError: if a model cannot be loaded.
+        BackendUnavailable: if a backend requested by name cannot run.
     """
 
     def __init__(self, models: Sequence[str | Path] = (), device: str | None = None) -> None:
@@ -229,7 +229,7 @@ def build(page: Page) -> Blocks:
     """Build the page.
 
     Raises:
-        ImportError: gradio is not installed.
+        ImportError: if gradio is not installed.
     """
     gr = _require_gradio()
     first = next(iter(page.models))
@@ -328,8 +328,8 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
         The page, which `.close()` stops, and its address.
 
     Raises:
-        ImportError: gradio is not installed.
-        OSError: the port is in use, or the address does not belong to this machine.
+        ImportError: if gradio is not installed.
+        OSError: if the port is in use, or the address does not belong to this machine.
     """
     gr = _require_gradio()
     try:  # with a wrong address, gradio would try a hundred ports for minutes
@@ -376,7 +376,7 @@ def _caption(symbol: str, steps: interpolation.Steps) -> str:
     """Return the part of a caption about times or weights: "t = 0 to 1" or "a = 0.30".
 
     Raises:
-        ValueError: a time or weight is not a number in [0, 1].
+        ValueError: if a time or weight is not a number in [0, 1].
     """
     if isinstance(steps, int):
         return f"{symbol} = 0 to 1"

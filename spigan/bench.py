@@ -126,8 +126,8 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
         The paths of <device>.json, <device>.md and <device>.png.
 
     Raises:
-        ValueError: a file is not such a run, or the runs are of several devices.
-        ImportError: matplotlib, for the plot, is not installed.
+        ValueError: if a file is not such a run, or the runs are of several devices.
+        ImportError: if matplotlib, for the plot, is not installed.
     """
     try:
         import matplotlib  # noqa: F401 - before anything is written
@@ -152,7 +152,7 @@ def read_run(path: Path) -> dict[str, Any]:
         {"device", "date", "versions", "matrix_rate", "copy_rate", "rows": [...]}.
 
     Raises:
-        ValueError: the file is not a run of the benchmark suite.
+        ValueError: if the file is not a run of the benchmark suite.
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge runs of one device into one; each row keeps the date of its run.
 
     Raises:
-        ValueError: the runs are of several devices.
+        ValueError: if the runs are of several devices.
     """
     if len(devices := {run["device"] for run in runs}) != 1:
         raise ValueError(f"the runs are of several devices: {'; '.join(sorted(devices))}")

@@ -27,7 +27,7 @@ def check_choice(what: str, given: str, names: Sequence[str]) -> None:
         names: the values allowed.
 
     Raises:
-        ValueError: `given` is not one of `names`. The message lists them and suggests the nearest.
+        ValueError: if `given` is not one of `names`. The message lists them and suggests the nearest.
     """
     if given not in names:
         raise ValueError(f"{what} must be {listed(names)}, got {given}{did_you_mean(given, names)}")

@@ -37,8 +37,8 @@ def read_text(path: Path) -> str:
     """Return the text of an untrusted file.
 
     Raises:
-        ValueError: the file is larger than `MAX_TEXT`, or not UTF-8.
-        OSError: the file cannot be read.
+        ValueError: if the file is larger than `MAX_TEXT`, or not UTF-8.
+        OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(MAX_TEXT + 1)
@@ -54,8 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in an untrusted file.
 
     Raises:
-        ValueError: the file holds something else, is too large, or is nested too deeply.
-        OSError: the file cannot be read.
+        ValueError: if the file holds something else, is too large, or is nested too deeply.
+        OSError: if the file cannot be read.
     """
     try:
         content = json.loads(read_text(path))
@@ -88,7 +88,7 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
         durable: wait until the file is on disk, so that it also survives a loss of power.
 
     Raises:
-        OSError: `path` is a device or a pipe, or cannot be written.
+        OSError: if `path` is a device or a pipe, or cannot be written.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is not a regular file, and a regular file would replace it: choose another path")

@@ -86,7 +86,7 @@ def save_animation(frames: Tensor, path: str | Path, *, frame_time: int = 80) ->
         frame_time: milliseconds for which each frame is shown.
 
     Raises:
-        ValueError: the suffix is another one, there is no frame, or the time is not positive.
+        ValueError: if the suffix is another one, there is no frame, or the time is not positive.
     """
     path = Path(path)
     kind = ANIMATIONS.get(path.suffix.lower())

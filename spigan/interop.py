@@ -27,8 +27,8 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
         A `Generator` in eval mode. Call it with the official per-layer styles ws [N, num_ws, D].
 
     Raises:
-        TypeError: a value is not a floating-point tensor.
-        ValueError: a name is missing or unknown, a shape does not fit, or a FIR filter is not [1, 3, 3, 1].
+        TypeError: if a value is not a floating-point tensor.
+        ValueError: if a name is missing or unknown, a shape does not fit, or a FIR filter is not [1, 3, 3, 1].
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")

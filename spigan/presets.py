@@ -72,7 +72,7 @@ def preset_fields(name: str) -> dict[str, Any]:
     """Return the fields that a preset sets, as the plain nested values of a config.json.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: if there is no preset of that name.
     """
     if name not in _PRESETS:
         raise ValueError(f"there is no preset {name!r}; available: {', '.join(_PRESETS)}{did_you_mean(name, _PRESETS)}")

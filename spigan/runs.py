@@ -23,8 +23,8 @@ def read_config(run_dir: Path) -> TrainConfig:
     """Return the configuration of a run.
 
     Raises:
-        FileNotFoundError: `run_dir` is not a run folder.
-        ValueError: its config.json is damaged.
+        FileNotFoundError: if `run_dir` is not a run folder.
+        ValueError: if its config.json is damaged.
     """
     path = run_dir / "config.json"
     if not path.is_file():
@@ -54,7 +54,7 @@ def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
         numbers: names of fields that must be numbers in every row.
 
     Raises:
-        ValueError: any other line is not such a row.
+        ValueError: if any other line is not such a row.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

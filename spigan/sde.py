@@ -41,7 +41,7 @@ class VPSDE:
             (mean_coef, std), both in [0, 1].
 
         Raises:
-            ValueError: t is outside [0, 1].
+            ValueError: if t is outside [0, 1].
         """
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"VPSDE.marginal needs t in [0, 1], got {t}")

@@ -70,7 +70,7 @@ def grid_path(grid: str) -> Path:
         grid: a path, or the name of a bundled grid.
 
     Raises:
-        FileNotFoundError: there is no such file, and no bundled grid of that name.
+        FileNotFoundError: if there is no such file, and no bundled grid of that name.
     """
     names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
     if grid in names and not Path(grid).is_file():
@@ -89,7 +89,7 @@ def read_grid(path: Path) -> Study:
         path: a TOML file, or a JSON file (.json), which unlike TOML has null.
 
     Raises:
-        ValueError: the file has the wrong format or describes no valid study. The message names the arm and field.
+        ValueError: if the file has the wrong format or describes no valid study. The message names the arm and field.
     """
     try:
         return _study(path, read_json(path) if path.suffix.lower() == ".json" else _toml(path))

@@ -49,7 +49,7 @@ def write_report(study: Study, out: Path) -> list[Path]:
         The paths of the files.
 
     Raises:
-        ImportError: matplotlib, for the curve, is not installed.
+        ImportError: if matplotlib, for the curve, is not installed.
     """
     require_matplotlib()
     curves = {name: read_curve(out / name, study.metric) for name in study.arms}

@@ -40,8 +40,8 @@ def run(
         The names of the arms that failed, and whether Ctrl-C or SIGTERM stopped the study.
 
     Raises:
-        ValueError: a folder contains a run of another configuration than that of the grid. No file has been changed.
-        ImportError: matplotlib, for the curve, is not installed.
+        ValueError: if a folder contains a run of another configuration than that of the grid. No file has been changed.
+        ImportError: if matplotlib, for the curve, is not installed.
     """
     require_matplotlib()
     _check_folders(study, out)

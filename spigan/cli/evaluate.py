@@ -128,7 +128,7 @@ def reference_config(model: str | None, data: str | None, changes: dict[str, Any
         changes: fields of `DataConfig` to replace; None keeps the field.
 
     Raises:
-        ValueError: `data` is None and `model` is not a training run.
+        ValueError: if `data` is None and `model` is not a training run.
     """
     from spigan.data import DataConfig
     from spigan.models.load import BUNDLED_MODELS

@@ -139,8 +139,8 @@ def train_config(
         changes: "FIELD=VALUE"; VALUE is JSON if it parses as such, else text.
 
     Raises:
-        ValueError: the fields make no valid configuration.
-        OSError: `config` cannot be read.
+        ValueError: if the fields make no valid configuration.
+        OSError: if `config` cannot be read.
     """
     from spigan.config import TrainConfig
     from spigan.files import read_json

@@ -67,9 +67,9 @@ def convert(
         bytes}] and the options. Also "converted", the number of images that this call read, and the "seconds" it took.
 
     Raises:
-        OSError: a file could not be written, for example because the disk is full.
-        ValueError: an option is out of range, or `out` holds files of another conversion; and whatever `open_dataset`
-            raises, except for single images.
+        OSError: if a file could not be written, for example because the disk is full.
+        ValueError: if an option is out of range, or `out` holds files of another conversion; and whatever
+            `open_dataset` raises, except for single images.
     """
     _check_options(config, out, image_format, quality, shard_size)
     source = find_source(config, progress)

@@ -43,7 +43,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         description: facts that a run records about its data; plain JSON values.
 
     Raises:
-        ValueError: an image is damaged, has more than 8 bits per channel or several frames, is transparent or unlike
+        ValueError: if an image is damaged, has more than 8 bits per channel or several frames, is transparent or unlike
             the others; the message names it.
     """
 
@@ -153,8 +153,8 @@ def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
         progress: show a progress bar if this takes over 2 s.
 
     Raises:
-        FileNotFoundError: the source does not exist.
-        ModuleNotFoundError: a package that the source needs is not installed.
+        FileNotFoundError: if the source does not exist.
+        ModuleNotFoundError: if a package that the source needs is not installed.
         ValueError: anything else, with the name of the file: an unknown kind of source, a missing split or column, no
             images at all, or an image that is damaged, has more than 8 bits per channel or several frames, is
             transparent or unlike the others.

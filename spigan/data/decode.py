@@ -43,7 +43,7 @@ class ImageReader:
         """Open image `index` and check its header. Its pixels are not decoded yet.
 
         Raises:
-            ValueError: the image is unsuitable or damaged, also if this shows within the `with` block.
+            ValueError: if the image is unsuitable or damaged, also if this shows within the `with` block.
         """
         try:
             with self.source.open(index) as image:
@@ -136,7 +136,7 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
         file: path of the file, or its contents.
 
     Raises:
-        UnsuitableImage: `file` is a pipe or a device.
+        UnsuitableImage: if `file` is a pipe or a device.
         Exception: whatever Pillow raises for a file that is not an image in one of `PILLOW_FORMATS`.
     """
     from PIL import Image

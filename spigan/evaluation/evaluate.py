@@ -73,8 +73,8 @@ def evaluate(
         "precision", "recall", "density", "coverage". "nfe" and "seconds_per_100_images" (a median) are beside it.
 
     Raises:
-        FileNotFoundError: the model, the data or the weights of the feature network do not exist.
-        ValueError: the images' channels or resolution are not the model's, there are too few images, or the feature
+        FileNotFoundError: if the model, the data or the weights of the feature network do not exist.
+        ValueError: if the images' channels or resolution are not the model's, there are too few images, or the feature
             network is not usable.
     """
     sampler = Sampler(model, batch_size=batch_size, dtype=dtype, backend=backend, device=device, output="uint8")
@@ -130,7 +130,7 @@ def open_reference(data: DataConfig, model: SPIGAN, *, progress: bool = True) ->
     """Open the data set that a model is compared with, at the model's resolution.
 
     Raises:
-        ValueError: `data` asks for another resolution, or its images have other channels.
+        ValueError: if `data` asks for another resolution, or its images have other channels.
     """
     config = model.config
     if data.resolution not in (None, config.resolution):

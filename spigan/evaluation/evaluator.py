@@ -61,7 +61,7 @@ class Evaluator:
         progress: show progress bars.
 
     Raises:
-        ValueError: there are too few reference images.
+        ValueError: if there are too few reference images.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Evaluator:
             count: total number of images.
 
         Raises:
-            ValueError: there are too few images, or not `count`, or their features are not finite.
+            ValueError: if there are too few images, or not `count`, or their features are not finite.
         """
         self.check_count(count)
         return self.compare(*self.features(batches, count))
@@ -192,7 +192,7 @@ class Evaluator:
             reference: whether the images are the reference, which needs no class probabilities.
 
         Raises:
-            ValueError: there are not `count` images.
+            ValueError: if there are not `count` images.
         """
         from tqdm.auto import tqdm
 

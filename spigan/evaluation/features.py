@@ -59,7 +59,7 @@ class FeatureNet:
         classes: number of classes; None if there are no class probabilities.
 
     Raises:
-        ValueError: the network cannot be applied to images, or its results have the wrong shape.
+        ValueError: if the network cannot be applied to images, or its results have the wrong shape.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FeatureNet:
             Features, float32 [N, D], and class probabilities, float32 [N, classes] or None, on this network's device.
 
         Raises:
-            ValueError: the images have another dtype or shape.
+            ValueError: if the images have another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
@@ -149,8 +149,8 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
         cache_dir: folder with Inception's file, for "inception"; default: see `spigan.evaluation.cache.cache_folder`.
 
     Raises:
-        FileNotFoundError: the file does not exist; the message says where to get it.
-        ValueError: the file is damaged, of another kind, or holds another network than the name says.
+        FileNotFoundError: if the file does not exist; the message says where to get it.
+        ValueError: if the file is damaged, of another kind, or holds another network than the name says.
     """
     name, separator, path = spec.partition("=")
     if not separator:

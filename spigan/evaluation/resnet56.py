@@ -72,7 +72,7 @@ def load_resnet56(file: Path, device: torch.device) -> Callable[[Tensor, bool], 
     """Load the weights from a safetensors file; return the network as `FeatureNet` takes it.
 
     Raises:
-        ValueError: the file is damaged, or holds other tensors.
+        ValueError: if the file is damaged, or holds other tensors.
     """
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         resnet = ResNet56()

@@ -89,7 +89,7 @@ class Generator(nn.Module):
             [N, C, H, W], about [-1, 1].
 
         Raises:
-            ValueError: h or the noise has the wrong shape, or there is no such noise mode.
+            ValueError: if h or the noise has the wrong shape, or there is no such noise mode.
         """
         mode, sources = self._noise_sources(noise, h)
         if h.ndim not in (2, 3) or h.shape[-1] != self.dim_h or (h.ndim == 3 and h.shape[1] != self.num_ws):

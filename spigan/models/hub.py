@@ -84,7 +84,7 @@ def write_folder(
         The folder.
 
     Raises:
-        FileExistsError: the folder is not empty.
+        FileExistsError: if the folder is not empty.
         FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`, or the hub does not allow the name.
     """
     validate_repo_id(repo_id)
@@ -174,8 +174,8 @@ def describe(
         Arguments for `card`.
 
     Raises:
-        FileNotFoundError: the run or one of its files does not exist.
-        ValueError: the run's files are damaged, the run trained another architecture, or the metrics are of other
+        FileNotFoundError: if the run or one of its files does not exist.
+        ValueError: if the run's files are damaged, the run trained another architecture, or the metrics are of other
             weights.
     """
     fields: dict[str, Any] = {"license": license}

@@ -26,7 +26,7 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
     """Return a device by name; None and "auto" mean cuda if available, else the CPU.
 
     Raises:
-        ValueError: the name is unknown, or there is no such device here.
+        ValueError: if the name is unknown, or there is no such device here.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
         `model` itself if it is a SPIGAN on `device` already, else a model that does not require gradients.
 
     Raises:
-        FileNotFoundError: there is no such model; the message lists the bundled ones.
+        FileNotFoundError: if there is no such model; the message lists the bundled ones.
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device

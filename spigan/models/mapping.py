@@ -171,7 +171,7 @@ class MLPMapping(nn.Module):
         """[N, D] -> [N, D] for t = 1, [1, N, D] for t = [1.0].
 
         Raises:
-            ValueError: t is another time; this mapping makes clean images only.
+            ValueError: if t is another time; this mapping makes clean images only.
         """
         times = [t] if isinstance(t, (int, float)) else list(t)
         if times != [1.0]:

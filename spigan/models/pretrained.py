@@ -97,9 +97,9 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
                 be reached.
 
         Raises:
-            FileNotFoundError: the folder or the repository lacks a file, or the cache does while offline.
-            ValueError: the configuration or the weights are damaged or do not fit together.
-            OSError: the hub has no such repository or revision, or refuses access.
+            FileNotFoundError: if the folder or the repository lacks a file, or the cache does while offline.
+            ValueError: if the configuration or the weights are damaged or do not fit together.
+            OSError: if the hub has no such repository or revision, or refuses access.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -172,8 +172,8 @@ def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
         prefix: only names that start with it are read, without it.
 
     Raises:
-        ValueError: the file is damaged, names are missing or unexpected, or a tensor has the wrong shape, is not of a
-            floating-point dtype or is not finite.
+        ValueError: if the file is damaged, names are missing or unexpected, or a tensor has the wrong shape, is not of
+            a floating-point dtype or is not finite.
     """
     expected = module.state_dict()
     names = _check_header(expected, path, prefix)

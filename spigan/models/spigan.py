@@ -109,9 +109,9 @@ class SPIGAN(PretrainedModel):
             Address of the commit or of the pull request.
 
         Raises:
-            FileNotFoundError, ValueError: the run or the metrics are missing, damaged or of another model. Nothing has
-                been uploaded then.
-            OSError: the hub cannot be reached or refuses access.
+            FileNotFoundError, ValueError: if the run or the metrics are missing, damaged or of another model. Nothing
+                has been uploaded then.
+            OSError: if the hub cannot be reached or refuses access.
         """
         return push_to_hub(
             self, repo_id, run=run, metrics=metrics, license=license, private=private, token=token, branch=branch,

@@ -63,9 +63,9 @@ def export_model(
         The path.
 
     Raises:
-        ValueError: an argument is out of range, the solver is dopri5, or the weights are too large for an ONNX file
+        ValueError: if an argument is out of range, the solver is dopri5, or the weights are too large for an ONNX file
             (2 GiB).
-        ImportError: the format is "onnx" and the extra `export` is not installed.
+        ImportError: if the format is "onnx" and the extra `export` is not installed.
     """
     path, t = Path(path), float(t)  # refuses several times, which the model itself would accept
     format = format_of(path) if format is None else format

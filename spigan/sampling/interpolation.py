@@ -45,7 +45,7 @@ def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = N
         uint8 [R, S, C, H, W].
 
     Raises:
-        ValueError: the model has no time (mapping="mlp"), or an argument is out of range.
+        ValueError: if the model has no time (mapping="mlp"), or an argument is out of range.
     """
     sampler = _sampler(model, options)
     if sampler.model.config.mapping == "mlp":
@@ -74,7 +74,7 @@ def interpolate_z(
         uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     if mix not in ("spherical", "linear"):
         raise ValueError(f'mix must be "spherical" or "linear", got {mix!r}')
@@ -96,7 +96,7 @@ def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None
         uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     sampler = _sampler(model, options)
     h = torch.cat([_latents(sampler, z) for z in _noise(sampler, _several(seeds)).split(sampler.batch_size)])
@@ -121,7 +121,7 @@ def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: V
         uint8 [2 N, S, C, H, W], two rows for each image: first along the SDE, then along the straight path.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     seeds = resolve_seeds(len(images), seeds)
     times = _weights(steps).tolist()
@@ -165,7 +165,7 @@ def save_rows(rows: Tensor, out: str | Path, *, columns: int | None = None, fram
         `out`.
 
     Raises:
-        ValueError: the suffix is another one.
+        ValueError: if the suffix is another one.
     """
     out = Path(out)
     check_suffix(out)

@@ -65,8 +65,8 @@ def sample(
         The images, as `output_type` says.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type.
-        BackendUnavailable: a backend was asked for by name and cannot run.
+        ValueError, TypeError: if an argument is out of range or of the wrong type.
+        BackendUnavailable: if a backend was asked for by name and cannot run.
     """
     if output_type not in ("pt", "np", "pil"):
         raise ValueError(f'output_type must be "pt", "np" or "pil", got {output_type!r}')

@@ -42,8 +42,8 @@ class Sampler:
         cuda_graph: False: never use CUDA graphs, so that a profiler sees the stages.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type.
-        FileNotFoundError: there is no such model.
+        ValueError, TypeError: if an argument is out of range or of the wrong type.
+        FileNotFoundError: if there is no such model.
     """
 
     def __init__(

@@ -17,8 +17,8 @@ def resolve_seeds(n: int | None, seed: int | Sequence[int] | Tensor) -> list[int
         seed: an int s for the seeds s, s + 1, ..., s + n - 1; or a list with the n seeds.
 
     Raises:
-        ValueError: n is not the length of the list, or a seed is out of range.
-        TypeError: a seed is not an integer.
+        ValueError: if n is not the length of the list, or a seed is out of range.
+        TypeError: if a seed is not an integer.
     """
     if isinstance(seed, (int, np.integer)):
         n = 16 if n is None else n

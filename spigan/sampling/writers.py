@@ -37,7 +37,7 @@ def format_of(out: Path) -> Format:
     """Return the format for the suffix of a path.
 
     Raises:
-        ValueError: the suffix is unknown.
+        ValueError: if the suffix is unknown.
     """
     formats = {".png": Format.grid, ".npz": Format.npz, ".parquet": Format.parquet, "": Format.png}
     if out.suffix.lower() not in formats and not out.is_dir():
@@ -64,7 +64,7 @@ def image_writer(
         shape: (C, H, W).
 
     Raises:
-        ValueError: `out` is a folder but must be a file, or the other way round.
+        ValueError: if `out` is a folder but must be a file, or the other way round.
     """
     if fmt is Format.png and out.is_file():
         raise ValueError(f"{out} is a file; --format png needs a folder")

@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
     """Write tensors and JSON-serialisable counters, whole or not at all.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk.
+        OSError: if the file cannot be written, as on a full disk.
     """
     metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}
     with atomic_path(path) as scratch:
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and counters that `save_checkpoint` wrote.
 
     Raises:
-        ValueError: the file is damaged, or not a checkpoint of this format.
+        ValueError: if the file is damaged, or not a checkpoint of this format.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,8 +96,8 @@ def counter(state: dict[str, Any], name: str) -> int:
     """Return a count from the counters of a checkpoint.
 
     Raises:
-        KeyError: it is missing.
-        ValueError: it is not a count.
+        KeyError: if it is missing.
+        ValueError: if it is not a count.
     """
     value = state[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
@@ -109,8 +109,8 @@ def seconds(state: dict[str, Any], name: str) -> float:
     """Return a duration in seconds from the counters of a checkpoint.
 
     Raises:
-        KeyError: it is missing.
-        ValueError: it is not a duration.
+        KeyError: if it is missing.
+        ValueError: if it is not a duration.
     """
     value = state[name]
     if not isinstance(value, (int, float)) or not 0 <= value <= 1e12 or math.isnan(value):
@@ -122,7 +122,7 @@ def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
     """Return the values of a list that a checkpoint holds as one tensor; an empty list if it holds none.
 
     Raises:
-        ValueError: the tensor is not a list of floats.
+        ValueError: if the tensor is not a list of floats.
     """
     values = tensors.get(name, torch.empty(0))
     if values.ndim != 1 or not values.is_floating_point():
@@ -151,7 +151,7 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
     """Load what `module_tensors` returned.
 
     Raises:
-        ValueError: names, shapes or dtypes differ.
+        ValueError: if names, shapes or dtypes differ.
     """
     start = prefix + "."
     check_tensors(module_tensors(prefix, module), tensors)  # load_state_dict would cast
@@ -171,7 +171,7 @@ def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[
     """Load what `optimizer_tensors` returned into an Adam, which keeps its hyperparameters.
 
     Raises:
-        ValueError: names, shapes or dtypes differ.
+        ValueError: if names, shapes or dtypes differ.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}

@@ -37,7 +37,7 @@ class RunMetrics:
         progress: show progress bars, and print each distance.
 
     Raises:
-        FileNotFoundError, ValueError: the feature network cannot be loaded, or there are too few images.
+        FileNotFoundError, ValueError: if the feature network cannot be loaded, or there are too few images.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, processes: Processes, progress: bool) -> None:

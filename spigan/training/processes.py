@@ -102,8 +102,8 @@ class Processes:
         device: device of this process. With several processes, each takes its own GPU.
 
     Raises:
-        ImportError: there are several processes, but accelerate is not installed.
-        ValueError: the launcher's environment variables are incomplete, the processes cannot share `device`, or
+        ImportError: if there are several processes, but accelerate is not installed.
+        ValueError: if the launcher's environment variables are incomplete, the processes cannot share `device`, or
             accelerate is already running with another number of processes or device.
     """
 
@@ -213,7 +213,7 @@ class Processes:
                 bytes.
 
         Raises:
-            ValueError: the processes differ.
+            ValueError: if the processes differ.
         """
         if self.count == 1:
             return

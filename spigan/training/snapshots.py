@@ -32,7 +32,7 @@ def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor],
     Done before such a model is built: an untrusted configuration may ask for more memory than the machine has.
 
     Raises:
-        ValueError: the checkpoint is damaged, or holds another model.
+        ValueError: if the checkpoint is damaged, or holds another model.
     """
     tensors, counters = checkpoint.load_checkpoint(path)
     with torch.device("meta"):  # shapes alone
@@ -62,7 +62,7 @@ class Snapshots:
         """Load the content of a checkpoint into the state.
 
         Raises:
-            ValueError: it lacks something, or a value does not fit.
+            ValueError: if it lacks something, or a value does not fit.
         """
         try:
             self.state.load(tensors, counters)
@@ -79,7 +79,7 @@ class Snapshots:
         written first, and the grid, which may take long, is left out. Every process must call this.
 
         Raises:
-            OSError: the disk is full, for instance; the message tells what is safe.
+            OSError: if the disk is full, for instance; the message tells what is safe.
         """
         dumped = self.state.dump()
         if not self.processes.main:
@@ -98,7 +98,7 @@ class Snapshots:
         """Write a checkpoint in the main process, unless that of the iteration has just been written.
 
         Raises:
-            OSError: the disk is full, for instance; the message tells what is safe.
+            OSError: if the disk is full, for instance; the message tells what is safe.
         """
         iteration = counters["iteration"]
         if self.processes.main and self._saved != iteration:
@@ -124,7 +124,7 @@ class Snapshots:
         It goes to failed/, apart from the checkpoints, together with the gradients.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
+            FloatingPointError: if training has diverged; the message says where, and what to change.
         """
         try:
             yield

@@ -40,7 +40,7 @@ class RandomState:
         """Restore states; without one of a CUDA device (a run that moved there) its generator stays as it is.
 
         Raises:
-            RuntimeError: a tensor is not a generator's state.
+            RuntimeError: if a tensor is not a generator's state.
         """
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda" and "cuda" in states:
@@ -134,8 +134,8 @@ class TrainState:
         """Restore what `dump` returned.
 
         Raises:
-            KeyError: a counter is missing.
-            ValueError, RuntimeError: a value does not fit.
+            KeyError: if a counter is missing.
+            ValueError, RuntimeError: if a value does not fit.
         """
         for name, value in self.items():
             below = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
@@ -169,7 +169,7 @@ class TrainState:
             texts: descriptions of the run, such as its configuration, by name.
 
         Raises:
-            ValueError: they differ; the message names what does.
+            ValueError: if they differ; the message names what does.
         """
         if processes.count == 1:
             return
@@ -236,7 +236,7 @@ def images_at_a_time(config: TrainConfig, processes: Processes) -> int:
     """Return the number of images that a process computes at once.
 
     Raises:
-        ValueError: the minibatch cannot be divided evenly.
+        ValueError: if the minibatch cannot be divided evenly.
     """
     share, rest = divmod(config.batch, processes.count * (config.batch_gpu or 1))
     if rest:

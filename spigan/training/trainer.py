@@ -49,9 +49,9 @@ class Trainer:
         progress: show a progress bar.
 
     Raises:
-        FileExistsError: the folder is in use.
-        OSError: the folder cannot be written.
-        ValueError: configuration, images and processes do not fit together.
+        FileExistsError: if the folder is in use.
+        OSError: if the folder cannot be written.
+        ValueError: if configuration, images and processes do not fit together.
 
     Attributes:
         processes: the processes that train together.
@@ -94,9 +94,9 @@ class Trainer:
             progress: show a progress bar.
 
         Raises:
-            FileNotFoundError: there is no run, or its checkpoints are gone.
-            OSError: the folder cannot be written.
-            ValueError: the checkpoint is damaged or of another run, or the images are not those the run began with.
+            FileNotFoundError: if there is no run, or its checkpoints are gone.
+            OSError: if the folder cannot be written.
+            ValueError: if the checkpoint is damaged or of another run, or the images are not those the run began with.
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
@@ -184,7 +184,7 @@ class Trainer:
             images: uint8 [N, C, H, W] clean images; with several processes this one's rows of the minibatch.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
+            FloatingPointError: if training has diverged; the message says where, and what to change.
         """
         with self.snapshots.diagnosing():
             self.algorithm.iteration(images)
@@ -196,8 +196,8 @@ class Trainer:
             The averaged model, in eval mode.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
-            OSError: the disk is full, for instance; the message tells what is safe.
+            FloatingPointError: if training has diverged; the message says where, and what to change.
+            OSError: if the disk is full, for instance; the message tells what is safe.
         """
         state, total = self.state, math.ceil(self.config.total_kimg * 1000)
         batches = image_loader(
@@ -286,8 +286,8 @@ class Trainer:
             stop: after a signal the checkpoint is saved first, and the grid is left out.
 
         Raises:
-            FloatingPointError: training has diverged; good checkpoints are not replaced.
-            OSError: the disk is full, for instance; the message tells what is safe.
+            FloatingPointError: if training has diverged; good checkpoints are not replaced.
+            OSError: if the disk is full, for instance; the message tells what is safe.
         """
         with self.snapshots.diagnosing():
             self.state.statistics.check_weights(self.state.modules(), self.iteration)

@@ -56,7 +56,7 @@ class Source(Protocol):
         Pillow may do with untrusted data.
 
         Raises:
-            UnsuitableImage: the image cannot be used. Other exceptions are reported as "cannot be read as an image".
+            UnsuitableImage: if the image cannot be used. Other exceptions are reported as "cannot be read as an image".
         """
 
     def identity(self) -> Iterator[bytes]:
@@ -80,7 +80,7 @@ def require(module: str, package: str, extra: str | None = None) -> Any:
         extra: extra of spigan that installs the package, if any.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message says how to install it.
+        ModuleNotFoundError: if the package is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)

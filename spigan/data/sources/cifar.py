@@ -92,7 +92,7 @@ def _batch_pixels(data: bytes, name: str) -> np.ndarray:
     string that is as long as the images.
 
     Raises:
-        ValueError: there is no such string, or the pickle imports anything but NumPy's array.
+        ValueError: if there is no such string, or the pickle imports anything but NumPy's array.
     """
     found = []
     try:

@@ -60,7 +60,7 @@ def register_source(name: str, open_source: Open) -> None:
         open_source: called with the `DataConfig` and whether to show progress bars; returns a `Source`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: if the name is taken.
     """
     if name in NAMES:
         raise ValueError(f"there is a source called {name!r} already: choose another name")
@@ -75,9 +75,9 @@ def find_source(config: DataConfig, progress: bool) -> Source:
         progress: show a progress bar if this takes long.
 
     Raises:
-        FileNotFoundError: the source does not exist.
-        ModuleNotFoundError: a package that the source needs is not installed.
-        ValueError: the source is damaged or of an unknown kind, or lacks the split, the column or any images.
+        FileNotFoundError: if the source does not exist.
+        ModuleNotFoundError: if a package that the source needs is not installed.
+        ValueError: if the source is damaged or of an unknown kind, or lacks the split, the column or any images.
     """
     source = config.source
     if source in NAMES:

@@ -17,8 +17,8 @@ def open_hub(identifier: str, split: str, column: str | None) -> RowSource:
         column: name of the column of images; None: the only one.
 
     Raises:
-        FileNotFoundError: there is no such data set, or no network.
-        ValueError: there is no such split or column, or the split has no rows.
+        FileNotFoundError: if there is no such data set, or no network.
+        ValueError: if there is no such split or column, or the split has no rows.
     """
     datasets = require("datasets", "datasets")
     try:

@@ -135,7 +135,7 @@ def open_parquet(files: list[Path], column: str | None) -> Source:
         column: name of the column; None: the only one that holds images.
 
     Raises:
-        ValueError: a file is damaged, or there is no such column, or there are no rows.
+        ValueError: if a file is damaged, or there is no such column, or there are no rows.
     """
     # Files up to CACHE_BYTES are read by pyarrow rather than `datasets`: it takes 0.3 to 0.7 s for the 50,000 encoded
     # images of CIFAR-10, imports included, against 1.2 s, and writes no second copy to the user's cache.

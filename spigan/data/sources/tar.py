@@ -129,7 +129,7 @@ def tar_members(data: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Yield the members of an uncompressed tar file in order, keeping none of them in memory.
 
     Raises:
-        tarfile.TarError: `data` is not a tar file, or damaged.
+        tarfile.TarError: if `data` is not a tar file, or damaged.
     """
     try:
         with tarfile.open(fileobj=data, mode="r:") as archive:

@@ -31,7 +31,7 @@ def make_augment(name: Literal["none", "diffaug", "ada"], *, target: float = 0.6
         kimg: thousands of images in which ADA's p can go from 0 to 1.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: if the name is unknown.
     """
     if name == "none":
         return NoAugment()

@@ -270,7 +270,7 @@ class ADA(nn.Module):
         kimg: thousands of images in which p can go from 0 to 1.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     p: Tensor
@@ -302,7 +302,7 @@ class ADA(nn.Module):
             images: number of real images since the last call.
 
         Raises:
-            ValueError: `signs_mean` is out of range.
+            ValueError: if `signs_mean` is out of range.
         """
         if not -1.0 <= signs_mean <= 1.0:  # true also of NaN
             raise ValueError(f"signs_mean must be in [-1, 1], got {signs_mean}")
@@ -317,7 +317,7 @@ class ADA(nn.Module):
             rows: the rows of the joint minibatch that x holds.
 
         Raises:
-            TypeError, ValueError: x is not a batch of images as the package describes.
+            TypeError, ValueError: if x is not a batch of images as the package describes.
         """
         check_images(x)
         n, size = x.shape[0], x.shape[-1]

@@ -51,7 +51,7 @@ class DiffAugment(nn.Module):
         policy: names of transformations.
 
     Raises:
-        ValueError: a name is unknown.
+        ValueError: if a name is unknown.
     """
 
     POLICIES = ("color", "translation", "cutout")
@@ -70,7 +70,7 @@ class DiffAugment(nn.Module):
             rows: the rows of the joint minibatch that x holds.
 
         Raises:
-            TypeError, ValueError: x is not a batch of images as the package describes.
+            TypeError, ValueError: if x is not a batch of images as the package describes.
         """
         check_images(x)
         n, size = x.shape[0], x.shape[-1]
