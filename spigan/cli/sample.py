@@ -48,8 +48,8 @@ def sample(
     """Sample images from a model.
 
     Writes a folder of PNGs, a grid, an npz file or a parquet file. Each batch is written while the next one is
-    computed. Except for a grid, memory use does not grow with the number of images. With several times, a grid has one row per image, a folder has
-    one file per image and time, and an npz file has a leading axis for the times.
+    computed. Except for a grid, memory use does not grow with the number of images. With several times, a grid has one
+    row per image, a folder has one file per image and time, and an npz file has a leading axis for the times.
 
     \b
     Examples:
