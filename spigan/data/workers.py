@@ -32,7 +32,7 @@ def load_batches(dataset: torch.utils.data.Dataset[Any], *, num_workers: int, **
         dataset,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        generator=torch.Generator(),  # without one, DataLoader would draw the workers' base seed from the global generator
+        generator=torch.Generator(),  # otherwise the workers' base seed would come from the global one
         worker_init_fn=_start_worker,
         **options,
     )

@@ -72,7 +72,7 @@ def test_data_is_for_presets_without(tmp_path: Path, run: Any) -> None:
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cuda:99"], "cuda"),
         (["--out", "{tmp}"], "exists and is not empty"),
-        (["--resume", "{tmp}"], "{tmp} is no run folder: it has no config.json"),
+        (["--resume", "{tmp}"], "{tmp} is not a run folder: it has no config.json"),
         (["--resume", "{tmp}", "--batch", "8"], "--resume uses the run's own configuration: leave out --batch"),
     ],
 )
