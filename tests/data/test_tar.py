@@ -22,7 +22,8 @@ def test_tar_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no split 'test': its tar files are of \['train', 'val'\]"):
         open_source(tmp_path / "splits", split="test")
     with pytest.raises(
-        ValueError, match=r"no split 'val': the names of its tar files, such as cc3m-train-000000\.tar, give no split"
+        ValueError,
+        match=r"no split 'val': the names of its tar files, such as cc3m-train-000000\.tar, do not give a split",
     ):
         open_source(tmp_path / "none", split="val")
 

@@ -135,7 +135,7 @@ def test_times_that_two_decimals_do_not_tell_apart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "folder").iterdir())) == 6
     with Image.open(tmp_path / "folder" / "seed000001-t0.502.png") as image:
         assert np.array_equal(np.asarray(image), images[1, 1].permute(1, 2, 0).numpy())
-    with pytest.raises(ValueError, match="times must differ to write a file for each"):
+    with pytest.raises(ValueError, match="times must differ, because each is written to its own file"):
         write(Format.png, tmp_path / "same", [0, 1, 2], [0.5, 0.5], parts)
 
 
