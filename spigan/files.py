@@ -95,7 +95,7 @@ def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if durable:  # not for each of 50,000 pictures, because it lists the folder
         remove_stale(path.parent, f".{glob.escape(path.name)}-")
-    # In a folder of its own, because some libraries (safetensors) also write other files next to the given path.
+    # Use a separate folder, because some libraries (safetensors) also write other files next to the given path.
     with scratch_folder(path.parent, f".{path.name}-") as folder:
         scratch = folder / path.name
         yield scratch

@@ -102,7 +102,7 @@ def counter(state: dict[str, Any], name: str) -> int:
     """
     value = state[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError(f"{name} must be a count, got {shorten(repr(value))}")
+        raise ValueError(f"{name} must be a non-negative integer, got {shorten(repr(value))}")
     return value
 
 
@@ -115,7 +115,7 @@ def seconds(state: dict[str, Any], name: str) -> float:
     """
     value = state[name]
     if not isinstance(value, (int, float)) or not 0 <= value <= 1e12 or math.isnan(value):
-        raise ValueError(f"{name} must be seconds, got {shorten(repr(value))}")
+        raise ValueError(f"{name} must be a number of seconds, got {shorten(repr(value))}")
     return float(value)
 
 

@@ -118,8 +118,8 @@ class Trainer:
             remove_scratch(run_dir)
         if record.get("fingerprint") != trainer.dataset.fingerprint:
             raise ValueError(
-                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (data.json there): "
-                "an exact resume is not possible; restore them, or start a new run"
+                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (see data.json): "
+                "an exact resume is not possible. Restore the images, or start a new run"
             )
         if saved is not None:
             trainer.snapshots.load(*saved)
@@ -137,8 +137,8 @@ class Trainer:
         )
         if self.dataset.channels != config.model.img_channels:
             raise ValueError(
-                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), the model makes "
-                f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
+                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), but the model "
+                f"makes {config.model.img_channels}: set data.channels to convert them, or model.img_channels"
             )
         for op in backends.operations():
             backends.choose(op, None, self.device)  # before anything is written: raises if a backend cannot run

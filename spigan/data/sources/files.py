@@ -115,6 +115,6 @@ def _image_names(names: list[str], split: str, where: Path) -> list[str]:
     if tops <= SPLITS:
         images = [name for name in images if name.startswith(f"{split}/")]
     if not images or (split != "train" and not tops <= SPLITS):
-        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at its top"
+        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at the top level"
         raise ValueError(f"{where} has no split {split!r}: {found}; choose one of them, or pass the folder of images")
     return images

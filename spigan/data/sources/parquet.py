@@ -190,7 +190,7 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     found = [file for file in files if split_of(file) == split]
     if not found:
         raise ValueError(
-            f"{root} has no split {split!r}: its parquet files are of {sorted(set(map(split_of, files)))}; "
+            f"{root} has no split {split!r}: the splits of its parquet files are {sorted(set(map(split_of, files)))}; "
             f"expected names such as {split}-00000-of-00001.parquet, or pass the path of one file"
         )
     total = re.search(r"-of-(\d+)", found[0].name)
@@ -231,7 +231,7 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
         return str(wanted)
     problem = f"has {len(images)} columns of images" if wanted is None else f"has no column of images called {wanted!r}"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise ValueError(f"{where} {problem}: set `column` to the name of one; it has {columns}")
+    raise ValueError(f"{where} {problem}: set `column` to one of its columns, {columns}")
 
 
 def _check_unpacked(table: Any, name: str, groups: Sequence[int]) -> None:

@@ -96,7 +96,9 @@ def tar_files(root: Path, split: str) -> list[Path]:
         )
     found = [file for file in files if splits[file] == split]
     if not found:
-        raise ValueError(f"{root} has no split {split!r}: its tar files are of {sorted(set(splits.values()))}")
+        raise ValueError(
+            f"{root} has no split {split!r}: the splits of its tar files are {sorted(set(splits.values()))}"
+        )
     return found
 
 
