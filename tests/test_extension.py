@@ -1,4 +1,9 @@
-"""spigan._C as compiled: its raw functions on memory that the test owns, against published vectors and numpy."""
+"""The raw functions of spigan._C, on memory that the tests own, against published vectors and NumPy."""
+
+import os
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ MASK32 = np.uint64(0xFFFFFFFF)
 WRAP = 2**64
 GUARD = 16
 NUMBER = {name: number for number, name in enumerate(_C.DTYPES)}
-# numpy has no bfloat16: its arrays are uint16 words.
+# NumPy has no bfloat16, so its words are kept in uint16 arrays.
 STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16, "float64": np.float64}
 PATTERN = 0xA5  # each byte of a guard
 ONES = 0xFF  # each byte of a result before it is written: NaN in every dtype
@@ -37,7 +42,7 @@ KNOWN_ANSWERS = [
 
 
 def numpy_philox4x32_10(counter, key):
-    """The block function on arrays of 32-bit words held in uint64, written from the paper."""
+    """The block function as the paper defines it, on arrays of 32-bit words in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -50,7 +55,7 @@ def numpy_philox4x32_10(counter, key):
 
 
 def numpy_normals(seeds, row_numel, offset):
-    """float64 [rows, row_numel], each element computed on its own from its index.
+    """Return float64 [rows, row_numel], with each element computed from its index alone.
 
     The two uniform numbers are float32 by definition; from there on everything is float64.
     """
@@ -70,7 +75,7 @@ def numpy_normals(seeds, row_numel, offset):
 
 
 class Result:
-    """Memory for a kernel to write: NaN between two guards."""
+    """An array of NaN between two guards, for a kernel to write to."""
 
     def __init__(self, *shape, dtype="float32"):
         item, count = np.dtype(STORAGE[dtype]).itemsize, int(np.prod(shape))
@@ -82,7 +87,7 @@ class Result:
         self.address = self.memory.ctypes.data + self.margin
 
     def checked(self):
-        """The array, all of which and nothing beside which was written."""
+        """Return the array after checking that the kernel wrote all of it and nothing around it."""
         assert (self.memory[: self.margin] == PATTERN).all(), "wrote before the result"
         assert (self.memory[self.margin + self.size :] == PATTERN).all(), "wrote past the result"
         assert not np.isnan(as_float64(self.array)).any(), "left elements unwritten"
@@ -90,19 +95,19 @@ class Result:
 
 
 def as_float64(stored):
-    """Values of an array as it is stored."""
+    """Return the values of an array in storage format as float64."""
     if stored.dtype == np.uint16:
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(invalid="ignore"):  # signalling NaN
+    with np.errstate(invalid="ignore"):  # signaling NaN
         return stored.astype(np.float64)
 
 
 def nearest(x, dtype):
-    """float64 x as it is stored in a dtype, rounded to the nearest value, ties to even."""
+    """Round float64 x to a dtype, ties to even, and return it in storage format."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return x.astype(STORAGE[dtype])
-    # Eight significant bits; below 2^-126 the spacing stays what it is there.
+    # Eight significant bits; below 2^-126 the spacing is constant.
     quantum = np.ldexp(1.0, np.maximum(np.frexp(x)[1], -125) - 8)
     with np.errstate(over="ignore"):
         rounded = (np.rint(x / quantum) * quantum).astype(np.float32)
@@ -115,7 +120,7 @@ def assert_same_bits(actual, expected):
 
 
 def draw(seeds, row_numel, offset, threads=1, dtype="float32"):
-    """[rows, row_numel] from the extension."""
+    """Draw [rows, row_numel] with the extension."""
     seeds = np.array([s % WRAP for s in seeds], dtype=np.uint64).view(np.int64)
     out = Result(len(seeds), row_numel, dtype=dtype)
     _C.philox_normal(out.address, NUMBER[dtype], seeds.ctypes.data, len(seeds), row_numel, offset % WRAP, threads)
@@ -133,7 +138,7 @@ def test_philox4x32_10_known_answers(counter, key, expected):
 def test_philox_normal_matches_numpy(row_numel, offset):
     seeds = [0, 1, 2**32 + 5, 2**63 - 1, -1]
     expected = numpy_normals(seeds, row_numel, offset)
-    # |n| <= 6.77, where float32 has a spacing of 4.8e-7; the logarithm's, root's and cosine's roundings add to it.
+    # At |n| <= 6.77 the spacing of float32 is 4.8e-7. Logarithm, root and cosine add their rounding errors.
     np.testing.assert_allclose(draw(seeds, row_numel, offset), expected, rtol=0, atol=2e-6)
 
 
@@ -181,7 +186,7 @@ def test_normals_have_the_moments_of_a_normal_distribution():
 
 
 def test_every_instruction_set_draws_the_same_numbers(isa):
-    """The elementary functions on a million words: where |n| is up to 6.77 float32 has a spacing of 4.8e-7."""
+    """Test the elementary functions on a million words. At |n| <= 6.77 the spacing of float32 is 4.8e-7."""
     seeds, row_numel, offset = [7, 2**40 + 1], 500_003, 2**34 + 3
     single = draw(seeds, row_numel, offset)
     assert np.abs(single - numpy_normals(seeds, row_numel, offset)).max() < 2e-6
@@ -192,7 +197,7 @@ def test_every_instruction_set_draws_the_same_numbers(isa):
 
 
 def interpolate(x0, x0_dtype, times, *, noise=None, flips=None, dtype="float32", scale=(0.25, 0.75), seed=5, offset=0):
-    """x_T [images, rows, width] and i [K, images, rows, width]; x0 and noise as they are stored, scale = a(1), s(1)."""
+    """Return x_T [images, rows, width] and i [K, images, rows, width]; scale is (a(1), s(1))."""
     x_T, i = Result(*x0.shape, dtype=dtype), Result(len(times), *x0.shape, dtype=dtype)
     _C.path_interpolate(
         x_T.address,
@@ -220,7 +225,7 @@ def test_path_interpolate_matches_numpy(images, rows, width, dtype, isa):
     rng = np.random.default_rng(0)
     shape, times = (images, rows, width), [0.125, 0.7, 1.0]
     noise = rng.standard_normal(shape, dtype=np.float32)
-    flips = np.arange(images, dtype=np.uint8) % 3 + (images == 1)  # anything but 0 mirrors
+    flips = np.arange(images, dtype=np.uint8) % 3 + (images == 1)  # any nonzero value mirrors
     for x0_dtype in ("uint8", "float32", "bfloat16", "float16"):
         if x0_dtype == "uint8":
             x0 = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -238,14 +243,14 @@ def test_path_interpolate_matches_numpy(images, rows, width, dtype, isa):
                     )
                     x_T = 0.25 * image + 0.75 * e
                     t = np.array(times).reshape(-1, 1, 1, 1)
-                    # One rounding to the result's dtype of what is known to 3e-6.
+                    # The error before rounding is at most 3e-6. The result is rounded to its dtype once.
                     unit = {"float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
                     for actual, exact in zip(results, (x_T, t * image + (1 - t) * x_T), strict=True):
                         np.testing.assert_allclose(as_float64(actual), exact, rtol=unit, atol=3e-6)
 
 
 def convert(stored, x0_dtype, dtype):
-    """Stored values in another dtype: x_T = 1 x_0 + 0 e, where e = -1 keeps the sign of -0."""
+    """Convert stored values to another dtype: x_T = 1 x_0 + 0 e, where e = -1 keeps the sign of -0."""
     noise = np.full(stored.shape, -1, dtype=np.float32)
     out = np.empty(stored.shape, dtype=STORAGE[dtype])
     i = np.empty_like(out)
@@ -271,7 +276,7 @@ def convert(stored, x0_dtype, dtype):
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_half_types_convert_exactly(half, isa):
-    """All 65536 words to float32; back to them, every float32 at or next to a value or halfway to the next one."""
+    """Convert all 65536 words to float32, and back every float32 at, next to or halfway between two values."""
     words = np.arange(2**16, dtype=np.uint16)
     stored = words if half == "bfloat16" else words.view(np.float16)
     with np.errstate(invalid="ignore"):
@@ -287,7 +292,7 @@ def test_half_types_convert_exactly(half, isa):
     floats = (finite + steps + np.arange(-1, 2, dtype=np.int32).astype(np.uint32)[:, None]).ravel().view(np.float32)
     others = [65519.99, 65520, 65536, 1e9, -1e9, 1e-45, 1e-30, *np.ldexp(np.arange(1, 2048, dtype=np.float32), -25)]
     floats = np.concatenate((floats[np.isfinite(floats)], np.array(others, dtype=np.float32)))
-    if half == "bfloat16":  # subnormal float32 may be flushed to 0 on the way: they are no result of any operation
+    if half == "bfloat16":  # subnormal float32 inputs may be flushed to 0; no operation produces them
         floats = floats[np.abs(floats) >= 2.0**-126]
     assert_same_bits(convert(floats, "float32", half), nearest(floats.astype(np.float64), half))
     special = np.float32([np.nan, -np.nan, np.inf, -np.inf])
@@ -295,7 +300,7 @@ def test_half_types_convert_exactly(half, isa):
 
 
 def solve(inputs, intervals, dtype, *, every_step=False, activation="silu", threads=1):
-    """States from the extension; inputs (h0, weight, bias, time_weight) as they are stored."""
+    """Compute the states with the extension; inputs are (h0, weight, bias, time_weight) in storage format."""
     h0, weight, _, _ = inputs
     states = sum(count for _, _, count in intervals) if every_step else len(intervals)
     out = Result(states, *h0.shape, dtype=dtype)
@@ -314,7 +319,7 @@ def solve(inputs, intervals, dtype, *, every_step=False, activation="silu", thre
 
 
 def numpy_rk4(inputs, intervals):
-    """The states after every step in float64, SiLU between the layers; the formulas of the textbook."""
+    """Compute the states after every step in float64 by the textbook formulas, with SiLU between the layers."""
     h, weight, bias, time_weight = (as_float64(x) for x in inputs)
 
     def r(h, t):
@@ -345,11 +350,32 @@ def test_rk4_mlp_matches_numpy(dim, layers, batch, dtype, isa):
     inputs = [nearest(scale * rng.standard_normal(shape), dtype) for shape, scale in zip(shapes, scales, strict=True)]
     intervals = [(0.0, 0.15, 2), (0.3, 0.7, 1)]
     exact = numpy_rk4(inputs, intervals)
-    # Half types round a layer's input and output: an error of some units of their precision, not of float32's.
+    # Half types round the inputs and outputs of every layer, so errors are several units of their precision.
     atol = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}[dtype]
     every = solve(inputs, intervals, dtype, every_step=True, threads=3)
     np.testing.assert_allclose(as_float64(every), exact, rtol=0, atol=atol)
     assert_same_bits(solve(inputs, intervals, dtype), every[[1, 2]])
+
+
+def test_rk4_mlp_runs_with_fewer_threads_than_requested():
+    """OpenMP may provide a smaller team, whose threads then must not wait for the missing ones."""
+    program = textwrap.dedent("""
+        import numpy as np
+        from spigan import _C
+
+        rng = np.random.default_rng(0)
+        for batch in (8, 40):  # one group of 8 threads, and two groups of 4
+            shapes = (batch, 256), (2, 256, 256), (2, 256), (2, 256)
+            inputs = [0.1 * rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+            results = []
+            for threads in (1, 8):
+                out = np.full((1, batch, 256), np.nan, dtype=np.float32)
+                addresses = (x.ctypes.data for x in inputs)
+                _C.rk4_mlp(out.ctypes.data, 0, *addresses, batch, 256, 2, [(0.0, 0.5, 2)], False, 0, threads)
+                results.append(out)
+            assert np.isfinite(results[0]).all() and results[0].tobytes() == results[1].tobytes(), batch
+    """)
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "OMP_THREAD_LIMIT": "3"}, check=True, timeout=60)
 
 
 def test_empty_problems_touch_no_memory():
@@ -440,5 +466,5 @@ def test_build_info():
     ["philox4x32_10", "philox_normal", "path_interpolate", "rk4_mlp", "select_cpu_isa", "build_info"],
 )
 def test_functions_are_documented(name):
-    # pybind11 writes the signature itself; a docstring is what follows it.
+    # pybind11 writes the signature on the first line. The docstring follows.
     assert len(getattr(_C, name).__doc__.strip().splitlines()) > 1

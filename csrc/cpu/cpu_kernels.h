@@ -21,8 +21,8 @@ struct ProductsEnd {
 };
 
 // Tile (ty, tx) of Winograd's F(2x2, 3x3) covers rows 2 ty and 2 ty + 1 and columns 2 tx and 2 tx + 1 of an image. A
-// call processes `tile_rows` rows of tiles of every image, starting at first_tile_row: tiles = images tile_rows
-// ceil(width / 2).
+// call processes `tile_rows` rows of tiles of every image, starting at first_tile_row. Below,
+// tiles = images * tile_rows * ceil(width / 2).
 
 // Computes the left factors of the 16 products from x style, with zero padding 1.
 struct WinogradInput {

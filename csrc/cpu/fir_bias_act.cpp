@@ -5,8 +5,6 @@
 namespace spigan::cpu::SPIGAN_ISA {
 namespace {
 
-constexpr int kMaxTaps = 8;
-
 // The filter as it is correlated, with its gain. If it is an outer product, also the two vectors.
 template <class W>
 struct Filter {
