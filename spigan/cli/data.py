@@ -78,7 +78,8 @@ def convert(
     except RuntimeError as error:  # a worker was killed
         fail(error)
     _list_broken(result["broken"])
-    size, rate = sum(file["bytes"] for file in result["files"]) / 1e6, result["converted"] / result["seconds"]
+    size = sum(file["bytes"] for file in result["files"]) / 1e6
+    rate = result["converted"] / result["seconds"]
     typer.echo(
         f"{out}: {result['images']} images of {resolution} x {resolution} in {len(result['files'])} files, {size:.1f} "
         f"MB; {result['converted']} converted now, {rate:.0f} images/s; {len(result['broken'])} broken"

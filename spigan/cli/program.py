@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from spigan.cli import bench, data, demo, evaluate, info, sample, share, study, train
-from spigan.cli.errors import Program, fail, process_count
+from spigan.cli.errors import Program, fail
 from spigan.cli.options import HELP_NAMES, help_text
+from spigan.training.launcher import process_count
 
 app = typer.Typer(
     cls=Program,

@@ -92,11 +92,11 @@ class RunMetrics:
             return False
         dumped = state.dump()  # does not change meanwhile, except the random state, which is a copy
         measure = partial(self.measure, state.ema)
-        with stop.backed(partial(snapshots.write, *dumped)):
+        with stop.backed(partial(snapshots.write_checkpoint, *dumped)):
             # With several processes, one that stopped would leave the others waiting.
             values = measure() if self._processes.count > 1 else stop.attempt(measure)
         if values is None:  # abandoned anywhere, perhaps while the random state was being put back
-            snapshots.write(*dumped)
+            snapshots.write_checkpoint(*dumped)
             return False
         return self._processes.any(log is not None and self._keep(values, snapshots, log))
 

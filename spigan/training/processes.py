@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from spigan.ops import philox_normal
+from spigan.training.launcher import COUNTS, process_count
 
-# Variables in which the launchers that accelerate supports pass the number of processes.
-_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How long processes wait for one that is measuring or saving. If a process has ended, gloo notices at once; with NCCL
 # the launcher notices and ends the others.
@@ -31,30 +30,30 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Rows:
-    """This process's rows of the joint minibatch: those of the images rank, rank + processes, ...
+    """This process's rows of the joint minibatch: those of the images rank, rank + count, ...
 
     Images are dealt out in turn because the groups of the minibatch standard deviation are strided; the groups of a
     process are then groups of the joint minibatch.
 
     Attributes:
-        processes: number of processes.
+        count: number of processes.
         rank: number of this process.
         times: number of rows of each image, side by side.
     """
 
-    processes: int = 1
+    count: int = 1
     rank: int = 0
     times: int = 1
 
     def joint(self, n: int) -> int:
         """Return the number of rows of all processes, if this one has n."""
-        return n * self.processes
+        return n * self.count
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return this process's rows of a joint tensor, which lie along `dim` (not negative)."""
-        if self.processes == 1:
+        if self.count == 1:
             return x
-        parts = x.unflatten(dim, (-1, self.processes, self.times))
+        parts = x.unflatten(dim, (-1, self.count, self.times))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
 
     def rand(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
@@ -73,10 +72,8 @@ class Rows:
         joint = x.new_empty_strided(self._joint_shape(x.shape, 0), x.stride())
         return self.own(torch.randn_like(joint))
 
-    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor | None:
-        """Draw as `ops.philox_normal`; None for a single process, for which an operation draws the same itself."""
-        if self.processes == 1:
-            return None
+    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor:
+        """Draw as `ops.philox_normal`, where dimension 0 counts this process's rows."""
         # Dealt out in turn, the rows of a process do not lie side by side in the stream.
         return self.own(philox_normal(self._joint_shape(shape, 0), seed=seed, offset=offset, device=device))
 
@@ -84,7 +81,7 @@ class Rows:
         return (*shape[:dim], self.joint(shape[dim]), *shape[dim + 1 :])
 
 
-ALL_ROWS = Rows()
+SINGLE = Rows()  # of the only process
 
 
 class Processes:
@@ -108,7 +105,9 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.count, self.rank, self.device = max(int(os.environ.get(name) or 1) for name in _COUNTS), 0, device
+        self.count = process_count()
+        self.rank = 0
+        self.device = device
         if self.count > 1:
             self._join()
         self.main = self.rank == 0
@@ -122,7 +121,7 @@ class Processes:
             ) from error
         missing = [name for name in ("WORLD_SIZE", *_LAUNCHED) if name not in os.environ]
         if missing:
-            given = next(name for name in _COUNTS if int(os.environ.get(name) or 1) == self.count)
+            given = next(name for name in COUNTS if int(os.environ.get(name) or 1) == self.count)
             raise ValueError(
                 f"{given} is {self.count}, but {', '.join(missing)} is not set: start the processes with torchrun or "
                 f"accelerate launch, or unset {given} to train in one process"

@@ -33,7 +33,8 @@ class StopSignals:
 
     The state is to be on disk within 10 seconds of a signal, also while a long iteration or measurement runs. So work
     that may last gets a function that saves the state as it was before (`backed`, `iteration`); a thread calls it if
-    the work still runs `GRACE` seconds after the signal.
+    the work still runs `GRACE` seconds after the signal. The first slow iteration has no such function, because nothing
+    was slow before it, nor has any iteration of several processes.
     """
 
     def __init__(self) -> None:
@@ -98,14 +99,14 @@ class StopSignals:
                 self._save = None
 
     @contextlib.contextmanager
-    def iteration(self, copy: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
+    def iteration(self, make_backup: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
         """Run an iteration as the block, backed by a copy of the state once an iteration has taken `SLOW` seconds.
 
         Args:
-            copy: copies the state, and returns a function that saves the copy, or None if none is needed.
+            make_backup: copies the state, and returns a function that saves the copy, or None if none is needed.
         """
         began = time.perf_counter()
-        with self.backed(copy() if self._slowest >= SLOW else None):
+        with self.backed(make_backup() if self._slowest >= SLOW else None):
             yield
         self._slowest = max(self._slowest, time.perf_counter() - began)
 

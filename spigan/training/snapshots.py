@@ -15,33 +15,14 @@ from spigan.config import TrainConfig
 from spigan.data import ImageDataset
 from spigan.files import write_text
 from spigan.images import display_scale, grid_side, make_grid, save_png
-from spigan.models import SPIGAN
 from spigan.models.grid import sample_grid
 from spigan.runs import read_best
 from spigan.training import checkpoint
+from spigan.training.divergence import Diverged
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
 from spigan.training.signals import StopSignals
 from spigan.training.state import TrainState
-from spigan.training.statistics import Diverged
-
-
-def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint, and check that it holds a model of this configuration.
-
-    Done before such a model is built: an untrusted configuration may ask for more memory than the machine has.
-
-    Raises:
-        ValueError: the checkpoint is damaged, or holds another model.
-    """
-    tensors, counters = checkpoint.load_checkpoint(path)
-    with torch.device("meta"):  # shapes alone
-        expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
-    try:
-        checkpoint.check_tensors(expected, tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return tensors, counters
 
 
 class Snapshots:
@@ -85,16 +66,16 @@ class Snapshots:
         if not self.processes.main:
             return
         if stop is not None and stop.is_set():
-            self.write(*dumped)
+            self.write_checkpoint(*dumped)
         with writing(self.run_dir, f"the snapshot of iteration {self.state.iteration} in {self.run_dir}"):
             self.state.ema.save_pretrained(self.run_dir / "model")
             grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
             if grid is not None:
                 save_png(grid, self.run_dir / f"samples-{self.state.images_seen // 1000:06d}.png")
-        self.write(*dumped)
+        self.write_checkpoint(*dumped)
         self._rotate()
 
-    def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+    def write_checkpoint(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Write a checkpoint in the main process, unless that of the iteration has just been written.
 
         Raises:
@@ -115,7 +96,9 @@ class Snapshots:
             return None
         self.state.statistics.check()
         tensors, counters = self.state.dump()
-        return partial(self.write, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters)
+        return partial(
+            self.write_checkpoint, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters
+        )
 
     @contextlib.contextmanager
     def diagnosing(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from spigan.training.measure import RunMetrics
 from spigan.training.processes import Processes
 from spigan.training.run_folder import check_writable, next_run_dir, unused, writing
 from spigan.training.signals import StopSignals
-from spigan.training.snapshots import Snapshots, read_checkpoint
-from spigan.training.state import images_at_a_time, new_state
+from spigan.training.snapshots import Snapshots
+from spigan.training.state import images_at_a_time, new_state, read_checkpoint
 from spigan.training.statistics import Clock, StatsLog
 
 
@@ -128,8 +129,11 @@ class Trainer:
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool) -> None:
-        self.config, self.processes = config, Processes(resolve_device(config.device))
-        self.device, self.progress, self.interrupted = self.processes.device, progress and self.processes.main, False
+        self.config = config
+        self.processes = Processes(resolve_device(config.device))
+        self.device = self.processes.device
+        self.progress = progress and self.processes.main
+        self.interrupted = False
         images_at_a_time(config, self.processes)  # raises before anything takes long
         self.dataset = open_dataset(
             config.data.model_copy(update={"resolution": config.model.resolution}), progress=self.progress
@@ -210,9 +214,12 @@ class Trainer:
         if state.iteration == 0:
             self.snapshots.write_reals(self.dataset)
             self.snapshot()
-        log = StatsLog(self.run_dir, state.iteration) if self.processes.main else None
+        stats_log: AbstractContextManager[StatsLog | None] = nullcontext()
+        if self.processes.main:
+            stats_log = StatsLog(self.run_dir, state.iteration)
         bar = tqdm(total=total, initial=state.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
-        with bar, StopSignals() as stop, self.snapshots.diagnosing():
+        # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
+        with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
             self._measure(log, stop)  # if a signal ended it in an earlier session
             clock = Clock(state.elapsed, state.images_seen)
             # The last generator iteration belongs to the last images seen.
@@ -236,15 +243,13 @@ class Trainer:
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)
             state.elapsed = clock.seconds()
-            self._finish(log, stop)
+            self._finish(stop)
         return self.ema
 
-    def _finish(self, log: StatsLog | None, stop: StopSignals) -> None:
+    def _finish(self, stop: StopSignals) -> None:
         """Save the end of a session."""
         self.interrupted = self.processes.any(stop.is_set())
         self.snapshot(stop)
-        if log is not None:
-            log.close()
         if self.interrupted and self.processes.main:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Resume with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
