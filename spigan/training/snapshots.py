@@ -155,4 +155,4 @@ class Snapshots:
             gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
             tensors |= {f"grad.{name}.{key}": gradient for key, gradient in gradients.items()}
         checkpoint.save_checkpoint(folder / f"state-{self.state.iteration:08d}.safetensors", tensors, counters)
-        write_text(folder / "error.txt", f"{text}\n")
+        write_text(folder / "error.txt", f"{text}\n{self.state}\n")

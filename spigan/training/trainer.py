@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from spigan._version import __version__
 from spigan.config import TrainConfig
 from spigan.data import loader as image_loader
-from spigan.data import open_dataset
+from spigan.data.dataset import open_for_model
 from spigan.files import read_json, write_text
 from spigan.models import SPIGAN, Discriminator
 from spigan.models.load import resolve_device
@@ -135,14 +135,9 @@ class Trainer:
         self.progress = progress and self.processes.main
         self.interrupted = False
         images_at_a_time(config, self.processes)  # raises before anything takes long
-        self.dataset = open_dataset(
-            config.data.model_copy(update={"resolution": config.model.resolution}), progress=self.progress
+        self.dataset = open_for_model(
+            config.data, config.model.resolution, config.model.img_channels, progress=self.progress
         )
-        if self.dataset.channels != config.model.img_channels:
-            raise ValueError(
-                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), the model makes "
-                f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
-            )
         for op in backends.operations():
             backends.choose(op, None, self.device)  # reports a backend that cannot run before anything is written
         self.metrics: RunMetrics | None = None
