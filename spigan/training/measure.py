@@ -18,7 +18,7 @@ from spigan.evaluation.evaluator import Evaluator
 from spigan.evaluation.features import load_features
 from spigan.files import write_text
 from spigan.models import SPIGAN
-from spigan.runs import BEST_RECORD, read_best, read_metrics
+from spigan.runs import BEST, BEST_RECORD, read_best, read_metrics
 from spigan.sampling import Sampler
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
@@ -121,7 +121,7 @@ def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) 
     The record is written last. After a kill between the two the row is missing, so a resumed run measures again and
     writes both.
     """
-    folder = run_dir / "best"
+    folder = run_dir / BEST
     best = read_best(run_dir)
     if best is not None and best.get("metric") == distance and best["value"] <= row[distance]:
         return False

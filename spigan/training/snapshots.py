@@ -16,7 +16,7 @@ from spigan.data import ImageDataset
 from spigan.files import write_text
 from spigan.images import display_scale, grid_side, make_grid, save_png
 from spigan.models.grid import sample_grid
-from spigan.runs import read_best
+from spigan.runs import CONFIG_FILE, FAILED, MODEL, REALS_FILE, read_best
 from spigan.training import checkpoint
 from spigan.training.divergence import Diverged
 from spigan.training.processes import Processes
@@ -68,7 +68,7 @@ class Snapshots:
         if stop is not None and stop.is_set():
             self.write_checkpoint(*dumped)
         with writing(self.run_dir, f"the snapshot of iteration {self.state.iteration} in {self.run_dir}"):
-            self.state.ema.save_pretrained(self.run_dir / "model")
+            self.state.ema.save_pretrained(self.run_dir / MODEL)
             grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
             if grid is not None:
                 save_png(grid, self.run_dir / f"samples-{self.state.images_seen // 1000:06d}.png")
@@ -114,14 +114,15 @@ class Snapshots:
         except Diverged as error:
             if not self.processes.main:  # gradients are joint, so the main process comes here too
                 raise FloatingPointError(str(error)) from None
-            failed, good = self.run_dir / "failed", checkpoint.newest_checkpoint(self.run_dir)
+            failed = self.run_dir / FAILED
+            good = checkpoint.newest_checkpoint(self.run_dir)
             try:
                 self._write_failed(failed, str(error))
                 saved = f"The current state, with gradients, is in {failed}"
             except OSError as problem:  # the divergence is what matters
                 saved = f"The current state could not be saved ({problem})"
             raise FloatingPointError(
-                f"{error}, in {self.run_dir / 'config.json'}, and resume from the last good checkpoint, {good}, by "
+                f"{error}, in {self.run_dir / CONFIG_FILE}, and resume from the last good checkpoint, {good}, by "
                 f"`spigan train --resume {self.run_dir}`; unchanged, it would diverge again. {saved}"
             ) from None
 
@@ -138,7 +139,7 @@ class Snapshots:
         images = torch.stack([dataset[i] for i in range(0, len(dataset), step)][: side * side])
         grid = make_grid(images, columns=side, scale=display_scale(self.config.model.resolution))
         with writing(self.run_dir, f"pictures in {self.run_dir}"):
-            save_png(grid, self.run_dir / "reals.png")
+            save_png(grid, self.run_dir / REALS_FILE)
 
     def _rotate(self) -> None:
         """Delete all but the newest checkpoints and that of the best model."""

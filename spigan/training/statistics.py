@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spigan.config import TrainConfig
 from spigan.files import write_text
-from spigan.runs import read_rows
+from spigan.runs import METRICS_FILE, STATS_FILE, read_rows
 from spigan.training.divergence import Diverged, divergence
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
@@ -141,7 +141,9 @@ class StatsLog:
     def __init__(self, run_dir: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.path, self.metrics_path = run_dir, run_dir / "stats.jsonl", run_dir / "metrics.jsonl"
+        self.run_dir = run_dir
+        self.path = run_dir / STATS_FILE
+        self.metrics_path = run_dir / METRICS_FILE
         with writing(run_dir, f"statistics in {run_dir}"):
             self.path.touch()
             for path in (self.path, self.metrics_path):

@@ -20,7 +20,7 @@ from spigan.files import read_json, write_text
 from spigan.models import SPIGAN, Discriminator
 from spigan.models.load import resolve_device
 from spigan.ops import backends
-from spigan.runs import read_config
+from spigan.runs import CONFIG_FILE, DATA_FILE, STATS_FILE, read_config
 from spigan.training.algorithm1 import Algorithm1
 from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
@@ -79,9 +79,9 @@ class Trainer:
         if self.processes.main:
             with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
+                write_text(self.run_dir / DATA_FILE, json.dumps(self._data_record(), indent=2) + "\n")
                 # Last: this file makes the folder a run.
-                write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+                write_text(self.run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
@@ -105,12 +105,12 @@ class Trainer:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
-        if newest is None and (run_dir / "stats.jsonl").exists():  # made after the first checkpoint
+        if newest is None and (run_dir / STATS_FILE).exists():  # made after the first checkpoint
             raise FileNotFoundError(
                 f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
             )
         saved = None if newest is None else (newest, *read_checkpoint(newest, config))
-        record = read_json(run_dir / "data.json")
+        record = read_json(run_dir / DATA_FILE)
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
         trainer._build(config, progress)
@@ -125,7 +125,7 @@ class Trainer:
             trainer.snapshots.load(*saved)
         trainer._check_agreement()
         if total_kimg is not None and trainer.processes.main:
-            write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+            write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool) -> None:
