@@ -11,12 +11,22 @@ from pydantic import ValidationError
 from spigan.config import TrainConfig, describe_problems
 from spigan.files import read_json, read_text
 
-BEST_RECORD = "metrics.json"
+# Names in a run folder.
+CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
+STATS_FILE = "stats.jsonl"
+METRICS_FILE = "metrics.jsonl"
+REALS_FILE = "reals.png"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+BEST = "best"
+BEST_RECORD = "metrics.json"  # in BEST
+FAILED = "failed"
 
 
 def run_of(model: str | Path) -> Path | None:
-    """Return the run folder of a model, given as that folder or as its model/ or best/. None for any other model."""
-    return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
+    """Return the run folder of a model, given as that folder or its model/ or best/; None if it belongs to no run."""
+    return next((folder for folder in (Path(model), Path(model).parent) if (folder / MODEL).is_dir()), None)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -26,7 +36,7 @@ def read_config(run_dir: Path) -> TrainConfig:
         FileNotFoundError: if `run_dir` is not a run folder.
         ValueError: if its config.json is damaged.
     """
-    path = run_dir / "config.json"
+    path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{run_dir} is not a run folder: it has no config.json")
     try:
@@ -37,13 +47,13 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of stats.jsonl: the statistics of each tick."""
-    return read_rows(run_dir / "stats.jsonl", "iteration")
+    """Return the rows of stats.jsonl, the statistics of each tick."""
+    return read_rows(run_dir / STATS_FILE, "iteration")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl: the metrics measured during training."""
-    return read_rows(run_dir / "metrics.jsonl", "iteration")
+    """Return the rows of metrics.jsonl, the metrics measured during training."""
+    return read_rows(run_dir / METRICS_FILE, "iteration")
 
 
 def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
@@ -80,7 +90,7 @@ def _is_number(value: object) -> bool:
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """Return the record {"metric", "value", "iteration", "kimg", ...} of the model in best/, or None."""
     try:
-        record = read_json(run_dir / "best" / BEST_RECORD)
+        record = read_json(run_dir / BEST / BEST_RECORD)
     except (OSError, ValueError):
         return None
     kinds = {"metric": str, "value": float, "iteration": int, "kimg": float}

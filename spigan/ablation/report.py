@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spigan.ablation.grid import Study
 from spigan.config import TrainConfig
 from spigan.files import atomic_path, read_json, write_text
-from spigan.runs import read_rows
+from spigan.runs import METRICS_FILE, STATS_FILE, read_rows
 from spigan.training.checkpoint import checkpoints
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Curve = list[tuple[float, float, float]]  # (kimg, hours of training, metric)
 
-_STATISTICS = ("metrics.jsonl", "stats.jsonl")
+_STATISTICS = (METRICS_FILE, STATS_FILE)
 
 
 def has_ended(folder: Path, config: TrainConfig) -> bool:
@@ -89,8 +89,8 @@ def read_curve(folder: Path, metric: str) -> Curve:
 def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
     """Return a row of the table."""
     config, folder = study.arms[name], out / name
-    stats = read_rows(folder / "stats.jsonl", "kimg", "seconds", "images_per_sec")
-    measured = read_rows(folder / "metrics.jsonl", "kimg", "seconds")
+    stats = read_rows(folder / STATS_FILE, "kimg", "seconds", "images_per_sec")
+    measured = read_rows(folder / METRICS_FILE, "kimg", "seconds")
     reached = (stats or measured or [{"kimg": 0.0, "seconds": 0.0}])[-1]
     best = None
     if study.better is not None:

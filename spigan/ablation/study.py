@@ -18,7 +18,7 @@ from spigan.ablation.grid import Study
 from spigan.ablation.report import end_file, error_file, has_ended, require_matplotlib, write_report
 from spigan.config import TrainConfig
 from spigan.files import write_text
-from spigan.runs import read_config
+from spigan.runs import CHECKPOINTS, CONFIG_FILE, DATA_FILE, REALS_FILE, read_config
 from spigan.training.checkpoint import checkpoints
 from spigan.training.trainer import Trainer
 
@@ -90,8 +90,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# Files of a run that was killed before its first checkpoint. Half-written files have names that begin with a dot.
-_BEFORE_CHECKPOINT = {"config.json", "data.json", "reals.png", "checkpoints"}
+# Files of a run that was killed before its first checkpoint. Names that begin with a dot are half-written files.
+_BEFORE_CHECKPOINT = {CONFIG_FILE, DATA_FILE, REALS_FILE, CHECKPOINTS}
 
 
 def _check_folders(study: Study, out: Path) -> None:
@@ -101,7 +101,7 @@ def _check_folders(study: Study, out: Path) -> None:
         found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
         if not found:
             continue
-        if "config.json" not in found or (not checkpoints(folder) and found - _BEFORE_CHECKPOINT):
+        if CONFIG_FILE not in found or (not checkpoints(folder) and found - _BEFORE_CHECKPOINT):
             raise ValueError(
                 f"{folder} is neither empty nor a run that can be resumed: choose another --out or remove it"
             )

@@ -40,17 +40,17 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     from spigan.bench import profile_sampler, random_model, time_sampler
+    from spigan.models.load import load_model
     from spigan.sampling import Sampler, default_batch_size
 
-    network = random_model(preset, device) if model is None else model
+    network = random_model(preset, device) if model is None else load_model(model, device)
+    resolution = network.config.resolution
     options: dict[str, Any] = {"dtype": torch_dtype(dtype), "backend": backend, "device": device, "output": "uint8"}
+    options["batch_size"] = batch or min(n, default_batch_size(resolution))
     sampler = Sampler(network, **options)
-    resolution = sampler.model.config.resolution
-    sampler.batch_size = batch or min(n, default_batch_size(resolution))
     times = time_sampler(sampler, n)
     if profile is not None:
-        eager = Sampler(sampler.model, batch_size=sampler.batch_size, cuda_graph=False, **options)
-        profile_sampler(eager, n, profile)
+        profile_sampler(Sampler(network, cuda_graph=False, **options), n, profile)
     size = f"{n} images of {resolution} x {resolution}, {dtype}, {sampler.batch_size} at a time, NFE = 1"
     rate = n / times["total"]
     typer.echo(f"{size}, on {sampler.device}: {1e3 * times['total']:.4g} ms, {rate:.4g} images/s (median of 7)")

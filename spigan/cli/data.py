@@ -61,11 +61,11 @@ def convert(
       spigan data convert photos.zip --out photos64 --resolution 64
       spigan data convert lsun/church_outdoor_train_lmdb --out church --resolution 256 --format webp
     """
-    from spigan.data.convert import convert
+    from spigan.data import convert as conversion
 
     config = _config(source, split, column, channels, crop, resize, resolution)
     try:
-        result = convert(
+        result = conversion.convert(
             config,
             out,
             image_format=fmt,  # type: ignore[arg-type]  # checked by the option
@@ -78,7 +78,8 @@ def convert(
     except RuntimeError as error:  # a worker was killed
         fail(error)
     _list_broken(result["broken"])
-    size, rate = sum(file["bytes"] for file in result["files"]) / 1e6, result["converted"] / result["seconds"]
+    size = sum(file["bytes"] for file in result["files"]) / 1e6
+    rate = result["converted"] / result["seconds"]
     typer.echo(
         f"{out}: {result['images']} images of {resolution} x {resolution} in {len(result['files'])} files, {size:.1f} "
         f"MB; {result['converted']} converted now, {rate:.0f} images/s; {len(result['broken'])} broken"
@@ -113,11 +114,11 @@ def check(
       spigan data check photos.zip
       spigan data check cifar10 --json
     """
-    from spigan.data.check import check
+    from spigan.data import check as checking
 
     config = _config(source, split, column, channels, crop, resize, resolution)
     try:
-        report = check(config, workers=workers, progress=not quiet)
+        report = checking.check(config, workers=workers, progress=not quiet)
     except RuntimeError as error:  # a worker was killed
         fail(error)
     if as_json:

@@ -9,12 +9,9 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from spigan.training.launcher import process_count
+
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
-
-
-def process_count() -> int:
-    """Return the number of processes that a launcher (torchrun, accelerate launch) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def printable(text: str) -> str:

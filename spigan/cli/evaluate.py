@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spigan.cli.errors import warn
-from spigan.cli.options import Backend, Batch, Device, Dtype, FirstSeed, torch_dtype
+from spigan.cli.options import MODEL_HELP, Backend, Batch, Device, Dtype, FirstSeed, NoProgress, torch_dtype
 
 if TYPE_CHECKING:
     from spigan.data import DataConfig
@@ -30,10 +30,7 @@ def _check_features(value: str) -> str:
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="A run folder, a saved model, a hub id, or a bundled model: digits (default), cifar10-small.",
-            show_default=False,
-        ),
+        typer.Argument(help=MODEL_HELP, show_default=False),
     ] = None,
     data: Annotated[
         str | None,
@@ -81,7 +78,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder that caches reference statistics (default: $SPIGAN_CACHE, or ~/.cache/spigan)."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Hide the progress bars.")] = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Measure the quality of a model's images.
 

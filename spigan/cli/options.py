@@ -54,13 +54,9 @@ def _check_device(value: str | None) -> str | None:
     return value
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="A run folder, a saved model, a hub id, or a bundled model: digits (default), cifar10-small.",
-    ),
-]
+MODEL_HELP = "A run folder, a saved model, a hub id, or a bundled model: digits (default), cifar10-small."
+
+Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -75,9 +71,7 @@ Backend = Annotated[
     str | None,
     typer.Option("--backend", help="Implementation of the operations: auto, reference, cpp, triton or cuda."),
 ]
-Batch = Annotated[
-    int | None, typer.Option("--batch", help="Images per batch (default: depends on the resolution).", min=1)
-]
-FirstSeed = Annotated[int, typer.Option("--seed", help="Seed of the first image; image i uses seed + i.", min=0)]
-NoProgress = Annotated[bool, typer.Option("--quiet", help="Hide the progress bar.")]
+Batch = Annotated[int | None, typer.Option("--batch", help="Images per batch (default: chosen by resolution).", min=1)]
+FirstSeed = Annotated[int, typer.Option("--seed", help="Image i uses seed + i.", min=0)]
+NoProgress = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

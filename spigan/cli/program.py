@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from spigan.cli import bench, data, demo, evaluate, info, sample, share, study, train
-from spigan.cli.errors import Program, fail, process_count
+from spigan.cli import ablate, bench, data, demo, evaluate, info, sample, serve, share, train
+from spigan.cli.errors import Program, fail
 from spigan.cli.options import HELP_NAMES, help_text
+from spigan.training.launcher import process_count
 
 app = typer.Typer(
     cls=Program,
@@ -26,9 +27,9 @@ for _name, _panel, _command in (
     ("demo", _MAKE, demo.demo),
     ("sample", _MAKE, sample.sample),
     ("interpolate", _MAKE, sample.interpolate),
-    ("app", _MAKE, demo.serve),
+    ("app", _MAKE, serve.serve),
     ("train", _TRAIN, train.train),
-    ("ablate", _TRAIN, study.ablate),
+    ("ablate", _TRAIN, ablate.ablate),
     ("evaluate", _MEASURE, evaluate.evaluate),
     ("info", _MEASURE, info.info),
     ("export", _SHARE, share.export),

@@ -12,6 +12,7 @@ from spigan.cli.options import Device, NoProgress
 
 if TYPE_CHECKING:
     from spigan.config import TrainConfig
+    from spigan.training.trainer import Trainer
 
 _WHAT, _HOW = "What to train", "How to train"
 
@@ -84,39 +85,33 @@ def train(
       spigan train --resume runs/00000
       torchrun --nproc-per-node 4 -m spigan train --preset cifar10   # needs the extra `distributed`
     """
-    from spigan.training.trainer import Trainer
-
-    given = {"total_kimg": kimg, "batch": batch, "intervals": intervals, "seed": seed, "device": device}
+    fields = {"batch": batch, "seed": seed, "intervals": intervals, "device": device}
     if resume is not None:
-        others: dict[str, Any] = {
-            "--preset": preset,
-            "--data": data,
-            "--out": out,
-            "--config": config,
-            "--set": changes,
-        }
-        others |= {"--batch": batch, "--seed": seed, "--intervals": intervals, "--device": device}
-        _refuse_beside_resume(others | {"--show-config": show or None})
-        trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
+        others: dict[str, Any] = {"preset": preset, "data": data, "out": out, "config": config, "set": changes}
+        _refuse_beside_resume(others | fields | {"show-config": show or None})
     else:
         if preset is not None and config is not None:
-            raise ValueError("--preset and --config cannot be combined: leave out one of them")
-        given = {name: value for name, value in given.items() if value is not None}
+            raise ValueError("--preset and --config exclude each other: leave out one of them")
+        given = {name: value for name, value in {"total_kimg": kimg, **fields}.items() if value is not None}
         settings = train_config(preset or "digits", config, data, given, changes or [])
         if show:
             typer.echo(settings.model_dump_json(indent=2))
             return
-        trainer = Trainer(settings, out, progress=not quiet)
-    _fit(trainer)
+    from spigan.training.trainer import Trainer  # not before it is needed: it loads torch
+
+    if resume is not None:
+        _fit(Trainer.resume(resume, total_kimg=kimg, progress=not quiet))
+    else:
+        _fit(Trainer(settings, out, progress=not quiet))
 
 
 def _refuse_beside_resume(others: dict[str, Any]) -> None:
-    if extra := [name for name, value in others.items() if value is not None]:
+    if extra := [f"--{name}" for name, value in others.items() if value is not None]:
         raise ValueError(f"--resume uses the run's own configuration: leave out {', '.join(extra)}")
 
 
-def _fit(trainer: Any) -> None:
-    """Train until the end or until a signal arrives, and print where the model is."""
+def _fit(trainer: Trainer) -> None:
+    """Train until the end or a signal, and say where the model is."""
     count, main = trainer.processes.count, trainer.processes.main
     where = f"{count} processes on {trainer.device.type}" if count > 1 else str(trainer.device)
     if main:

@@ -162,3 +162,29 @@ def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
     """
     require("PIL.Image", "pillow")  # otherwise a missing Pillow would be reported as an error of the first image
     return ImageDataset(find_source(config, progress), config, progress=progress)
+
+
+def open_for_model(config: DataConfig, resolution: int, channels: int, *, progress: bool = True) -> ImageDataset:
+    """Open images at the resolution of a model, and check that they have its channels.
+
+    Args:
+        config: which images, and how they become squares.
+        resolution: of the model.
+        channels: of the model.
+        progress: show a progress bar if this takes over 2 s.
+
+    Raises:
+        ValueError: `config` sets another resolution, the images have other channels, or as `open_dataset`.
+    """
+    if config.resolution not in (None, resolution):
+        raise ValueError(
+            f"data.resolution is {config.resolution}, but the model makes images of {resolution} x {resolution}: "
+            "leave it out; images of another size are resized with the filter data.resize"
+        )
+    dataset = open_dataset(config.model_copy(update={"resolution": resolution}), progress=progress)
+    if dataset.channels != channels:
+        raise ValueError(
+            f"{config.source!r} has images of {dataset.channels} channel(s), but the model makes {channels}: set "
+            f"data.channels to {channels} to convert them, or use a model of {dataset.channels}"
+        )
+    return dataset

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from spigan._version import __version__
-from spigan.data import DataConfig, ImageDataset, open_dataset
+from spigan.data import DataConfig, ImageDataset
+from spigan.data.dataset import open_for_model
 from spigan.evaluation.evaluator import Evaluator
 from spigan.evaluation.features import FeatureNet, load_features
 from spigan.models.pretrained import weights_sha256
@@ -81,7 +82,8 @@ def evaluate(
     sampler = Sampler(model, batch_size=batch_size, dtype=dtype, backend=backend, device=device, output="uint8")
     resolve_seeds(samples, seed)
     net = load_features(features, device=sampler.device, cache_dir=cache_dir) if isinstance(features, str) else features
-    dataset = open_reference(data, sampler.model, progress=progress)
+    shape = sampler.model.config
+    dataset = open_for_model(data, shape.resolution, shape.img_channels, progress=progress)
     evaluator = Evaluator(dataset, net, cache_dir=cache_dir, progress=progress)
     evaluator.check_count(samples)
     for doubt in evaluator.doubts(samples):
@@ -125,27 +127,6 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"{compared} of {reference['source']}, {reference['split']}; features: {result['features']['name']}")
     lines.append(f"precision, recall, density, coverage: {settings['neighbours_of']} of each")
     return "\n".join(lines)
-
-
-def open_reference(data: DataConfig, model: SPIGAN, *, progress: bool = True) -> ImageDataset:
-    """Open the data set to compare a model with, at the model's resolution.
-
-    Raises:
-        ValueError: if `data` sets a different resolution, or its images have different channels.
-    """
-    config = model.config
-    if data.resolution not in (None, config.resolution):
-        raise ValueError(
-            f"data.resolution is {data.resolution}, but the model makes images of {config.resolution} x "
-            f"{config.resolution}: leave it out; images of other sizes are resized with the filter data.resize"
-        )
-    dataset = open_dataset(data.model_copy(update={"resolution": config.resolution}), progress=progress)
-    if dataset.channels != config.img_channels:
-        raise ValueError(
-            f"{data.source!r} has images of {dataset.channels} channel(s), but the model makes {config.img_channels}: "
-            f"set channels to {config.img_channels} to convert them, or use the data that the model was trained on"
-        )
-    return dataset
 
 
 def time_100_images(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> tuple[float, float]:

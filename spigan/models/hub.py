@@ -18,7 +18,7 @@ from spigan.files import read_json, shorten
 from spigan.images import grid_side, save_png
 from spigan.models.grid import sample_grid
 from spigan.models.pretrained import CARD_NAME, PretrainedModel, hub_connection, weights_sha256
-from spigan.runs import read_best, read_config, read_rows
+from spigan.runs import BEST, DATA_FILE, STATS_FILE, read_best, read_config, read_rows
 
 SAMPLES_NAME = "samples.png"
 
@@ -192,13 +192,13 @@ def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
     if config.model != model.config:
         raise ValueError(f"{run} trained a model with a different architecture than the one to push")
     best = _best(run, model)
-    rows = read_rows(run / "stats.jsonl", "iteration", "kimg", "seconds")
+    rows = read_rows(run / STATS_FILE, "iteration", "kimg", "seconds")
     stats = [row for row in rows if best is None or row["iteration"] <= best["iteration"]]
     settings = config.model_dump(exclude=_PRIVATE)
     settings["data"]["source"] = _public(config.data.source)
-    data = read_json(run / "data.json")
+    data = read_json(run / DATA_FILE)
     if missing := _DATA - data.keys():
-        raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{run / DATA_FILE} lacks {', '.join(sorted(missing))}")
     data["source"] = _public(str(data["source"]))
     training: dict[str, Any] = {"config": settings}
     if stats:  # empty before the first tick
@@ -215,7 +215,7 @@ def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
 def _best(run: Path, model: PretrainedModel) -> dict[str, Any] | None:
     """Return the record of the run's best model if `model` has its weights, else None."""
     record = read_best(run)
-    if record is None or weights_sha256(type(model).from_pretrained(run / "best")) != weights_sha256(model):
+    if record is None or weights_sha256(type(model).from_pretrained(run / BEST)) != weights_sha256(model):
         return None
     return record
 

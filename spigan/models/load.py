@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spigan.models.spigan import SPIGAN
+from spigan.runs import MODEL
 
 BUNDLED_MODELS = ("digits", "cifar10-small")
 """Names of the models bundled with spigan. They were trained from the presets of the same names (docs/models.md). The
@@ -71,5 +72,5 @@ def load_model(model: Model = None, device: torch.device | str | None = None) ->
             f"model {name!r} is neither an existing folder nor a hub id such as user/name nor a bundled model "
             f"({', '.join(BUNDLED_MODELS)})"
         )
-    exported = Path(name) / "model"
+    exported = Path(name) / MODEL
     return SPIGAN.from_pretrained(exported if exported.is_dir() else name, device=device).requires_grad_(False)

@@ -34,9 +34,8 @@ def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore
 class ImageEmbedding(nn.Module):
     """The network o: noise image -> h(0).
 
-    Stride-2 3x3 convolutions down to 4x4, then one linear layer and second-moment normalisation. The paper gives the
-    layer sizes in an appendix that is not available, so they are this project's choice. So is the learning rate
-    multiplier: without it, training makes h almost the same for every z (docs/experiments.md).
+    The paper gives the layer sizes in an appendix that is not available, so they are this project's choice. So is the
+    learning rate multiplier: without it, training makes h almost the same for every z (docs/models.md).
 
     Args:
         resolution: H = W of the image.

@@ -74,11 +74,16 @@ class Sampler:
             batch_size = max(1, default_batch_size(self.model.config.resolution) // len(times))
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self.output = output
         self._graphed: GraphedBatches | None = None
         if cuda_graph and supports_cuda_graph(self.model):
             self._graphed = GraphedBatches(self.model, self._evaluate, batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images to evaluate at once."""
+        return self._batch_size
 
     def __call__(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Tensor:
         """Draw the images of `seeds`.

@@ -25,12 +25,12 @@ class Algorithm1:
         processes: the processes that share each minibatch.
 
     Attributes:
-        update: the updates of the networks.
+        updates: the updates of the networks.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
         self.config, self.state, self.processes = config, state, processes
-        self.update = Updates(config, state, processes)
+        self.updates = Updates(config, state, processes)
         self.sde = VPSDE(config.beta_min, config.beta_max)
 
     def iteration(self, images: Tensor) -> None:
@@ -39,27 +39,29 @@ class Algorithm1:
         Args:
             images: uint8 [N, C, H, W] clean images, this process's rows of the minibatch.
         """
-        config, state, update = self.config, self.state, self.update
+        config, state, updates = self.config, self.state, self.updates
+        n = self.processes.rows().joint(len(images))  # images of the joint minibatch
         x_0, flips = self._minibatch(images)  # line 3
         t = draw_times(config.intervals, config.fixed_t)  # line 5: t_1 < ... < t_K = 1
         x_T, i = self._path(x_0, flips, t)  # lines 4 and 9: x_T [N, C, H, W], i(t_k) [K, N, C, H, W]
         z = self._start(x_T)
         if state.iteration % 2 == 0:  # line 8
             with torch.no_grad():
-                h = update.solve(z, t)  # line 6: h(t_k) [K, N, D]; one incremental solve serves all K updates
+                h = updates.solve(z, t)  # line 6: h(t_k) [K, N, D]; one incremental solve serves all K updates
             signs = []
-            for k in self._turns():
-                signs.append(update.discriminator(i[k], h[k], t[k]))  # lines 7 and 10
+            for times in self._turns():
+                signs.append(updates.step_discriminator(i[times], h[times], t[times]))  # lines 7 and 10
                 if self._due(config.r1_gamma, config.r1_interval):
-                    update.r1(i[k], t[k])
-            update.adapt_augmentation(signs, self._count(images))
-            state.images_seen += self._count(images)
+                    updates.step_r1(i[times], t[times])  # not in the paper
+            updates.adapt_augmentation(signs, n)  # not in the paper
+            state.images_seen += n  # not in the paper: it sets the length of the run
         else:
-            for k in self._turns():
-                update.generator(z, t[k])  # lines 6, 7 and 12: solved anew, since the last update changed the network
+            for times in self._turns():
+                # Lines 6, 7 and 12: solved anew, since the last update changed the network.
+                updates.step_generator(z, t[times])
                 if self._due(config.pl_weight, config.pl_interval):
-                    update.path_length(z, t[k])
-            update.average_weights(self._count(images))
+                    updates.step_path_length(z, t[times])  # not in the paper
+            updates.average_weights(n)  # not in the paper
         state.iteration += 1  # line 14
 
     def _minibatch(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -72,8 +74,11 @@ class Algorithm1:
     def _path(self, x_0: Tensor, flips: Tensor | None, t: list[float]) -> tuple[Tensor, Tensor]:
         """Return x_T, and i(t_k) on the straight path from x_T to the mirrored x_0."""
         seed, offset = NOISE_STREAM + self.config.seed, self.state.noise_offset
-        noise = self.processes.rows().philox_normal(x_0.shape, seed=seed, offset=offset, device=x_0.device)
-        self.state.noise_offset += self.processes.rows().joint(x_0.numel())
+        rows = self.processes.rows()
+        noise = None  # drawn by path_interpolate
+        if rows.count > 1:
+            noise = rows.philox_normal(x_0.shape, seed=seed, offset=offset, device=x_0.device)
+        self.state.noise_offset += rows.joint(x_0.numel())
         return path_interpolate(x_0, t, seed=seed, offset=offset, noise=noise, flips=flips, sde=self.sde)
 
     def _start(self, x_T: Tensor) -> Tensor:
@@ -94,10 +99,6 @@ class Algorithm1:
         fall on the same t_k, and with K = 2 would never regularise a clean image.
         """
         return weight > 0 and self.state.iteration // 2 % interval == 0
-
-    def _count(self, images: Tensor) -> int:
-        """Return the number of images in the joint minibatch."""
-        return self.processes.rows().joint(len(images))
 
 
 def draw_times(k: int, fixed: bool = False) -> list[float]:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spigan.files import atomic_path, shorten
+from spigan.runs import CHECKPOINTS
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
@@ -26,12 +27,12 @@ _NAME = re.compile(r"checkpoint-(\d{8,})\.safetensors")
 
 def checkpoint_path(run_dir: Path, iteration: int) -> Path:
     """Return the path of the checkpoint of an iteration."""
-    return run_dir / "checkpoints" / f"checkpoint-{iteration:08d}.safetensors"
+    return run_dir / CHECKPOINTS / f"checkpoint-{iteration:08d}.safetensors"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return all checkpoints of a run, oldest first."""
-    found = [(int(m[1]), p) for p in (run_dir / "checkpoints").glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
+    found = [(int(m[1]), p) for p in (run_dir / CHECKPOINTS).glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spigan.training.processes import ALL_ROWS, Rows
+from spigan.training.processes import SINGLE, Rows
 
 
 def real_loss(logits: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def path_lengths(images: Tensor, h: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
+def path_lengths(images: Tensor, h: Tensor, rows: Rows = SINGLE) -> Tensor:
     """Return the length of J^T y for each image, where J = d image / d h and y ~ N(0, 1) / sqrt(H W).
 
     Karras et al. 2020b, section 3.2.

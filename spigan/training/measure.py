@@ -18,7 +18,7 @@ from spigan.evaluation.evaluator import Evaluator
 from spigan.evaluation.features import load_features
 from spigan.files import write_text
 from spigan.models import SPIGAN
-from spigan.runs import BEST_RECORD, read_best, read_metrics
+from spigan.runs import BEST, BEST_RECORD, read_best, read_metrics
 from spigan.sampling import Sampler
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
@@ -92,11 +92,11 @@ class RunMetrics:
             return False
         dumped = state.dump()  # stays the same meanwhile; the random state, which may change, is a copy
         measure = partial(self.measure, state.ema)
-        with stop.backed(partial(snapshots.write, *dumped)):
-            # With several processes, a process that stopped would leave the others waiting.
+        with stop.backed(partial(snapshots.write_checkpoint, *dumped)):
+            # With several processes, one that stopped would leave the others waiting.
             values = measure() if self._processes.count > 1 else stop.attempt(measure)
-        if values is None:  # abandoned at any point, perhaps while the random state was being restored
-            snapshots.write(*dumped)
+        if values is None:  # abandoned anywhere, perhaps while the random state was being put back
+            snapshots.write_checkpoint(*dumped)
             return False
         return self._processes.any(log is not None and self._keep(values, snapshots, log))
 
@@ -121,7 +121,7 @@ def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) 
     The record is written last. If the process is killed between the two, the record is missing, and the resumed run
     measures again and writes both.
     """
-    folder = run_dir / "best"
+    folder = run_dir / BEST
     best = read_best(run_dir)
     if best is not None and best.get("metric") == distance and best["value"] <= row[distance]:
         return False

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from spigan.ops import philox_normal
+from spigan.training.launcher import COUNTS, process_count
 
-# Environment variables that hold the number of processes, for the launchers that accelerate supports.
-_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # How long processes wait for a process that is measuring or saving. If a process has ended, gloo notices at once. With
 # NCCL, the launcher notices and ends the others.
@@ -31,30 +30,30 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Rows:
-    """This process's rows of the joint minibatch: the rows of images rank, rank + processes, ...
+    """This process's rows of the joint minibatch: those of the images rank, rank + count, ...
 
     Images are dealt out in turn, because the groups of the minibatch standard deviation are strided. This way, the
     groups of a process are also groups of the joint minibatch.
 
     Attributes:
-        processes: number of processes.
-        rank: index of this process.
-        times: number of rows per image, which lie side by side.
+        count: number of processes.
+        rank: number of this process.
+        times: number of rows of each image, side by side.
     """
 
-    processes: int = 1
+    count: int = 1
     rank: int = 0
     times: int = 1
 
     def joint(self, n: int) -> int:
-        """Return the number of rows of all processes together, given that this process has n."""
-        return n * self.processes
+        """Return the number of rows of all processes, if this one has n."""
+        return n * self.count
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Return this process's rows of a joint tensor, along dimension `dim` (which must not be negative)."""
-        if self.processes == 1:
+        """Return this process's rows of a joint tensor, which lie along `dim` (not negative)."""
+        if self.count == 1:
             return x
-        parts = x.unflatten(dim, (-1, self.processes, self.times))
+        parts = x.unflatten(dim, (-1, self.count, self.times))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
 
     def rand(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
@@ -73,18 +72,16 @@ class Rows:
         joint = x.new_empty_strided(self._joint_shape(x.shape, 0), x.stride())
         return self.own(torch.randn_like(joint))
 
-    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor | None:
-        """Draw like `ops.philox_normal`. A single process gets None: its operations draw the same noise themselves."""
-        if self.processes == 1:
-            return None
-        # The rows of a process are not contiguous in the stream, because images are dealt out in turn.
+    def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor:
+        """Draw as `ops.philox_normal`, where dimension 0 counts this process's rows."""
+        # Dealt out in turn, the rows of a process do not lie side by side in the stream.
         return self.own(philox_normal(self._joint_shape(shape, 0), seed=seed, offset=offset, device=device))
 
     def _joint_shape(self, shape: Sequence[int], dim: int) -> tuple[int, ...]:
         return (*shape[:dim], self.joint(shape[dim]), *shape[dim + 1 :])
 
 
-ALL_ROWS = Rows()
+SINGLE = Rows()  # of the only process
 
 
 class Processes:
@@ -108,7 +105,9 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.count, self.rank, self.device = max(int(os.environ.get(name) or 1) for name in _COUNTS), 0, device
+        self.count = process_count()
+        self.rank = 0
+        self.device = device
         if self.count > 1:
             self._join()
         self.main = self.rank == 0
@@ -122,7 +121,7 @@ class Processes:
             ) from error
         missing = [name for name in ("WORLD_SIZE", *_LAUNCHED) if name not in os.environ]
         if missing:
-            given = next(name for name in _COUNTS if int(os.environ.get(name) or 1) == self.count)
+            given = next(name for name in COUNTS if int(os.environ.get(name) or 1) == self.count)
             raise ValueError(
                 f"{given} is {self.count}, but {', '.join(missing)} is not set: start the processes with torchrun or "
                 f"accelerate launch, or unset {given} to train in one process"

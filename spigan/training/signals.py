@@ -32,9 +32,10 @@ class StopSignals:
     A SIGINT after the first signal raises KeyboardInterrupt. Only the main thread may set signal handlers; in any other
     thread, signals are not noted.
 
-    The state must be on disk within 10 seconds of a signal, even while a long iteration or measurement is running.
-    Therefore long work comes with a function that saves the state from before the work (`backed`, `iteration`). A
-    thread calls it if the work is still running `GRACE` seconds after the signal.
+    The state is to be on disk within 10 seconds of a signal, also while a long iteration or measurement runs. So work
+    that may last gets a function that saves the state as it was before (`backed`, `iteration`); a thread calls it if
+    the work still runs `GRACE` seconds after the signal. The first slow iteration has no such function, because nothing
+    was slow before it, nor has any iteration of several processes.
     """
 
     def __init__(self) -> None:
@@ -99,14 +100,14 @@ class StopSignals:
                 self._save = None
 
     @contextlib.contextmanager
-    def iteration(self, copy: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
-        """Run one iteration as the block. Once an iteration has taken `SLOW` seconds, back it with a copy of the state.
+    def iteration(self, make_backup: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
+        """Run an iteration as the block, backed by a copy of the state once an iteration has taken `SLOW` seconds.
 
         Args:
-            copy: copies the state and returns a function that saves the copy, or None if no copy is needed.
+            make_backup: copies the state, and returns a function that saves the copy, or None if none is needed.
         """
         began = time.perf_counter()
-        with self.backed(copy() if self._slowest >= SLOW else None):
+        with self.backed(make_backup() if self._slowest >= SLOW else None):
             yield
         self._slowest = max(self._slowest, time.perf_counter() - began)
 

@@ -15,34 +15,14 @@ from spigan.config import TrainConfig
 from spigan.data import ImageDataset
 from spigan.files import write_text
 from spigan.images import display_scale, grid_side, make_grid, save_png
-from spigan.models import SPIGAN
 from spigan.models.grid import sample_grid
-from spigan.runs import read_best
+from spigan.runs import CONFIG_FILE, FAILED, MODEL, REALS_FILE, read_best
 from spigan.training import checkpoint
+from spigan.training.divergence import Diverged
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
 from spigan.training.signals import StopSignals
 from spigan.training.state import TrainState
-from spigan.training.statistics import Diverged
-
-
-def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint, and check that its model fits the configuration.
-
-    The check comes before the model is built, because an untrusted configuration may ask for more memory than the
-    machine has.
-
-    Raises:
-        ValueError: if the checkpoint is damaged, or its model does not fit the configuration.
-    """
-    tensors, counters = checkpoint.load_checkpoint(path)
-    with torch.device("meta"):  # shapes only
-        expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
-    try:
-        checkpoint.check_tensors(expected, tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return tensors, counters
 
 
 class Snapshots:
@@ -86,17 +66,17 @@ class Snapshots:
         if not self.processes.main:
             return
         if stop is not None and stop.is_set():
-            self.write(*dumped)
+            self.write_checkpoint(*dumped)
         with writing(self.run_dir, f"the snapshot of iteration {self.state.iteration} in {self.run_dir}"):
-            self.state.ema.save_pretrained(self.run_dir / "model")
+            self.state.ema.save_pretrained(self.run_dir / MODEL)
             grid = self.sample_grid() if stop is None else stop.attempt(self.sample_grid)
             if grid is not None:
                 save_png(grid, self.run_dir / f"samples-{self.state.images_seen // 1000:06d}.png")
-        self.write(*dumped)
+        self.write_checkpoint(*dumped)
         self._rotate()
 
-    def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Write a checkpoint in the main process, unless the last one written is from the same iteration.
+    def write_checkpoint(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """Write a checkpoint in the main process, unless that of the iteration has just been written.
 
         Raises:
             OSError: if the file cannot be written, for example because the disk is full. The message states what is
@@ -117,7 +97,9 @@ class Snapshots:
             return None
         self.state.statistics.check()
         tensors, counters = self.state.dump()
-        return partial(self.write, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters)
+        return partial(
+            self.write_checkpoint, {name: tensor.detach().clone() for name, tensor in tensors.items()}, counters
+        )
 
     @contextlib.contextmanager
     def diagnosing(self) -> Iterator[None]:
@@ -133,14 +115,15 @@ class Snapshots:
         except Diverged as error:
             if not self.processes.main:  # gradients are joint, so the main process gets here too
                 raise FloatingPointError(str(error)) from None
-            failed, good = self.run_dir / "failed", checkpoint.newest_checkpoint(self.run_dir)
+            failed = self.run_dir / FAILED
+            good = checkpoint.newest_checkpoint(self.run_dir)
             try:
                 self._write_failed(failed, str(error))
                 saved = f"The current state, with gradients, is in {failed}"
             except OSError as problem:  # do not hide the divergence, which matters more
                 saved = f"The current state could not be saved ({problem})"
             raise FloatingPointError(
-                f"{error}, in {self.run_dir / 'config.json'}, and resume from the last good checkpoint, {good}, with "
+                f"{error}, in {self.run_dir / CONFIG_FILE}, and resume from the last good checkpoint, {good}, by "
                 f"`spigan train --resume {self.run_dir}`; unchanged, it would diverge again. {saved}"
             ) from None
 
@@ -157,7 +140,7 @@ class Snapshots:
         images = torch.stack([dataset[i] for i in range(0, len(dataset), step)][: side * side])
         grid = make_grid(images, columns=side, scale=display_scale(self.config.model.resolution))
         with writing(self.run_dir, f"pictures in {self.run_dir}"):
-            save_png(grid, self.run_dir / "reals.png")
+            save_png(grid, self.run_dir / REALS_FILE)
 
     def _rotate(self) -> None:
         """Delete all checkpoints except the newest ones and the best model's."""
@@ -174,4 +157,4 @@ class Snapshots:
             gradients = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
             tensors |= {f"grad.{name}.{key}": gradient for key, gradient in gradients.items()}
         checkpoint.save_checkpoint(folder / f"state-{self.state.iteration:08d}.safetensors", tensors, counters)
-        write_text(folder / "error.txt", f"{text}\n")
+        write_text(folder / "error.txt", f"{text}\n{self.state}\n")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,14 +62,14 @@ class TrainState:
         augment: augmentation of the images that the discriminator sees, including ADA's p.
         optimizer_g, optimizer_d: Adam optimisers of `model` and `discriminator`.
         pl_mean: running mean of path lengths.
-        statistics: the scalars recorded since the last tick.
+        statistics: what has been recorded since the last tick.
+        rng: torch's global generators.
         ada_signs: mean signs of D(real) since ADA's p last moved.
         iteration: iterations so far, of both kinds.
         images_seen: images shown to the discriminator so far. Each counts once, whatever K is.
         images_drawn: images taken from the loader so far, by both kinds of iterations.
-        noise_offset: number of Philox noise values used so far.
-        elapsed: training time in seconds.
-        rng: the states of torch's global random generators.
+        noise_offset: Philox numbers of noise used so far.
+        elapsed: seconds of training.
     """
 
     model: SPIGAN
@@ -79,13 +80,18 @@ class TrainState:
     optimizer_d: torch.optim.Adam
     pl_mean: Tensor
     statistics: Statistics
+    rng: RandomState
     ada_signs: list[Tensor] = field(default_factory=list)
     iteration: int = 0
     images_seen: int = 0
     images_drawn: int = 0
     noise_offset: int = 0
     elapsed: float = 0.0
-    rng: RandomState = field(default_factory=lambda: RandomState(torch.device("cpu")))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the run."""
+        return self.rng.device
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Iterate over the names and values of the fields."""
@@ -149,13 +155,13 @@ class TrainState:
                     value.copy_(tensors[name])
                 case Statistics():
                     found = {key: checkpoint.series(tensors, full) for key, full in below.items()}
-                    value.load({key: [x.to(self.pl_mean.device) for x in series] for key, series in found.items()})
+                    value.load({key: [x.to(self.device) for x in series] for key, series in found.items()})
                 case RandomState():
                     checkpoint.check_tensors({f"{name}.cpu": value.tensors()["cpu"]}, tensors)
                     value.load({key: tensors[full] for key, full in below.items()})
                 case list():
                     series = checkpoint.series(tensors, name)
-                    setattr(self, name, [x.to(self.pl_mean.device) for x in series])
+                    setattr(self, name, [x.to(self.device) for x in series])
                 case int():
                     setattr(self, name, checkpoint.counter(counters, name))
                 case float():
@@ -188,34 +194,51 @@ class TrainState:
         return f"TrainState({', '.join(shown)})"
 
 
+def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint, and check that it holds a model of this configuration.
+
+    Done before such a model is built: an untrusted configuration may ask for more memory than the machine has.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds another model.
+    """
+    tensors, counters = checkpoint.load_checkpoint(path)
+    with torch.device("meta"):  # shapes alone
+        expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
+    try:
+        checkpoint.check_tensors(expected, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return tensors, counters
+
+
 def new_state(config: TrainConfig, processes: Processes) -> TrainState:
-    """Return the initial state of a run. Seeds torch's global random generators."""
-    device, widths = processes.device, {"channel_base": config.model.channel_base}
-    widths["channel_max"] = config.model.channel_max
+    """Return the state in which a run begins. Seeds torch's global generators."""
+    device = processes.device
     torch.manual_seed(config.seed)
     model = SPIGAN(config.model).to(device).train()
     discriminator = Discriminator(
         config.model.resolution,
         config.model.img_channels,
-        **widths,
-        # StyleGAN2's mapping network goes with StyleGAN2's discriminator, which has no time.
+        channel_base=config.model.channel_base,
+        channel_max=config.model.channel_max,
+        # StyleGAN2's own mapping comes with StyleGAN2's own discriminator.
         time_conditioning=config.model.mapping == "ode",
         mbstd_group=_mbstd_group(config, processes),
     )
     discriminator = discriminator.to(device).train()
-    # Convolutions are faster in this layout, most of all in bfloat16 on a CPU (docs/training.md).
+    # Convolutions are faster in this layout, most of all in bfloat16 on a CPU.
     for module in (model, discriminator):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    pl_interval, r1_interval = config.pl_interval, config.r1_interval
+    pl_interval = config.pl_interval if config.pl_weight else None
+    r1_interval = config.r1_interval if config.r1_gamma else None
     return TrainState(
         model=model,
         ema=copy.deepcopy(model).eval().requires_grad_(False),
         discriminator=discriminator,
         augment=make_augment(config.augment, target=config.ada_target, kimg=config.ada_kimg).to(device),
-        optimizer_g=adam(model.parameters(), config.lr_g, config.beta2, pl_interval if config.pl_weight else None),
-        optimizer_d=adam(
-            discriminator.parameters(), config.lr_d, config.beta2, r1_interval if config.r1_gamma else None
-        ),
+        optimizer_g=adam(model.parameters(), config.lr_g, config.beta2, pl_interval),
+        optimizer_d=adam(discriminator.parameters(), config.lr_d, config.beta2, r1_interval),
         pl_mean=torch.zeros((), device=device),
         statistics=Statistics(config, processes),
         rng=RandomState(device),

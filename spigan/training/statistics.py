@@ -1,4 +1,4 @@
-"""Statistics of a run: their means over each tick, the check for divergence, and the files that record them."""
+"""Statistics of a run: means of each tick, a clock, and the files that keep them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,13 +17,10 @@ from torch import Tensor, nn
 
 from spigan.config import TrainConfig
 from spigan.files import write_text
-from spigan.runs import read_rows
+from spigan.runs import METRICS_FILE, STATS_FILE, read_rows
+from spigan.training.divergence import Diverged, divergence
 from spigan.training.processes import Processes
 from spigan.training.run_folder import writing
-
-
-class Diverged(FloatingPointError):
-    """Training has diverged. The message states where, and what to change."""
 
 
 class Statistics:
@@ -34,7 +32,8 @@ class Statistics:
     """
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
-        self._config, self._processes = config, processes
+        self._config = config
+        self._processes = processes
         self._values: dict[str, list[Tensor]] = {}
         self._unchecked: list[tuple[int, str, Tensor]] = []  # (iteration, name, value) not yet known to be finite
 
@@ -73,10 +72,6 @@ class Statistics:
         self._values.clear()
         return {name: self._processes.mean(values.mean()).item() for name, values in series.items()}
 
-    def series(self) -> dict[str, list[float]]:
-        """Return this process's recorded scalars since the last tick, by name."""
-        return {name: torch.stack(values).tolist() for name, values in self._values.items()}
-
     def lengths(self) -> dict[str, int]:
         """Return the number of recorded scalars, by name."""
         return {name: len(values) for name, values in self._values.items()}
@@ -106,7 +101,9 @@ class Clock:
 
     def __init__(self, seconds: float, images: int) -> None:
         now = time.perf_counter()
-        self._began, self._tick_began, self._tick_images = now - seconds, now, images
+        self._began = now - seconds
+        self._tick_began = now
+        self._tick_images = images
 
     def seconds(self) -> float:
         """Return the training time in seconds, including earlier sessions and excluding pauses."""
@@ -120,7 +117,8 @@ class Clock:
         """
         now = time.perf_counter()
         rate = (images - self._tick_images) / (now - self._tick_began)
-        self._tick_began, self._tick_images = now, images
+        self._tick_began = now
+        self._tick_images = images
         return rate
 
     @contextlib.contextmanager
@@ -129,7 +127,8 @@ class Clock:
         began = time.perf_counter()
         yield
         paused = time.perf_counter() - began
-        self._began, self._tick_began = self._began + paused, self._tick_began + paused
+        self._began += paused
+        self._tick_began += paused
 
 
 class StatsLog:
@@ -143,7 +142,9 @@ class StatsLog:
     def __init__(self, run_dir: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.path, self.metrics_path = run_dir, run_dir / "stats.jsonl", run_dir / "metrics.jsonl"
+        self.run_dir = run_dir
+        self.path = run_dir / STATS_FILE
+        self.metrics_path = run_dir / METRICS_FILE
         with writing(run_dir, f"statistics in {run_dir}"):
             self.path.touch()
             for path in (self.path, self.metrics_path):
@@ -176,36 +177,10 @@ class StatsLog:
         """Finish the TensorBoard file."""
         self._events.close()
 
+    def __enter__(self) -> StatsLog:
+        return self
 
-_SUSPECTS = {  # names of the scalars recorded in an update: (the update, what to change)
-    ("loss_d", "real_logit", "fake_logit", "real_sign", "grad_norm_d"): (
-        "the discriminator's step",
-        "lower lr_d, raise r1_gamma",
-    ),
-    ("r1", "grad_norm_r1"): ("the discriminator's R1 step", "lower lr_d or r1_gamma"),
-    ("loss_g", "grad_norm_g"): ("the generator's step", "lower lr_g"),
-    ("path_length", "path_length_penalty", "grad_norm_pl"): ("the path-length step", "lower pl_weight or lr_g"),
-}
-
-
-def divergence(what: str, value: float | None, iteration: int, kimg: float, limit: float | None, bf16: bool) -> str:
-    """Describe a divergence: which number diverged, where, and what to change.
-
-    Args:
-        what: name of a statistic, or another description.
-        value: its value, if it is a single number.
-        iteration: the iteration in which it was recorded.
-        kimg: thousands of images seen by then.
-        limit: the limit that the value exceeds, or None if the value is not finite.
-        bf16: whether convolutions run in bfloat16.
-    """
-    step, advice = next(
-        (suspect for names, suspect in _SUSPECTS.items() if what in names), ("the last steps", "lower lr_g and lr_d")
-    )
-    too_much = "not finite" if limit is None else f"above grad_norm_limit = {limit:g}"
-    value_text = "" if value is None else f" ({value:g})"
-    precision = ", or set precision to fp32" if bf16 else ""
-    return (
-        f"training has diverged: {what}{value_text} is {too_much} at iteration {iteration} ({kimg:g} kimg), in {step}. "
-        f"Advice: {advice}{precision}"
-    )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from tqdm.auto import tqdm
 from spigan._version import __version__
 from spigan.config import TrainConfig
 from spigan.data import loader as image_loader
-from spigan.data import open_dataset
+from spigan.data.dataset import open_for_model
 from spigan.files import read_json, write_text
 from spigan.models import SPIGAN, Discriminator
 from spigan.models.load import resolve_device
 from spigan.ops import backends
-from spigan.runs import read_config
+from spigan.runs import CONFIG_FILE, DATA_FILE, STATS_FILE, read_config
 from spigan.training.algorithm1 import Algorithm1
 from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
@@ -27,8 +28,8 @@ from spigan.training.measure import RunMetrics
 from spigan.training.processes import Processes
 from spigan.training.run_folder import check_writable, next_run_dir, unused, writing
 from spigan.training.signals import StopSignals
-from spigan.training.snapshots import Snapshots, read_checkpoint
-from spigan.training.state import images_at_a_time, new_state
+from spigan.training.snapshots import Snapshots
+from spigan.training.state import images_at_a_time, new_state, read_checkpoint
 from spigan.training.statistics import Clock, StatsLog
 
 
@@ -78,9 +79,9 @@ class Trainer:
         if self.processes.main:
             with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
-                write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
-                # Written last, because this file makes the folder a run.
-                write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+                write_text(self.run_dir / DATA_FILE, json.dumps(self._data_record(), indent=2) + "\n")
+                # Last: this file makes the folder a run.
+                write_text(self.run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
@@ -105,12 +106,12 @@ class Trainer:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
-        if newest is None and (run_dir / "stats.jsonl").exists():  # written after the first checkpoint
+        if newest is None and (run_dir / STATS_FILE).exists():  # made after the first checkpoint
             raise FileNotFoundError(
                 f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
             )
         saved = None if newest is None else (newest, *read_checkpoint(newest, config))
-        record = read_json(run_dir / "data.json")
+        record = read_json(run_dir / DATA_FILE)
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
         trainer._build(config, progress)
@@ -125,21 +126,19 @@ class Trainer:
             trainer.snapshots.load(*saved)
         trainer._check_agreement()
         if total_kimg is not None and trainer.processes.main:
-            write_text(run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
+            write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool) -> None:
-        self.config, self.processes = config, Processes(resolve_device(config.device))
-        self.device, self.progress, self.interrupted = self.processes.device, progress and self.processes.main, False
-        images_at_a_time(config, self.processes)  # raises before anything slow happens
-        self.dataset = open_dataset(
-            config.data.model_copy(update={"resolution": config.model.resolution}), progress=self.progress
+        self.config = config
+        self.processes = Processes(resolve_device(config.device))
+        self.device = self.processes.device
+        self.progress = progress and self.processes.main
+        self.interrupted = False
+        images_at_a_time(config, self.processes)  # raises before anything takes long
+        self.dataset = open_for_model(
+            config.data, config.model.resolution, config.model.img_channels, progress=self.progress
         )
-        if self.dataset.channels != config.model.img_channels:
-            raise ValueError(
-                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), but the model "
-                f"makes {config.model.img_channels}: set data.channels to convert them, or model.img_channels"
-            )
         for op in backends.operations():
             backends.choose(op, None, self.device)  # before anything is written: raises if a backend cannot run
         self.metrics: RunMetrics | None = None
@@ -213,10 +212,13 @@ class Trainer:
         if state.iteration == 0:
             self.snapshots.write_reals(self.dataset)
             self.snapshot()
-        log = StatsLog(self.run_dir, state.iteration) if self.processes.main else None
+        stats_log: AbstractContextManager[StatsLog | None] = nullcontext()
+        if self.processes.main:
+            stats_log = StatsLog(self.run_dir, state.iteration)
         bar = tqdm(total=total, initial=state.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
-        with bar, StopSignals() as stop, self.snapshots.diagnosing():
-            self._measure(log, stop)  # if a signal cut the measurement short in an earlier session
+        # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
+        with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
+            self._measure(log, stop)  # if a signal ended it in an earlier session
             clock = Clock(state.elapsed, state.images_seen)
             # The last images seen still get their generator iteration.
             while (state.images_seen < total or state.iteration % 2) and not self.processes.any(stop.is_set()):
@@ -240,15 +242,13 @@ class Trainer:
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)
             state.elapsed = clock.seconds()
-            self._finish(log, stop)
+            self._finish(stop)
         return self.ema
 
-    def _finish(self, log: StatsLog | None, stop: StopSignals) -> None:
-        """Save the state at the end of a session."""
+    def _finish(self, stop: StopSignals) -> None:
+        """Save the end of a session."""
         self.interrupted = self.processes.any(stop.is_set())
         self.snapshot(stop)
-        if log is not None:
-            log.close()
         if self.interrupted and self.processes.main:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Resume with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")

@@ -43,7 +43,7 @@ class Updates:
         h: Tensor = self.state.model.mapping(z, times)
         return h
 
-    def discriminator(self, real: Tensor, h: Tensor, times: list[float]) -> Tensor:
+    def step_discriminator(self, real: Tensor, h: Tensor, times: list[float]) -> Tensor:
         """Update the discriminator.
 
         Args:
@@ -73,14 +73,15 @@ class Updates:
         self._step(state.optimizer_d, "d")
         return torch.stack(signs).sum()
 
-    def r1(self, real: Tensor, times: list[float]) -> None:
-        """Update the discriminator with the lazy R1 penalty, weighted by the number of updates it stands for.
+    def step_r1(self, real: Tensor, times: list[float]) -> None:
+        """Update the discriminator by the lazy R1 penalty, weighted by the number of updates it stands for.
 
         Args:
             real: [k, N, C, H, W] points i(t_k) on the paths.
             times: the times t_k.
         """
         state = self.state
+        state.discriminator.requires_grad_(True)
         state.optimizer_d.zero_grad(set_to_none=True)
         weight = 0.5 * self.config.r1_gamma * self.config.r1_interval
         for (part,) in self._parts(real, dim=1):
@@ -90,7 +91,7 @@ class Updates:
             state.record(r1=penalty)
         self._step(state.optimizer_d, "r1")
 
-    def generator(self, z: Tensor, times: list[float]) -> None:
+    def step_generator(self, z: Tensor, times: list[float]) -> None:
         """Update the mapping network and the generator.
 
         Args:
@@ -107,8 +108,8 @@ class Updates:
             state.record(loss_g=loss)
         self._step(state.optimizer_g, "g")
 
-    def path_length(self, z: Tensor, times: list[float]) -> None:
-        """Update the mapping network and the generator with the lazy path-length penalty.
+    def step_path_length(self, z: Tensor, times: list[float]) -> None:
+        """Update mapping network and generator by the lazy path-length penalty.
 
         The penalty is the squared distance of the path lengths from their running mean (Karras et al. 2020b, section
         3.2), computed on N / pl_batch_shrink images.
@@ -136,8 +137,8 @@ class Updates:
         """Every `ADA_INTERVAL` calls, move ADA's p by the mean sign of D(real) over the images since the last move.
 
         Args:
-            signs: the results of all calls of `discriminator` in this iteration.
-            images: number of images in the joint minibatch.
+            signs: what each call of `step_discriminator` in this iteration returned.
+            images: number of images of the joint minibatch.
         """
         state, sign = self.state, torch.stack(signs).mean()
         state.record(real_sign=sign)
@@ -179,7 +180,7 @@ class Updates:
         """Return the images [n k, C, H, W] of latents [n k, D] or [n k, num_ws, D]."""
         rows, generator = self.processes.rows(len(times)), self.state.model.generator
         noise = None  # drawn by the generator
-        if rows.processes > 1:
+        if rows.count > 1:
             noise = [rows.own(x) for x in generator.draw_noise(rows.joint(len(h)), self.processes.device)]
         with self._autocast():
             images: Tensor = generator(h, noise)

@@ -27,7 +27,7 @@ def test_export_to_onnx(model: Path, tmp_path: Path, spigan_cli: Any) -> None:
     images = onnxruntime.InferenceSession(out).run(None, {"z": z})[0]
     expected = spigan.sample(z=torch.from_numpy(z), model=model, device="cpu")
     assert isinstance(expected, torch.Tensor)
-    assert np.abs(images - expected.numpy()).max() < 1e-5  # tests/test_export.py says why
+    assert np.abs(images - expected.numpy()).max() < 1e-5  # tests/sampling/test_export.py says why
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_few_reference_images(model: SPIGAN, scripts: Path, tmp_path: Path) -> N
 
 def test_unfitting_reference(model: SPIGAN, scripts: Path, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(tmp_path / "rgb.png")
-    with pytest.raises(ValueError, match=r"images of 3 channel\(s\), but the model makes 1: set channels to 1"):
+    with pytest.raises(ValueError, match=r"images of 3 channel\(s\), but the model makes 1: set data.channels to 1"):
         measure(model, scripts, data=DataConfig(source=str(tmp_path)))
     with pytest.raises(ValueError, match=r"data.resolution is 16, but the model makes images of 8 x 8: leave it out"):
         measure(model, scripts, data=DataConfig(source="digits", resolution=16))

@@ -116,6 +116,13 @@ def test_default_batch_counts_the_times(model: SPIGAN) -> None:
     assert Sampler(model, t=[0.0, 0.5, 1.0]).batch_size == 42
 
 
+def test_the_batch_size_of_a_sampler_is_fixed(model: SPIGAN) -> None:
+    sampler = Sampler(model, batch_size=3)
+    with pytest.raises(AttributeError):
+        sampler.batch_size = 4  # type: ignore[misc]
+    assert sampler.batch_size == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

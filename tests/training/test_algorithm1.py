@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -130,13 +129,13 @@ def test_each_generator_update_sees_the_weights_of_the_last(new_trainer, monkeyp
 def times_of_penalties(monkeypatch, trainer, method: str, iterations: int) -> list[tuple[int, list[float]]]:
     """(iteration, times) of every call of a penalty."""
     calls = []
-    original = getattr(trainer.algorithm.update, method)
+    original = getattr(trainer.algorithm.updates, method)
 
     def record(tensor, times):
         calls.append((trainer.iteration, times))
         original(tensor, times)
 
-    monkeypatch.setattr(trainer.algorithm.update, method, record)
+    monkeypatch.setattr(trainer.algorithm.updates, method, record)
     train(trainer, iterations)
     return calls
 
@@ -146,7 +145,7 @@ def times_of_penalties(monkeypatch, trainer, method: str, iterations: int) -> li
 def test_lazy_r1_meets_every_time(new_trainer, monkeypatch, updates, intervals):
     """Counted in steps, R1 of K = 2 would fall on t_1 every time, and no clean image would be regularised."""
     trainer = new_trainer(r1_interval=4, updates=updates, intervals=intervals, fixed_t=True)
-    calls = times_of_penalties(monkeypatch, trainer, "r1", 16)
+    calls = times_of_penalties(monkeypatch, trainer, "step_r1", 16)
     path = [(k + 1) / intervals for k in range(intervals)]
     expected = [path] if updates == "joint" else [[t] for t in path]
     assert calls == [(iteration, times) for iteration in (0, 8) for times in expected]
@@ -154,7 +153,7 @@ def test_lazy_r1_meets_every_time(new_trainer, monkeypatch, updates, intervals):
 
 def test_lazy_path_length_meets_every_time(new_trainer, monkeypatch):
     trainer = new_trainer(pl_weight=1.0, pl_interval=3, intervals=2, fixed_t=True)
-    calls = times_of_penalties(monkeypatch, trainer, "path_length", 12)
+    calls = times_of_penalties(monkeypatch, trainer, "step_path_length", 12)
     assert calls == [(1, [0.5]), (1, [1.0]), (7, [0.5]), (7, [1.0])]
     assert trainer.state.pl_mean.item() > 0
 
@@ -215,9 +214,9 @@ def test_precision(new_trainer, precision, dtype):
         layer.register_forward_pre_hook(lambda module, args: dtypes.add(args[0].dtype))
     train(trainer, 6)
     assert dtypes == {dtype}
-    recorded = trainer.state.statistics.series()
+    recorded = trainer.state.statistics.tensors(joint=False)
     assert {"loss_d", "loss_g", "r1", "path_length_penalty"} <= recorded.keys()
-    assert all(math.isfinite(value) for values in recorded.values() for value in values)
+    assert all(values.isfinite().all() for values in recorded.values())
     assert {p.dtype for p in itertools.chain(trainer.model.parameters(), trainer.ema.parameters())} == {torch.float32}
 
 
@@ -246,7 +245,7 @@ def test_discriminator_sees_augmented_images(new_trainer, monkeypatch, name):
     clean = digits(trainer).float() / 127.5 - 1
     for real in given[1:3]:
         torch.testing.assert_close(real, clean, rtol=0, atol=1e-6)
-    assert all(math.isfinite(value) for values in trainer.state.statistics.series().values() for value in values)
+    assert all(values.isfinite().all() for values in trainer.state.statistics.tensors(joint=False).values())
 
 
 class _Stop(Exception):

@@ -51,7 +51,7 @@ def test_same_seed_same_run_other_seed_other_run(new_trainer):
 
 
 def test_errors_of_construction(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match=r"1 channel\(s\), the model makes 3"):
+    with pytest.raises(ValueError, match=r"1 channel\(s\), but the model makes 3"):
         Trainer(tiny_config(model={"img_channels": 3}), tmp_path / "a", progress=False)
     assert not (tmp_path / "a").exists()
     if not torch.cuda.is_available():

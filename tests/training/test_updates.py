@@ -36,7 +36,7 @@ def test_discriminator_gradient(new_trainer, monkeypatch):
     loss.backward()
     expected = {name: p.grad.clone() for name, p in d.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer.algorithm.update.discriminator(i, trainer.model.mapping(x_T, [0.3]), [0.3])
+    trainer.algorithm.updates.step_discriminator(i, trainer.model.mapping(x_T, [0.3]), [0.3])
     assert_gradients_close(gradients[0], expected)
     assert all(p.grad is None for p in trainer.model.parameters())
 
@@ -48,7 +48,7 @@ def test_generator_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.state.optimizer_d.zero_grad()
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer.algorithm.update.generator(x_T, [0.3])
+    trainer.algorithm.updates.step_generator(x_T, [0.3])
     assert_gradients_close(gradients[0], expected)
     assert all(p.grad is None for p in trainer.discriminator.parameters())
 
@@ -61,9 +61,19 @@ def test_r1_gradient(new_trainer, monkeypatch):
     (5 * 3.0 / 2 * r1_penalty(trainer.discriminator(real, torch.full((4,), 0.3)), real)).backward()
     expected = {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer.algorithm.update.r1(i, [0.3])
+    trainer.algorithm.updates.step_r1(i, [0.3])
     assert len(gradients) == 1
     assert_gradients_close(gradients[0], expected)
+
+
+def test_r1_does_not_rely_on_another_step(new_trainer, monkeypatch):
+    """A generator step leaves D without gradients; R1 turns them on itself."""
+    trainer = without_noise(new_trainer(r1_gamma=1.0))
+    x_T, i = case(trainer, 4, [0.3])
+    trainer.algorithm.updates.step_generator(x_T, [0.3])
+    gradients = keep_gradients(monkeypatch, trainer)
+    trainer.algorithm.updates.step_r1(i, [0.3])
+    assert len(gradients) == 1 and any(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
 def test_path_length_gradient(new_trainer, monkeypatch):
@@ -79,7 +89,7 @@ def test_path_length_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
     torch.manual_seed(3)
-    trainer.algorithm.update.path_length(x_T, [0.3])
+    trainer.algorithm.updates.step_path_length(x_T, [0.3])
     assert len(gradients) == 1
     assert trainer.state.pl_mean.item() == pytest.approx(mean, rel=1e-5)
     assert_gradients_close(gradients[0], expected)
@@ -96,14 +106,14 @@ def test_joint_gradient_is_the_mean_of_sequential_ones(new_trainer, monkeypatch,
     x_T, i = case(trainer, batch, times)
     h = trainer.model.mapping(x_T, times).detach()
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer.algorithm.update.discriminator(i, h, times)
-    trainer.algorithm.update.r1(i, times)
-    trainer.algorithm.update.generator(x_T, times)
+    trainer.algorithm.updates.step_discriminator(i, h, times)
+    trainer.algorithm.updates.step_r1(i, times)
+    trainer.algorithm.updates.step_generator(x_T, times)
     joint, gradients[:] = gradients[:], []
     for k, t in enumerate(times):
-        trainer.algorithm.update.discriminator(i[[k]], h[[k]], [t])
-        trainer.algorithm.update.r1(i[[k]], [t])
-        trainer.algorithm.update.generator(x_T, [t])
+        trainer.algorithm.updates.step_discriminator(i[[k]], h[[k]], [t])
+        trainer.algorithm.updates.step_r1(i[[k]], [t])
+        trainer.algorithm.updates.step_generator(x_T, [t])
     assert len(joint) == 3 and len(gradients) == 9  # D, R1, G, for each time
     for kind in range(3):
         each = gradients[kind::3]
@@ -120,9 +130,9 @@ def test_gradients_accumulate(new_trainer, monkeypatch, times):
         sizes = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: len(images))
         x_T, i = case(trainer, 6, times)
         gradients = keep_gradients(monkeypatch, trainer)
-        trainer.algorithm.update.discriminator(i, trainer.model.mapping(x_T, times).detach(), times)
-        trainer.algorithm.update.r1(i, times)
-        trainer.algorithm.update.generator(x_T, times)
+        trainer.algorithm.updates.step_discriminator(i, trainer.model.mapping(x_T, times).detach(), times)
+        trainer.algorithm.updates.step_r1(i, times)
+        trainer.algorithm.updates.step_generator(x_T, times)
         assert set(sizes) == {(batch_gpu or 6) * len(times)}
         found[batch_gpu] = gradients
     for pieces, whole in zip(found[2], found[None], strict=True):
@@ -138,7 +148,7 @@ def test_interleaved_groups_hold_one_time(new_trainer, monkeypatch):
         assert torch.equal(flat[n * 3 + k], x[k, n])
     trainer = new_trainer(batch=2, intervals=3)
     seen = spy(monkeypatch, trainer.discriminator, "forward", lambda images, t: t.tolist())
-    trainer.algorithm.update.r1(torch.randn(3, 2, 1, 8, 8), [0.2, 0.5, 1.0])
+    trainer.algorithm.updates.step_r1(torch.randn(3, 2, 1, 8, 8), [0.2, 0.5, 1.0])
     assert seen == [pytest.approx([0.2, 0.5, 1.0, 0.2, 0.5, 1.0])]
     assert torch.equal(minibatch_std(flat, 4), interleave(torch.stack([minibatch_std(part, 4) for part in x])))
 
@@ -181,7 +191,7 @@ def test_ema_half_life(new_trainer, ema_kimg, ema_rampup, seen):
         fill(trainer.ema, 0.0)
         fill(trainer.model, 1.0)
         for batch in batches:
-            trainer.algorithm.update.average_weights(batch)
+            trainer.algorithm.updates.average_weights(batch)
         for parameter in trainer.ema.parameters():
             torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5), rtol=0, atol=1e-5)
 
@@ -202,7 +212,7 @@ def test_buffers_are_copied(new_trainer):
 
 def test_ema_update_counts_the_images_of_an_iteration(new_trainer, monkeypatch):
     trainer = new_trainer()
-    images = spy(monkeypatch, trainer.algorithm.update, "average_weights", lambda images: images)
+    images = spy(monkeypatch, trainer.algorithm.updates, "average_weights", lambda images: images)
     train(trainer, 4)
     assert images == [4, 4]
     assert not trainer.ema.training and not any(p.requires_grad for p in trainer.ema.parameters())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spigan.training.augment.common import check_images, compute_dtype
-from spigan.training.processes import ALL_ROWS, Rows
+from spigan.training.processes import SINGLE, Rows
 
 # The lowpass filter of the least asymmetric wavelet with 6 vanishing moments: Daubechies, "Ten lectures on wavelets"
 # (1992), table 6.3, divided by sqrt(2); the digits are PyWavelets' `pywt.Wavelet("sym6").rec_lo`.
@@ -310,8 +310,8 @@ class ADA(nn.Module):
         direction = (signs_mean > self.target) - (signs_mean < self.target)
         self.p.add_(direction * images / (1000.0 * self.kimg)).clamp_(0.0, 1.0)
 
-    def forward(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
-        """Return augmented images of the same shape and dtype. While p = 0, return x itself.
+    def forward(self, x: Tensor, rows: Rows = SINGLE) -> Tensor:
+        """Return augmented images of the same shape and dtype; x itself while p = 0.
 
         Args:
             x: [N, C, H, W].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spigan.training.processes import ALL_ROWS, Rows
+from spigan.training.processes import SINGLE, Rows
 
 
 def check_images(x: Tensor) -> None:
@@ -26,6 +26,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class NoAugment(nn.Identity):
     """Returns the images unchanged."""
 
-    def forward(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = SINGLE) -> Tensor:
         """Return x."""
         return x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spigan.training.augment.common import check_images, compute_dtype
-from spigan.training.processes import ALL_ROWS, Rows
+from spigan.training.processes import SINGLE, Rows
 
 
 def translate(x: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class DiffAugment(nn.Module):
             raise ValueError(f"policy must be a collection of names from {self.POLICIES}, got {policy!r}")
         self.policy = frozenset(policy)
 
-    def forward(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = SINGLE) -> Tensor:
         """Return augmented images of the same shape and dtype.
 
         Args:

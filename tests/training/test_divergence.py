@@ -100,7 +100,7 @@ def test_where_a_step_may_not_be_waited_for_a_tick_finds_it(new_trainer, monkeyp
     """As on a GPU: the iteration is that of the step all the same."""
     trainer = new_trainer(snapshot_ticks=1)
     poison(monkeypatch, trainer, "fake_loss", iteration=6)
-    trainer.algorithm.update.check_every_step = False
+    trainer.algorithm.updates.check_every_step = False
     with pytest.raises(FloatingPointError, match=r"loss_d \(nan\) is not finite at iteration 6 \(0.012 kimg\)"):
         trainer.fit()
     assert trainer.iteration == 8 and read_stats(trainer.run_dir)[-1]["iteration"] == 4
@@ -111,8 +111,8 @@ def test_norms_are_of_the_gradients(new_trainer, monkeypatch):
     trainer = new_trainer(pl_weight=1.0)
     gradients = keep_gradients(monkeypatch, trainer)
     train(trainer, 2)
-    series = trainer.state.statistics.series()
-    recorded = [value for name in ("d", "r1", "g", "pl") for value in series[f"grad_norm_{name}"]]
+    series = trainer.state.statistics.tensors(joint=False)
+    recorded = [value for name in ("d", "r1", "g", "pl") for value in series[f"grad_norm_{name}"].tolist()]
     expected = [math.sqrt(sum(g.double().square().sum().item() for g in step.values())) for step in gradients]
     assert len(expected) == 8
     assert sorted(recorded) == pytest.approx(sorted(expected), rel=1e-5)
