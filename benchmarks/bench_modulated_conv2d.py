@@ -1,5 +1,7 @@
-"""Every layer of the synthesis networks of cifar10 and celebahq256: this project's layer, the ways of convolving that
-it chooses from on a CPU, and weights of its own for each image (a grouped convolution, as StyleGAN2 is often written).
+"""Benchmark every layer of the synthesis networks of cifar10 and celebahq256.
+
+Compares this project's layer, the convolution algorithms that it chooses from on a CPU, and a grouped convolution with
+separate weights for each image, as StyleGAN2 is often written.
 
 pytest benchmarks/bench_modulated_conv2d.py --benchmark-only
 """
@@ -30,12 +32,12 @@ IMPLEMENTATIONS = [
     "grouped",
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-# Ways of convolving, with weights prepared beforehand as the generator keeps them; `weight_form` chooses one of them.
+# Convolution algorithms, with weights prepared beforehand, as the generator keeps them; `weight_form` chooses one.
 FORMS = ["direct", "winograd", "products"] if DEVICE.type == "cpu" else []
 
 
 def layers() -> dict[str, tuple[int, int, int, int, int]]:
-    """(kernel, up, in channels, out channels, size of the input) of the layers of both networks, each once."""
+    """Return (kernel, up, in channels, out channels, input size) of each distinct layer of both networks, by name."""
     found = {}
     for name in ("cifar10", "celebahq256"):
         config = (spigan.preset(name, data={"source": "digits"})).model
@@ -52,7 +54,7 @@ def layers() -> dict[str, tuple[int, int, int, int, int]]:
 
 
 LAYERS = layers()
-# A compiled function for each size takes long to build on a CPU; there the largest of each kind must do.
+# On a CPU, it takes long to compile a function for each size, so only the largest layer of each kind is compiled.
 COMPILED_ON_CPU = (
     "32x32, 512",
     "32x32, 512 to 512, up 2",
@@ -63,7 +65,7 @@ COMPILED_ON_CPU = (
 
 
 def batch_of(channels: int, size: int) -> int:
-    """So many images that the layer has 2^25 output values on a GPU, 2^21 on a CPU; 1 to 100."""
+    """Return how many images give a layer about 2^25 output values on a GPU or 2^21 on a CPU, from 1 to 100."""
     values = 2**25 if DEVICE.type == "cuda" else 2**21
     return max(1, min(100, values // (channels * size * size)))
 
@@ -74,7 +76,7 @@ def batch_of(channels: int, size: int) -> int:
 @torch.no_grad()
 def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementation: str) -> None:
     if implementation == "torch.compile" and DEVICE.type == "cpu" and name not in COMPILED_ON_CPU:
-        pytest.skip("compiled for the largest layers only: building takes longer than all the rest")
+        pytest.skip("compiled for the largest layers only: compiling takes longer than all the rest")
     kernel, up, channels_in, channels_out, size = LAYERS[name]
     form = implementation.removeprefix("form ")
     possible = {
@@ -83,7 +85,7 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
         "direct": kernel == 3,
     }
     if not possible.get(form, True):
-        pytest.skip("no such form of this layer")
+        pytest.skip("this form does not apply to this layer")
     n = batch_of(max(channels_in, channels_out), up * size)
     generator = torch.Generator().manual_seed(0)
 
@@ -131,7 +133,7 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
         run,
         expected=expected,
         tolerance=(2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
-        # As the convolution is defined: the products of a stride-2 transposed convolution are those of its input.
+        # By definition of the convolution: a stride-2 transposed convolution has the products that its input needs.
         flop=2.0 * n * size * size * channels_in * channels_out * kernel**2,
         moved=(x.numel() + n * channels_out * (up * size) ** 2 + weight.numel()) * dtype.itemsize,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""Noise and straight path, uint8 images -> x_T and i(t) at K = 2 times: kernels beside what one would write in PyTorch.
+"""Benchmark noise and straight path, uint8 images -> x_T and i(t) at K = 2 times, against plain PyTorch code.
 
 pytest benchmarks/bench_path_interpolate.py --benchmark-only
 """
@@ -19,7 +19,7 @@ from spigan.ops.backends import why_unavailable
 from .conftest import DEVICE
 
 TIMES = (0.4, 1.0)
-# float32 output of 67 MB on a CPU and 1 GB on a GPU: beyond every cache.
+# The float32 output takes 67 MB on a CPU and 1 GB on a GPU, more than any cache.
 IMAGES = 28000 if DEVICE.type == "cuda" else 1824
 KERNELS = [b for b in BACKENDS if b != "reference" and why_unavailable("path_interpolate", b, DEVICE) is None]
 MEAN_COEF, STD = VPSDE().marginal(1.0)
@@ -56,7 +56,7 @@ def test_path_interpolate(row: Any, dtype: torch.dtype, implementation: str) -> 
         clean = x0.float() / 127.5 - 1.0
         torch.testing.assert_close(i[1], clean, atol=atol, rtol=0)
         torch.testing.assert_close(i[0], TIMES[0] * clean + (1 - TIMES[0]) * x_T, atol=atol, rtol=0)
-        if implementation in functions:  # their noise is PyTorch's
+        if implementation in functions:  # these draw PyTorch's noise
             assert abs(x_T.std().item() - 1.0) < 1e-2
         else:
             expected = path_interpolate(x0, TIMES, seed=0, dtype=dtype, backend="reference")[0]

@@ -1,4 +1,4 @@
-"""Standard normals: this project's backends beside torch.randn, in one run.
+"""Benchmark standard normals: this project's backends against torch.randn.
 
 pytest benchmarks/bench_philox_normal.py --benchmark-only
 """

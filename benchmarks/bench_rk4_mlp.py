@@ -1,8 +1,8 @@
-"""The mapping network's ODE, D = 512, L = 3, 4 Runge-Kutta steps: kernels beside the reference and its rivals.
+"""Benchmark the mapping network's ODE (D = 512, L = 3, 4 Runge-Kutta steps): kernels, reference and alternatives.
 
 pytest benchmarks/bench_rk4_mlp.py --benchmark-only
 
-torchdiffeq's "rk4" is the 3/8 rule: as many evaluations and the same order, not the same numbers.
+torchdiffeq's "rk4" is the 3/8 rule: it has the same order and number of evaluations, but gives different numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _torchdiffeq(h0: Tensor, weight: Tensor, bias: Tensor, time_weight: Tensor) 
 
 
 def _replay(inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """The reference captured in a CUDA graph."""
+    """Capture the reference in a CUDA graph, and return a function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,7 +83,7 @@ def _replay(inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
 @torch.no_grad()
 def test_forward(row: Any, dtype: torch.dtype, batch: int, implementation: str) -> None:
     if dtype != torch.float32 and implementation in ("torch.compile", "torchdiffeq"):
-        pytest.skip("rivals are timed in float32")
+        pytest.skip("torch.compile and torchdiffeq are timed in float32 only")
     inputs = _problem(batch, dtype)
     functions: dict[str, Callable[[], Tensor]] = {
         "reference": lambda: _reference(*inputs),

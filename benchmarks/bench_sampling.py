@@ -1,5 +1,7 @@
-"""100 images from noise, the protocol of the paper's Table 2: this project beside its rivals, each with its evaluations
-of a network (NFE), on each backend and in each dtype; and where the time goes.
+"""Benchmark sampling by the protocol of the paper's Table 2: the time of 100 images from noise.
+
+Compares this project, on each backend and in each dtype, with its rivals, each with its own number of network
+evaluations (NFE), and shows where the time goes.
 
 pytest benchmarks/bench_sampling.py --benchmark-only
 """
@@ -35,7 +37,7 @@ IMAGES_256 = 64 if GPU else 4
 
 @cache
 def model_of(preset: str, **changes: Any) -> SPIGAN:
-    """A model of random weights: what it has learned does not change its time."""
+    """Return a model with random weights; its time does not depend on what it has learned."""
     torch.manual_seed(0)
     config = spigan.preset(preset, data={"source": "digits"}).model.model_copy(update=changes)
     return SPIGAN(config).eval().requires_grad_(False).to(DEVICE)
@@ -47,7 +49,7 @@ def reference_images(preset: str, n: int, **changes: Any) -> Tensor:
 
 
 def flop(model: SPIGAN, n: int) -> float:
-    """Of the mapping network's ODE and the synthesis network's convolutions."""
+    """Return the FLOP of the mapping network and of the synthesis network's convolutions."""
     config = model.config
     evaluations = {"rk4": 4, "euler": 1}[config.ode_solver] * config.ode_steps
     mapping = config.mlp_layers if config.mapping == "mlp" else evaluations * config.ode_layers
@@ -64,7 +66,7 @@ def time_sampler(
         sampler(range(n))
 
     def check(images: Tensor) -> None:
-        # Random weights make images of strong contrast; a few pixels of 255 levels are what bfloat16 leaves.
+        # Random weights give images of high contrast, so bfloat16 differs by a few of the 255 grey levels.
         difference = (images.int() - expected.int()).abs().float()
         assert difference.mean() < (4.0 if dtype == torch.bfloat16 else 0.05), difference.mean()
 
@@ -92,7 +94,7 @@ def test_cifar10(row: Any, n: int, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 def test_stylegan2(row: Any, dtype: torch.dtype) -> None:
-    """The same generator behind StyleGAN2's mapping network."""
+    """Time the same generator with StyleGAN2's mapping network."""
     name = f"StyleGAN2, {BACKENDS_HERE[-1]}, {str(dtype)[6:]}"
     time_sampler(row, "100 images, 3 x 32 x 32", name, "cifar10", 100, BACKENDS_HERE[-1], dtype, mapping="mlp")
 
@@ -106,14 +108,14 @@ def test_celebahq256(row: Any, backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("peer", [*PEERS["cifar10"], *PEERS["celebahq256"]], ids=lambda p: f"{p.name} {p.resolution}")
 def test_peer(row: Any, peer: Peer) -> None:
-    """In bfloat16, a part of its chain and, on a CPU, of its batch: each evaluation and image takes the same time."""
+    """Time a part of the chain and, on a CPU, of the batch: all evaluations and images take the same time."""
     images = 100 if peer.resolution == 32 else IMAGES_256
     batch = images if GPU else (25 if peer.resolution == 32 else 1)
     evaluations = min(peer.nfe, 4 if GPU else 1)
     network = peer.network(DEVICE, torch.bfloat16)
 
     def check(result: Tensor) -> None:
-        # There is no other implementation to compare with; test_peers.py checks the networks' sizes and samplers.
+        # There is no second implementation to compare with; test_peers.py checks the networks' sizes and the samplers.
         assert result.shape == (batch, 3, peer.resolution, peer.resolution) and result.isfinite().all()
 
     row(
@@ -132,7 +134,7 @@ def test_peer(row: Any, peer: Peer) -> None:
 
 @pytest.mark.parametrize("intervals", [1, 2, 4])
 def test_intervals(row: Any, intervals: int) -> None:
-    """K is a matter of training: sampling solves to h(1) and evaluates the generator once, whatever K."""
+    """K only affects training: sampling solves to h(1) and evaluates the generator once for every K."""
     config = spigan.preset("cifar10", data={"source": "digits"}, intervals=intervals)
     assert config.model == model_of("cifar10").config
     dtype = torch.bfloat16
@@ -141,7 +143,7 @@ def test_intervals(row: Any, intervals: int) -> None:
 
 @pytest.mark.parametrize("n", [100, 1000, 10_000])
 def test_number_of_images(row: Any, n: int) -> None:
-    """Time grows with n, memory with the result alone. On a CPU the bundled digits, so that it ends within seconds."""
+    """Time grows with n; memory only grows with the result. On a CPU, the bundled digits keep the time to seconds."""
     model = model_of("cifar10") if GPU else load_model()
     sampler = Sampler(model, batch_size=100, dtype=torch.bfloat16, output="uint8")
     first = sampler(range(n - 100, n))
@@ -163,7 +165,7 @@ def test_number_of_images(row: Any, n: int) -> None:
 @cache
 @torch.inference_mode()
 def stages_of(dtype: torch.dtype) -> tuple[dict[str, Callable[[], Any]], dict[str, Tensor]]:
-    """What 100 images are made of, and each stage's result."""
+    """Return a function for each stage of making 100 images, and the result of each."""
     model = model_of("cifar10")
     seeds = torch.arange(100, device=DEVICE)
     z = philox_normal((100, *model.config.z_shape), seed=seeds)
@@ -197,7 +199,7 @@ STAGES = ("noise", "mapping", "synthesis", "convert", "the four in one call", "s
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @torch.inference_mode()
 def test_where_the_time_goes(row: Any, stage: str, dtype: torch.dtype) -> None:
-    """100 images; what `sampler` and `spigan.sample` take beyond the four stages is overhead."""
+    """Time each stage; the time that `sampler` and `spigan.sample` need beyond the four stages is overhead."""
     functions, results = stages_of(dtype)
     row(
         f"where the time goes, 100 images, {str(dtype)[6:]}",

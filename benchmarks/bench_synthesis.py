@@ -1,4 +1,4 @@
-"""Whole synthesis networks without gradients: cifar10 beside its rivals, and the 256-pixel network.
+"""Benchmark whole synthesis networks without gradients: cifar10 against alternatives, and the 256-pixel network.
 
 pytest benchmarks/bench_synthesis.py --benchmark-only
 """
@@ -44,7 +44,7 @@ def reference_images(preset: str, batch: int) -> Tensor:
 
 
 def convolution_flop(generator: Generator) -> float:
-    """Of one image, as the convolutions are defined."""
+    """Return the FLOP of the convolutions for one image, by their definition."""
     flop = 0.0
     for resolution, block in zip(generator.block_resolutions, generator.blocks, strict=True):
         flop += 2.0 * resolution**2 * (block.conv1.weight.numel() + block.torgb.weight.numel())
@@ -54,7 +54,7 @@ def convolution_flop(generator: Generator) -> float:
 
 
 def largest_layer(generator: Generator, dtype: torch.dtype) -> int:
-    """Bytes of the input and the output of the largest layer, for one image."""
+    """Return the bytes of the input and output of the largest layer, for one image."""
     sizes = [(block.conv1.weight.shape[0], block.conv1.noise_const.numel()) for block in generator.blocks]
     return max(2 * channels * pixels * dtype.itemsize for channels, pixels in sizes)
 
@@ -98,7 +98,7 @@ def grouped_modulated_conv2d_of_layer(*args: Any, noise_seed: Tensor | None = No
 @torch.no_grad()
 def test_cifar10(row: Any, monkeypatch: Any, dtype: torch.dtype, batch: int, implementation: str) -> None:
     if implementation == "torch.compile" and DEVICE.type == "cpu" and batch == 16:
-        pytest.skip("compiled for 1 and 100 images only: building takes longer than all the rest")
+        pytest.skip("compiled for 1 and 100 images only: compiling takes longer than all the rest")
     time_network(row, monkeypatch, "cifar10", batch, dtype, implementation)
 
 

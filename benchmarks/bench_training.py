@@ -1,4 +1,4 @@
-"""Training: whole iterations of Algorithm 1, and forward and backward of generator, discriminator and penalties.
+"""Benchmark training: iterations of Algorithm 1, and forward and backward passes of networks and penalties.
 
 pytest benchmarks/bench_training.py --benchmark-only
 """
@@ -30,7 +30,7 @@ PRESET, BATCH = ("cifar10", 64) if DEVICE.type == "cuda" else ("cifar10-small", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of noise: what they show does not change the time."""
+    """Return a folder of noise images; the time does not depend on what they show."""
     path = tmp_path_factory.mktemp("images")
     for number, image in enumerate(torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)):
         save_png(image, path / f"{number}.png", durable=False)
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("implementation", BACKENDS_HERE)
 @pytest.mark.parametrize("intervals", [1, 2, 4])
 def test_iterations(row: Any, folder: Path, tmp_path: Path, intervals: int, implementation: str) -> None:
-    """An iteration of D and one of G; lazy R1, in one of sixteen, is a row of its own below."""
+    """Time one D iteration plus one G iteration, without lazy R1 (every sixteenth), which is timed separately below."""
     config = spigan.preset(PRESET, data={"source": str(folder)}, batch=BATCH, intervals=intervals)
 
     def start(backend: str) -> Callable[[], Tensor]:
@@ -75,7 +75,7 @@ def test_training_step(row: Any, dtype: torch.dtype, step: str, implementation: 
     if implementation == "torch.compile" and step != "generator and discriminator":
         pytest.skip("torch.compile has no second derivatives")
     if implementation == "torch.compile" and dtype == torch.float32 and DEVICE.type == "cpu":
-        pytest.skip("compiled in the preset's dtype only: building takes longer than all the rest")
+        pytest.skip("compiled in the preset's dtype only: compiling takes longer than all the rest")
     config = spigan.preset(PRESET, data={"source": "digits"}).model
     torch.manual_seed(0)
     widths = {"channel_base": config.channel_base, "channel_max": config.channel_max}
@@ -101,7 +101,7 @@ def test_training_step(row: Any, dtype: torch.dtype, step: str, implementation: 
             return F.softplus(discriminate(fake, 0.5)).mean() + F.softplus(-discriminate(real, 0.5)).mean()
 
     def gradients(*networks: Any) -> Tensor:
-        """Of all parameters, as one vector."""
+        """Return the gradients of all parameters as one vector."""
         found = torch.autograd.grad(loss(*networks), parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in found if g is not None])
 

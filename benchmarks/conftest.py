@@ -1,4 +1,4 @@
-"""What all benchmarks share: the device, its limits measured in the same run, checked and timed rows, one table.
+"""Shared by all benchmarks: the device and its measured limits, rows that are checked and timed, and the final table.
 
 pytest benchmarks/ --benchmark-only --benchmark-json run.json && spigan bench report run.json
 """
@@ -30,7 +30,7 @@ _rows: list[dict[str, Any]] = []
 
 
 def synchronize() -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -50,9 +50,9 @@ def _median_seconds(function: Callable[[], object], repeats: int = 9) -> float:
 
 @cache
 def matrix_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product in `dtype`, measured in this process.
+    """Measure the FLOP/s of a large square matrix product in `dtype`.
 
-    As a product and as a 1x1 convolution, of which the faster counts: on a CPU they are two libraries, MKL and oneDNN.
+    The faster of a product and a 1x1 convolution counts; on a CPU, they use two libraries, MKL and oneDNN.
     """
     size = 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
@@ -62,14 +62,14 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 @cache
 def copy_rate() -> float:
-    """Bytes/s read and written by a large copy, measured in this process."""
+    """Measure how many bytes/s a large copy reads and writes."""
     source = torch.ones((1 << 30) if DEVICE.type == "cuda" else (1 << 26), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / _median_seconds(lambda: target.copy_(source))
 
 
 def device_name() -> str:
-    """The device that a number belongs to."""
+    """Return the name of the device, under which results are reported."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     cpu = get_cpu_info()
@@ -79,13 +79,13 @@ def device_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a number depends on."""
+    """Return the versions of everything that affects a result."""
     found = {"spigan": spigan.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return found | ({"cuda": str(torch.version.cuda)} if DEVICE.type == "cuda" else {})
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that `function` takes at most beside what there is before: of tensors on a GPU, of the process on a CPU."""
+    """Measure the peak bytes that `function` adds: to the tensors on a GPU, to the process on a CPU."""
     synchronize()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -98,15 +98,15 @@ def peak_memory(function: Callable[[], object]) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
     library, mmap_threshold = ctypes.CDLL(None), -3  # of glibc's mallopt
-    library.mallopt(mmap_threshold, 1 << 20)  # what is freed goes back to the system and does not count
+    library.mallopt(mmap_threshold, 1 << 20)  # freed memory returns to the system and does not count
     function()
     gc.collect()
     library.malloc_trim(0)
-    reset.write_text("5")  # the peak begins anew
+    reset.write_text("5")  # reset the peak
     before = kibibytes("VmRSS:")
     function()
     peak = kibibytes("VmHWM:") - before
-    library.mallopt(mmap_threshold, 32 << 20)  # as it becomes where such sizes are allocated and freed
+    library.mallopt(mmap_threshold, 32 << 20)  # the value that glibc itself reaches after such sizes
     return 1024 * peak
 
 
@@ -120,7 +120,7 @@ def grouped_modulated_conv2d(
     resample_filter: Tensor | None = None,
     **end: Any,
 ) -> Tensor:
-    """A rival of `modulated_conv2d`: weights for each image, and one group for each image in one convolution."""
+    """An alternative to `modulated_conv2d`: a convolution with one group, and its own weights, for each image."""
     n, channels_in, height, width = x.shape
     channels_out, _, kernel, _ = weight.shape
     weights = weight[None] * style[:, None, :, None, None]
@@ -144,21 +144,21 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
     """row(group, name, function, expected=..., ...): check the result of `function`, then time it.
 
     Args:
-        group: what is compared: operation, sizes, dtype.
-        name: which implementation.
-        function: no arguments; its result is compared with `expected` before anything is timed.
-        expected: what it must return, or None where `check` tells.
-        tolerance: greatest absolute difference.
-        check: called with the result instead; raises when it is wrong.
-        flop, moved: floating-point operations and bytes read and written that one call cannot do without; its limit is
-            the time of the larger part at `matrix_rate(dtype)` and `copy_rate()`.
+        group: what is compared: the operation, its sizes and dtype.
+        name: the implementation.
+        function: takes no arguments; its result is compared with `expected` before anything is timed.
+        expected: the right result, or None if `check` is given.
+        tolerance: the largest absolute difference allowed.
+        check: called with the result instead of a comparison; raises if the result is wrong.
+        flop, moved: floating-point operations, and bytes read and written, that one call needs at least. They take
+            some time at `matrix_rate(dtype)` and `copy_rate()`; the longer of the two times is the limit.
         dtype: dtype of the matrix products.
-        layer_bytes: input and output of the largest layer, with which the call's peak memory is compared.
-        memory: measure the call's peak memory.
-        images: that one call makes or trains on.
-        nfe: network evaluations for an image.
-        share: part of the whole that `function` does; the time is divided by it and marked.
-        paper_seconds: what the paper says of the whole.
+        layer_bytes: size of the largest layer's input and output, with which the call's peak memory is compared.
+        memory: whether to measure the call's peak memory.
+        images: number of images that one call makes or trains on.
+        nfe: number of network evaluations per image.
+        share: the part of the whole work that `function` does; the time is divided by it and marked.
+        paper_seconds: the time of the whole in the paper.
     """
 
     def measure(
@@ -186,7 +186,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         if check is not None:
             check(result)
         else:
-            assert expected is not None, "a time is worth nothing where the result is not checked"
+            assert expected is not None, "pass `expected` or `check`: the time of an unchecked result is worthless"
             torch.testing.assert_close(result.double(), expected.double(), atol=tolerance, rtol=0)
         del result
 
@@ -194,8 +194,8 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             function()
             synchronize()
 
-        # About a third of a second a row, so that the whole suite stays within ten minutes; what takes seconds is warm
-        # after its first call and varies little.
+        # Spend about a third of a second on each row, so that the whole suite takes less than ten minutes. A call that
+        # takes seconds is warm after the first one and varies little.
         rounds, slow = 1, first_seconds > 2.5 and "compile" not in name
         if not slow:
             start = time.perf_counter()
@@ -238,7 +238,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """What `spigan bench report` says of the run, in the JSON beside the rows."""
+    """Add to the JSON file what `spigan bench report` states about the run."""
     machine_info["spigan"] = {
         "device": device_name(),
         "versions": versions(),
@@ -248,14 +248,14 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The rows as one table; the ratio is to the group's row "reference"."""
+    """Print the rows as a table; ratios are to the row "reference" of the same group."""
     if not _rows:
         return
     terminalreporter.section(f"{device_name()}, {', '.join(f'{k} {v}' for k, v in versions().items())}")
     terminalreporter.write_line(
-        "Medians. x: times the speed of the reference. %: of the limit, the larger of flop / rate of a large matrix "
-        "product and bytes / rate of a large copy. in + out: peak memory over the largest layer's input and output. "
-        "~: multiplied from a part."
+        "Times are medians. x: speedup over the reference. %: share of the limit, the larger of FLOP / rate of a large "
+        "matrix product and bytes / rate of a large copy. in + out: peak memory divided by the size of the largest "
+        "layer's input and output. ~: extrapolated from a part."
     )
     for group in dict.fromkeys(row["group"] for row in _rows):
         rows = [row for row in _rows if row["group"] == group]

@@ -1,10 +1,12 @@
-"""Images per second from the loader, by kind of source: python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096].
+"""Measure how many images per second the loader reads from each kind of source.
 
-Crops and reflections of the photographs in a folder are stored as `count` images of 256 x 256 in every layout: files,
-LSUN's LMDB, tar shards, parquet as on the Hub (100 images per row group), and parquet from `spigan data convert`.
-Batches of 64 are loaded in the shuffled order of training. No decoded image is kept, parquet is read in place, and the
-system's file cache holds the files. Each row shows medians of three epochs: by the CPU time of one process, and by the
-clock with worker processes.
+python benchmarks/data_loader.py PHOTOGRAPHS [--count 4096]
+
+Makes `count` images of 256 x 256 from crops and reflections of the photographs in a folder, and stores them in every
+layout: files, LSUN's LMDB, tar shards, parquet as on the Hub (100 images per row group), and parquet from
+`spigan data convert`. Batches of 64 are loaded in the shuffled order of training. No decoded image is kept, parquet is
+read in place, and the files are in the system's cache. Each row shows medians over three epochs: first in CPU time of
+one process, then in wall-clock time with worker processes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ BATCH = 64
 
 
 def picture(files: list[Path], number: int) -> Image.Image:
-    """A crop of one of the photographs, 256 x 256, another for every number."""
+    """Make a 256 x 256 crop of one of the photographs, different for each number."""
     rng = random.Random(number)
     image = Image.open(files[number % len(files)]).convert("RGB")
     side = rng.randint(min(image.size) * 3 // 4, min(image.size))
@@ -44,7 +46,7 @@ def picture(files: list[Path], number: int) -> Image.Image:
 
 
 def write_sets(root: Path, images: list[bytes], kind: str) -> dict[str, Path]:
-    """The same encoded images in every layout."""
+    """Write the same encoded images in every layout, and return the paths by layout."""
     sets = {name: root / name for name in ("files", "lmdb", "tar", "hub", "converted")}
     for name in ("files", "tar", "hub"):
         sets[name].mkdir(parents=True)
@@ -66,11 +68,11 @@ def write_sets(root: Path, images: list[bytes], kind: str) -> dict[str, Path]:
 
 
 def rates(dataset: ImageDataset, workers: int) -> tuple[float, float]:
-    """Images a second of this process's CPU time and by the clock; medians of three epochs."""
+    """Return images per second of this process's CPU time and of wall-clock time, medians over three epochs."""
     measured = []
     for epoch in range(3):
         batches = loader(dataset, batch_size=BATCH, seed=epoch, num_workers=workers)
-        next(batches)  # workers start
+        next(batches)  # starts the workers
         busy, began = time.process_time(), time.perf_counter()
         for _ in range(len(dataset) // BATCH):
             next(batches)
@@ -80,7 +82,7 @@ def rates(dataset: ImageDataset, workers: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure all layouts and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--count", type=int, default=4096)

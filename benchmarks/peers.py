@@ -1,12 +1,12 @@
-"""SPI-GAN's rivals of the paper's Table 2: networks of the published shapes, with random weights, and their samplers.
+"""SPI-GAN's rivals in the paper's Table 2: networks of the published shapes, with random weights, and their samplers.
 
 A network's time does not depend on what it has learned, so nothing is trained or downloaded. The U-Nets of DDPM and of
-Score SDE at 256 pixels and their schedulers are those of diffusers (`pip install "spigan[bench]"`), configured as their
-authors' weights are published for it. The networks of Score SDE (VP) and DD-GAN are written out below: diffusers'
-blocks lack DD-GAN's latent vector and would add eight attentions to the deep network. FIR filters run on this
-project's kernels, so that no rival is slowed down by our choice: diffusers' own take over 100 times as long (x of
-[10, 256, 16, 16] made twice as large: 84 ms against 0.5 ms; float32, one core of an AVX-512 server CPU, PyTorch 2.13,
-diffusers 0.42, November 2026).
+Score SDE at 256 pixels, and their schedulers, come from diffusers (`pip install "spigan[bench]"`), with the
+configurations under which the authors' weights are published there. The networks of Score SDE (VP) and DD-GAN are
+written out below, because diffusers' blocks lack DD-GAN's latent vector and would add eight attention layers to the
+deep network. FIR filters use this project's kernels, so that our choice of library slows down no rival: diffusers' own
+filters take over 100 times as long (84 ms against 0.5 ms to upsample x of [10, 256, 16, 16] by 2; float32, one core of
+an AVX-512 server CPU, PyTorch 2.13, diffusers 0.42, November 2026).
 
 Papers: DDPM (Ho et al. 2020), DDIM (Song et al. 2021a), Score SDE (Song et al. 2021b), DD-GAN (Xiao et al. 2022).
 """
@@ -42,13 +42,13 @@ class Peer:
     """A rival: its network and its sampler.
 
     Args:
-        name: as Table 2 calls it.
-        resolution: of the images.
-        nfe: network evaluations for a batch of images.
-        build: the network, called with (x [N, 3, H, W], t [N], ...).
-        chain: the sampler, one state for each of the `nfe` evaluations.
-        published_parameters: their number in the literature; None where it has none.
-        paper_seconds: Time of 100 images in the SPI-GAN paper's Table 2; None where there is no such row.
+        name: its name in Table 2.
+        resolution: resolution of the images.
+        nfe: number of network evaluations for a batch of images.
+        build: builds the network, which is called with (x [N, 3, H, W], t [N], ...).
+        chain: the sampler, which yields one state for each of the `nfe` evaluations.
+        published_parameters: number of parameters in the literature, if stated there.
+        paper_seconds: time of 100 images in the SPI-GAN paper's Table 2, if it has such a row.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Peer:
     paper_seconds: float | None = None
 
     def network(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The network with random weights, the same every time, ready to be evaluated."""
+        """Return the network in eval mode, with random weights that are the same every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = self.build()
@@ -78,7 +78,7 @@ class Peer:
 
     @cache  # noqa: B019
     def flop(self) -> int:
-        """Of one evaluation of one image: matrix products, convolutions and attention, 2 for a multiply-add."""
+        """Return the FLOP of one evaluation of one image: products, convolutions, attention; 2 per multiply-add."""
         x = torch.empty(1, 3, self.resolution, self.resolution, device="meta")
         with FlopCounterMode(display=False) as counter:
             next(self.chain(self._on_meta(), x, torch.Generator()))
@@ -86,17 +86,17 @@ class Peer:
 
     @torch.no_grad()
     def sample(self, network: nn.Module, n: int, *, evaluations: int | None = None, seed: int = 0) -> Tensor:
-        """`n` images from noise.
+        """Sample `n` images from noise.
 
         Args:
-            network: from `network()`, or a compiled one; its device and dtype are those of its evaluations, the states
-                between them are float32.
-            n: images, one batch.
-            evaluations: stop after so many of the `nfe`: every evaluation of a chain takes the same time.
-            seed: of all the noise.
+            network: from `network()`, compiled or not. It is evaluated on its own device and in its own dtype; the
+                states between evaluations are float32.
+            n: number of images, which form one batch.
+            evaluations: stop after this many of the `nfe` evaluations. All evaluations of a chain take the same time.
+            seed: seed of all the noise.
 
         Returns:
-            [n, 3, H, W] float32; images only where the chain ran to its end.
+            [n, 3, H, W] float32. These are images only if the chain ran to its end.
         """
         if evaluations is not None and not 1 <= evaluations <= self.nfe:
             raise ValueError(f"{self.name} has {self.nfe} evaluations, got evaluations={evaluations}")
@@ -131,9 +131,9 @@ class UNet(nn.Module):
 
 
 def ddpm_unet(resolution: int, channels: tuple[int, ...]) -> nn.Module:
-    """Ho et al. 2020, appendix B: 2 residual blocks for each resolution, attention at 16 pixels.
+    """Build the U-Net of Ho et al. 2020, appendix B: 2 residual blocks per resolution, attention at 16 pixels.
 
-    Configuration of google/ddpm-cifar10-32 and google/ddpm-celebahq-256.
+    The configuration is that of google/ddpm-cifar10-32 and google/ddpm-celebahq-256.
     """
     attention = [resolution >> level == 16 for level in range(len(channels))]
     return UNet(
@@ -151,7 +151,7 @@ def ddpm_unet(resolution: int, channels: tuple[int, ...]) -> nn.Module:
 
 
 def score_sde_ve_unet() -> nn.Module:
-    """NCSN++ for CelebA-HQ 256 (Song et al. 2021b, appendix H): configuration of google/ncsnpp-celebahq-256."""
+    """Build NCSN++ for CelebA-HQ 256 (Song et al. 2021b, appendix H), configured as google/ncsnpp-celebahq-256."""
     network = UNet(
         sample_size=256,
         block_out_channels=(128, 128, 256, 256, 256, 256, 256),
@@ -176,7 +176,7 @@ def score_sde_ve_unet() -> nn.Module:
 def ddpm_chain(
     network: Network, x: Tensor, generator: torch.Generator, *, scheduler: str, steps: int
 ) -> Iterator[Tensor]:
-    """DDPM's or DDIM's sampler: diffusers' `scheduler`, with the noise of Ho et al. 2020, section 4."""
+    """Sample as DDPM or DDIM do: diffusers' `scheduler`, with the noise schedule of Ho et al. 2020, section 4."""
     schedule = getattr(_diffusers(), scheduler)(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
     schedule.set_timesteps(steps)
     for t in schedule.timesteps:
@@ -186,7 +186,7 @@ def ddpm_chain(
 
 
 def score_sde_ve_chain(network: Network, x: Tensor, generator: torch.Generator, *, steps: int) -> Iterator[Tensor]:
-    """Predictor and corrector (Song et al. 2021b, algorithm 2 and appendix H.3): two evaluations for each step."""
+    """Sample with predictor and corrector (Song et al. 2021b, algorithm 2, appendix H.3): two evaluations per step."""
     schedule = _diffusers().ScoreSdeVeScheduler(num_train_timesteps=steps, sigma_max=348.0)
     schedule.set_timesteps(steps)
     schedule.set_sigmas(steps)
@@ -200,9 +200,9 @@ def score_sde_ve_chain(network: Network, x: Tensor, generator: torch.Generator, 
 
 
 def score_sde_vp_chain(network: Network, x: Tensor, generator: torch.Generator, *, steps: int) -> Iterator[Tensor]:
-    """Euler-Maruyama on the reverse SDE, from t = 1 to 0.001 (Song et al. 2021b, section 4.1 and appendix C).
+    """Solve the reverse SDE with Euler-Maruyama, from t = 1 to 0.001 (Song et al. 2021b, section 4.1 and appendix C).
 
-    Predictor alone, as in the authors' configuration for this network: Table 2's NFE are its steps.
+    There is no corrector, as in the authors' configuration for this network, so the number of steps is Table 2's NFE.
     """
     sde = VPSDE()
     times = torch.linspace(1.0, 1e-3, steps + 1, dtype=torch.float64).tolist()
@@ -217,9 +217,10 @@ def score_sde_vp_chain(network: Network, x: Tensor, generator: torch.Generator, 
 
 
 def ddgan_posterior(k: int, steps: int) -> tuple[float, float, float]:
-    """q(x_{k-1} | x_k, x_0) = N(c_0 x_0 + c_k x_k, s^2): DDPM's (Ho et al. 2020, eq. 6 and 7), with few, long steps.
+    """Return the coefficients of q(x_{k-1} | x_k, x_0) = N(c_0 x_0 + c_k x_k, s^2).
 
-    Step k spans the times (k - 1)/steps to k/steps of the VP-SDE, whose noise DD-GAN discretises.
+    This is DDPM's posterior (Ho et al. 2020, eq. 6 and 7), with few, long steps. Step k spans the times (k - 1)/steps
+    to k/steps of the VP-SDE, whose noise DD-GAN discretises.
 
     Returns:
         (c_0, c_k, s).
@@ -232,7 +233,8 @@ def ddgan_posterior(k: int, steps: int) -> tuple[float, float, float]:
 
 
 def ddgan_chain(network: Network, x: Tensor, generator: torch.Generator, *, steps: int) -> Iterator[Tensor]:
-    """Xiao et al. 2022, section 3.2: x_0 by the network with a fresh latent vector, then x_{k-1} by the posterior."""
+    """Sample as in Xiao et al. 2022, section 3.2: the network, with a new latent vector, gives x_0; then the posterior
+    gives x_{k-1}."""
     for k in range(steps, 0, -1):
         c_0, c_k, std = ddgan_posterior(k, steps)
         latent = torch.randn(x.shape[0], DDGAN_LATENT, device=x.device, generator=generator)
@@ -251,7 +253,7 @@ DDGAN_LATENT = 100  # dimension of the latent vector: Xiao et al. 2022, appendix
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation; with a latent vector, which sets scale and shift, DD-GAN's adaptive one."""
+    """Group normalisation, or DD-GAN's adaptive version of it, where a latent vector sets scale and shift."""
 
     def __init__(self, channels: int, latent: int = 0) -> None:
         super().__init__(min(channels // 4, 32), channels, eps=1e-6, affine=latent == 0)
@@ -268,7 +270,7 @@ class Norm(nn.GroupNorm):
 
 
 class Resample(nn.Module):
-    """Twice or half the size: by the FIR filter [1, 3, 3, 1], or by the nearest pixel and the mean of four."""
+    """Resample by 2 or 1/2, with the FIR filter [1, 3, 3, 1], or with the nearest pixel and the mean of four."""
 
     def __init__(self, up: bool, fir: bool) -> None:
         super().__init__()
@@ -299,7 +301,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """BigGAN's residual block as in Song et al. 2021b, appendix H.1: resampling inside, the sum divided by sqrt(2)."""
+    """BigGAN's residual block as in Song et al. 2021b, appendix H.1: it resamples, and divides the sum by sqrt(2)."""
 
     def __init__(
         self,
@@ -335,13 +337,14 @@ class NCSNpp(nn.Module):
     """DDPM++ (Song et al. 2021b, appendix H), or DD-GAN's generator (Xiao et al. 2022, appendix C).
 
     Args:
-        resolution: of the images.
-        channels: at each resolution, from the image's downwards.
-        blocks: residual blocks for each resolution of the way down; one more on the way up.
-        attention: resolution that has attention, after each block on the way down and after the last on the way up.
-        mapping: None for DDPM++. Otherwise DD-GAN's generator: NCSN++, which adds FIR filters and a residual pyramid of
-            the input, and the latent vector, through so many hidden layers, as the scales of all normalisations.
-        latent_width: of these layers.
+        resolution: resolution of the images.
+        channels: number of channels at each resolution, from the image's resolution downwards.
+        blocks: number of residual blocks per resolution on the way down; there is one more on the way up.
+        attention: resolution with attention, after each block on the way down and after the last one on the way up.
+        mapping: None for DDPM++. Otherwise the number of hidden layers of the mapping network of DD-GAN's generator,
+            through which the latent vector sets the scales of all normalisations. This generator is NCSN++, which also
+            has FIR filters and a residual pyramid of the input.
+        latent_width: width of these hidden layers.
     """
 
     def __init__(
@@ -397,8 +400,8 @@ class NCSNpp(nn.Module):
         """
         Args:
             x: [N, 3, H, W].
-            t: [N] times in [0, 1].
-            latent: [N, 100] standard normal, for DD-GAN.
+            t: [N], times in [0, 1].
+            latent: [N, 100], standard normal; only for DD-GAN.
 
         Returns:
             [N, 3, H, W].
@@ -423,8 +426,8 @@ class NCSNpp(nn.Module):
         return self.last(F.silu(self.norm(x)))
 
 
-# By preset. Seconds: the SPI-GAN paper's Table 2, whose NFE are those here too. Parameters: Ho et al. 2020, appendix B;
-# Phung et al. 2023, "Wavelet diffusion models", comparison with DD-GAN.
+# The rivals by preset. NFE and seconds are from the SPI-GAN paper's Table 2. Numbers of parameters are from Ho et al.
+# 2020, appendix B, and Phung et al. 2023, "Wavelet diffusion models", comparison with DD-GAN.
 PEERS = {
     "cifar10": (
         Peer(
@@ -445,8 +448,8 @@ PEERS = {
             published_parameters=35.7e6,
             paper_seconds=4.01,
         ),
-        # DDPM++ cont. (deep, VP): the row of Song et al. 2021b, table 3, with the same IS and FID as in Table 2. DDPM++
-        # is NCSN++ without FIR filters and pyramid, and deep twice its 4 blocks (appendix H.2); the rest is from the
+        # DDPM++ cont. (deep, VP): the row of Song et al. 2021b, table 3, with the same IS and FID as Table 2. DDPM++ is
+        # NCSN++ without FIR filters and pyramid, and "deep" doubles its 4 blocks (appendix H.2). The rest is from the
         # authors' configuration "vp/cifar10_ddpmpp_deep_continuous".
         Peer(
             name="Score SDE (VP)",
@@ -454,10 +457,10 @@ PEERS = {
             nfe=2000,
             build=partial(NCSNpp, 32, (128, 256, 256, 256), 8),
             chain=partial(score_sde_vp_chain, steps=2000),
-            published_parameters=None,  # the authors state none
+            published_parameters=None,  # the authors do not state it
             paper_seconds=421.5,
         ),
-        # Widths, blocks, mapping layers and steps of both: the authors' training commands for the two data sets.
+        # For both data sets, widths, blocks, mapping layers and steps are from the authors' training commands.
         Peer(
             name="DD-GAN",
             resolution=32,
@@ -468,7 +471,7 @@ PEERS = {
             paper_seconds=0.21,
         ),
     ),
-    # No times in the paper: its Table 3 has FID alone.
+    # The paper has no times for these: its Table 3 shows only FID.
     "celebahq256": (
         Peer(
             name="DDPM",

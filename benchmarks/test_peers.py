@@ -1,4 +1,4 @@
-"""The rivals are what the literature describes, and their samplers sample.
+"""Check the rivals' networks against the literature, and their samplers against networks that know the answer.
 
 pytest benchmarks/test_peers.py
 """
@@ -67,7 +67,7 @@ def test_first_step_of_256_pixels(peer: Peer) -> None:
 
 
 def perfect(peer: Peer, x0: Tensor) -> peers.Network:
-    """What the network would say if it had learned the single image `x0`."""
+    """Return a network that predicts as if it had perfectly learned the single image `x0`."""
 
     def vp(x: Tensor, mean: Tensor) -> Tensor:
         return (x - mean.view(-1, 1, 1, 1) * x0) / (1.0 - mean.square()).sqrt().view(-1, 1, 1, 1)
@@ -76,7 +76,7 @@ def perfect(peer: Peer, x0: Tensor) -> peers.Network:
         if peer.name == "DD-GAN":
             return x0.atanh().expand_as(x)
         if peer.name == "Score SDE (VE)":
-            return (x0 - x) / t.view(-1, 1, 1, 1).square()  # t is the noise's standard deviation
+            return (x0 - x) / t.view(-1, 1, 1, 1).square()  # t is the standard deviation of the noise
         if peer.name == "Score SDE (VP)":
             return vp(x, torch.tensor([VPSDE().marginal(time)[0] for time in t.tolist()]))
         return vp(x, (1.0 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)[t].sqrt())
@@ -90,7 +90,7 @@ def test_sampler_arrives_at_the_image_that_a_perfect_network_knows(peer: Peer) -
     x0 = torch.linspace(-0.9, 0.9, 3 * 4 * 4).view(1, 3, 4, 4)
     generator = torch.Generator().manual_seed(0)
     x_T = torch.randn(2, 3, 4, 4, generator=generator)
-    # The noise left at the last time has a standard deviation of 0.01, for every chain that leaves some.
+    # If a chain leaves noise at its last time, the standard deviation of that noise is 0.01.
     states = list(peer.chain(perfect(peer, x0), x_T, generator))
     assert len(states) == peer.nfe
     torch.testing.assert_close(states[-1], x0.expand(2, -1, -1, -1), atol=0.05, rtol=0)

@@ -1,5 +1,6 @@
-// Python module spigan._C. Functions take addresses and sizes, never tensors: no torch header is needed to build and
-// one build serves every torch version. The caller (spigan/ops) validates, allocates and keeps the memory alive.
+// The Python module spigan._C. Its functions take addresses and sizes, never tensors, so that it builds without torch's
+// headers and one build works with every torch version. The caller (spigan/ops) validates arguments, allocates memory
+// and keeps it alive.
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -33,13 +34,14 @@ Words4 philox_words(const Words4& counter, const Words2& key) {
   return {words.x0, words.x1, words.x2, words.x3};
 }
 
-// The kernels on the CPU; the last argument of each is the number of threads.
+// The CPU kernels. Their context is the number of threads.
 struct Cpu {
   static constexpr const char* kContext = "threads";
-  static constexpr const char* kContextDoc = "most threads to use, at least 1; changes no bit of the result.";
+  static constexpr const char* kContextDoc =
+      "threads: Maximum number of threads, at least 1; does not affect the result.";
 
   static int threads(std::int64_t context) {
-    require(context >= 1 && context <= 1 << 20, "threads >= 1", context);
+    expect_between(1, kMaxThreads, "threads", context);
     return static_cast<int>(context);
   }
   static void philox_normal(const PhiloxNormal& args, std::int64_t context) {
@@ -59,41 +61,46 @@ struct Cpu {
   }
 };
 
-void check_rows(const std::array<std::int64_t, 2>& rows, std::int64_t height, const char* expected) {
-  require(rows[0] >= 0 && rows[0] <= height, expected, rows[0]);
-  require(rows[1] >= 0 && rows[1] <= height - rows[0], expected, rows[1]);
+// rows: (first, count).
+void check_rows(const std::array<std::int64_t, 2>& rows, std::int64_t height, const char* name) {
+  const auto [first, count] = rows;
+  if (first >= 0 && first <= height && count >= 0 && count <= height - first) return;
+  throw std::invalid_argument(std::string("expected (first, count) of ") + name + " within " + std::to_string(height) +
+                              " rows, got (" + std::to_string(first) + ", " + std::to_string(count) + ")");
 }
 
 void check_tile_rows(const std::array<std::int64_t, 2>& rows, const std::array<std::int64_t, 4>& size) {
-  for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
-  check_rows(rows, size[1] / 2 + size[1] % 2, "tile_rows of the image");
+  for (const std::int64_t length : size) expect(length >= 0, "every size to be >= 0", length);
+  check_rows(rows, size[1] / 2 + size[1] % 2, "tile_rows");
 }
 
-// The passes around the matrix products that are a modulated convolution; float32 vectors, channels-last images.
+// The passes before and after the matrix products of a modulated convolution. Images are channels-last.
 void bind_layers(py::module_& m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def(
       "finish_products",
       [](std::uintptr_t y, const std::array<std::int64_t, 3>& y_size, const std::array<std::int64_t, 2>& y_rows,
          std::int64_t pad, const std::vector<float>& filter_y, const std::vector<float>& filter_x,
-         const std::array<std::int64_t, 2>& rows, std::uintptr_t out, int dtype, const std::array<std::int64_t, 4>& size,
-         std::uintptr_t factor, std::uintptr_t noise, std::int64_t noise_stride, std::uintptr_t strength,
-         std::uintptr_t bias, double slope, double gain, double clamp, std::uintptr_t next_factor, std::uintptr_t rgb,
-         std::uintptr_t rgb_weight, std::int64_t rgb_channels, std::int64_t threads) {
+         const std::array<std::int64_t, 2>& rows, std::uintptr_t out, int dtype,
+         const std::array<std::int64_t, 4>& size, std::uintptr_t factor, std::uintptr_t noise,
+         std::int64_t noise_stride, std::uintptr_t strength, std::uintptr_t bias, double slope, double gain,
+         double clamp, std::uintptr_t next_factor, std::uintptr_t rgb, std::uintptr_t rgb_weight,
+         std::int64_t rgb_channels, std::int64_t threads) {
         const auto [y_height, y_width, kernel] = y_size;
-        require(y_height >= 0 && y_width >= 0, "y_size >= 0", y_height < 0 ? y_height : y_width);
-        require(kernel >= 1, "a kernel >= 1", kernel);
+        expect(y_height >= 0 && y_width >= 0, "y_size >= 0", y_height < 0 ? y_height : y_width);
+        expect_between(1, kMaxProductTerms, "kernel", kernel);
         const std::int64_t taps = static_cast<std::int64_t>(filter_y.size());
-        require(filter_x.size() == filter_y.size(), "filters of one length", filter_x.size());
-        require(taps >= 1 && taps <= kMaxProductTerms / kernel, "1 to 64 / kernel taps", taps);
-        require(pad > -(std::int64_t{1} << 40) && pad < std::int64_t{1} << 40, "|pad| < 2^40", pad);
-        check_rows(y_rows, y_height, "y_rows of the input");
-        check_rows(rows, size[1], "rows of out");
-        if (rows[1] > 0) {  // row r needs input rows i with 2 i + u = r + t - pad, 0 <= u < kernel and 0 <= t < taps
+        require(filter_x.size() == filter_y.size(), "filter_y and filter_x must have the same length");
+        expect_between(1, kMaxProductTerms / kernel, "len(filter_y)", taps);
+        expect(pad > -(std::int64_t{1} << 40) && pad < std::int64_t{1} << 40, "|pad| < 2^40", pad);
+        check_rows(y_rows, y_height, "y_rows");
+        check_rows(rows, size[1], "rows");
+        if (rows[1] > 0) {  // row r needs input row i if 2 i + u = r + t - pad for 0 <= u < kernel and 0 <= t < taps
           const std::int64_t first = (rows[0] - pad - kernel + 2) >> 1, end = y_rows[0] + y_rows[1];
           const std::int64_t last = (rows[0] + rows[1] - 1 + taps - 1 - pad) >> 1;
-          require(first >= y_rows[0] || y_rows[0] == 0, "y_rows with all that the rows need", y_rows[0]);
-          require(last < end || end == y_height, "y_rows with all that the rows need", end);
+          expect(first >= y_rows[0] || y_rows[0] == 0, "y_rows to begin before the first input row that rows need",
+                 y_rows[0]);
+          expect(last < end || end == y_height, "y_rows to end after the last input row that rows need", end);
         }
         dtype_of(dtype, false, false);
         const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, 0, strength, bias, 0, slope, gain,
@@ -107,17 +114,19 @@ void bind_layers(py::module_& m) {
       py::arg("noise_stride"), py::arg("strength"), py::arg("bias"), py::arg("slope"), py::arg("gain"),
       py::arg("clamp"), py::arg("next_factor"), py::arg("rgb"), py::arg("rgb_weight"), py::arg("rgb_channels"),
       py::arg("threads"), Unlocked(),
-      R"(End a layer with up = 2: sum and filter the products of its stride-2 transposed convolution.
+      R"(End a layer with up = 2: sum the products of its stride-2 transposed convolution and filter the result.
 
 Args:
-    y: address of [images, y_rows[1], y_width, kernel, kernel, channels] of dtype: every tap's product with every pixel.
+    y: Address of [images, y_rows[1], y_width, kernel, kernel, channels] of dtype: the products of every kernel tap with
+        every pixel.
     y_size: (y_height, y_width, kernel) of the convolution's whole input.
-    y_rows: (first, count) of the input's rows that y has: at least all that the rows to write need.
-    pad: zeros before the first row and column of the transposed convolution's result; negative crops.
-    filter_y, filter_x: the separable filter as it is correlated, with its gain; 1 to 64 / kernel taps.
+    y_rows: (first, count) of the input rows in y, which must include every row that the rows to write need.
+    pad: Number of zeros before the first row and column of the transposed convolution's result; a negative pad crops.
+    filter_y, filter_x: The separable filter, as it is correlated and with its gain. Both have the same length, between
+        1 and MAX_PRODUCT_TERMS / kernel.
     rows: (first, count) of the rows to write.
-    (the others: as of fir_bias_act, without float64).
-    )");
+
+The other arguments are those of fir_bias_act. float64 is not supported.)");
 
   m.def(
       "winograd_input",
@@ -133,13 +142,12 @@ Args:
       R"(Write the left factors of the 16 matrix products of Winograd's F(2x2, 3x3), zero padding 1.
 
 Args:
-    out: address of float32 [16, images * tile_rows[1] * ceil(width / 2), channels]; overwritten.
-    x: address of float32 [images, height, width, channels].
-    style: address of float32 [images, channels], which scales x; 0: nothing does.
+    out: Address of float32 [16, images * tile_rows[1] * ceil(width / 2), channels]; overwritten.
+    x: Address of float32 [images, height, width, channels].
+    style: Address of float32 [images, channels], which scales x. 0 does not scale.
     size: (images, height, width, channels).
-    tile_rows: (first, count) of the rows of 2x2 tiles to transform, in every image.
-    threads: most threads to use, at least 1.
-    )");
+    tile_rows: (first, count) of the rows of 2x2 tiles to transform in every image.
+    threads: Maximum number of threads, at least 1.)");
 
   m.def(
       "winograd_output",
@@ -149,7 +157,7 @@ Args:
          std::int64_t noise_stride, std::uintptr_t strength, std::uintptr_t bias, double slope, double gain,
          double clamp, std::uintptr_t next_factor, std::uintptr_t rgb, std::uintptr_t rgb_weight,
          std::int64_t rgb_channels, std::int64_t threads) {
-        require(dtype == static_cast<int>(Dtype::kFloat32), "float32", dtype);
+        expect(dtype == static_cast<int>(Dtype::kFloat32), "the index of float32 in DTYPES", dtype);
         const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, 0, strength, bias, 0, slope, gain,
                                        clamp, next_factor, 0, rgb, rgb_weight, rgb_channels);
         check_tile_rows(tile_rows, size);
@@ -161,19 +169,20 @@ Args:
       py::arg("noise"), py::arg("noise_stride"), py::arg("strength"), py::arg("bias"), py::arg("slope"),
       py::arg("gain"), py::arg("clamp"), py::arg("next_factor"), py::arg("rgb"), py::arg("rgb_weight"),
       py::arg("rgb_channels"), py::arg("threads"), Unlocked(),
-      R"(End a layer: transform the 16 products of Winograd's F(2x2, 3x3) back.
+      R"(End a layer: transform back the 16 products of Winograd's F(2x2, 3x3).
 
 Args:
     products: 16 addresses of float32 [images * tile_rows[1] * ceil(width / 2), channels].
-    tile_rows: (first, count) of the rows of 2x2 tiles that they belong to, in every image; no others are written.
-    (the others: as of fir_bias_act, float32 alone).
-    )");
+    tile_rows: (first, count) of the rows of 2x2 tiles in the products, for every image; only their pixels are written.
+
+The other arguments are those of fir_bias_act. dtype must be float32.)");
 
   m.def(
       "winograd_weight",
       [](std::uintptr_t out, std::uintptr_t weight, std::int64_t out_channels, std::int64_t in_channels,
          std::int64_t threads) {
-        require(out_channels >= 0 && in_channels >= 0, "channels >= 0", out_channels < 0 ? out_channels : in_channels);
+        expect(out_channels >= 0, "out_channels >= 0", out_channels);
+        expect(in_channels >= 0, "in_channels >= 0", in_channels);
         cpu::kernels().winograd_weight({pointer<float>(out), pointer<const float>(weight), out_channels, in_channels},
                                        Cpu::threads(threads));
       },
@@ -182,14 +191,14 @@ Args:
       R"(Write the right factors of the 16 matrix products of Winograd's F(2x2, 3x3).
 
 Args:
-    out: address of float32 [16, out_channels, in_channels]; overwritten.
-    weight: address of float32 [out_channels, in_channels, 3, 3].
-    out_channels, in_channels: sizes; may be 0.
-    threads: most threads to use, at least 1.
-    )");
+    out: Address of float32 [16, out_channels, in_channels]; overwritten.
+    weight: Address of float32 [out_channels, in_channels, 3, 3].
+    out_channels, in_channels: Sizes; may be 0.
+    threads: Maximum number of threads, at least 1.)");
 }
 
-// "80-real,90" -> ["80-real", "90"]; CMake joins its list with commas, which need no quoting on a command line.
+// "80-real,90" -> ["80-real", "90"]. CMakeLists.txt joins the list with commas, which need no quoting on a command
+// line.
 py::list split(const std::string& text) {
   py::list parts;
   std::istringstream stream(text);
@@ -198,7 +207,7 @@ py::list split(const std::string& text) {
 }
 
 py::dict build_info() {
-  const std::string cuda_version = SPIGAN_CUDA_VERSION;  // empty: built without CUDA
+  const std::string cuda_version = SPIGAN_CUDA_VERSION;  // empty in a build without CUDA
   py::dict info;
   info["compiler"] = SPIGAN_COMPILER;
   info["compiler_version"] = SPIGAN_COMPILER_VERSION;
@@ -223,33 +232,33 @@ py::dict build_info() {
 
 }  // namespace
 
-// mod_gil_not_used: no function but select_cpu_isa, which is for tests, touches shared state, so
-// free-threaded Python need not bring the GIL back.
+// mod_gil_not_used: free-threaded Python need not enable the GIL, because only select_cpu_isa, which is for tests,
+// touches shared state.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "C++ kernels of spigan. Private: the public functions, which check their arguments, are in spigan.ops.";
+  m.doc() = "C++ kernels of spigan. Private: use the functions of spigan.ops, which check their arguments.";
 
   m.attr("MAX_TAPS") = kMaxTaps;
   m.attr("MAX_RGB_CHANNELS") = kMaxRgbChannels;
   m.attr("MAX_PRODUCT_TERMS") = kMaxProductTerms;
   m.attr("MAX_PATH_TIMES") = kMaxPathTimes;
-  m.attr("RK4_MLP_MAX_DIM") = kMaxRk4Dim;  // of the CUDA and Triton kernels, like the three below
+  m.attr("RK4_MLP_MAX_DIM") = kMaxRk4Dim;  // this and the next three apply to the CUDA and Triton kernels
   m.attr("RK4_MLP_DIM_MULTIPLE") = kRk4DimMultiple;
   m.attr("RK4_MLP_MAX_LAYERS") = kMaxRk4Layers;
   m.attr("RK4_MLP_MAX_INTERVALS") = kMaxRk4Intervals;
 
   m.def("philox4x32_10", &philox_words, py::arg("counter"), py::arg("key"),
-        R"(Ten rounds of Philox4x32 on one block.
+        R"(Apply ten rounds of Philox4x32 to one block.
 
 Args:
-    counter: four 32-bit words.
-    key: two 32-bit words.
+    counter: Four 32-bit words.
+    key: Two 32-bit words.
 
 Returns:
     Four 32-bit words.)");
 
   bind_operations<Cpu>(m);
 #if defined(SPIGAN_WITH_CUDA)
-  py::module_ cuda = m.def_submodule("cuda", "The same operations on a GPU: device addresses, and a stream.");
+  py::module_ cuda = m.def_submodule("cuda", "The operations on a GPU. They take device addresses and a stream.");
   bind_cuda(cuda);
 #endif
 
@@ -264,20 +273,20 @@ Returns:
         }
       },
       py::arg("name"),
-      R"(Run the CPU kernels on another instruction set than the best one, for tests.
+      R"(Select the instruction set of the CPU kernels, for tests.
 
 Args:
-    name: one of build_info()["cpu_isas"], or None for the best one.
+    name: One of build_info()["cpu_isas"], or None for the best one.
 
 Raises:
-    ValueError: this CPU or this build does not have it.)");
+    ValueError: If this CPU or this build does not support the instruction set.)");
 
   m.def("build_info", &build_info,
-        R"(How this extension was built.
+        R"(Return how this extension was built.
 
 Returns:
     Dictionary of compiler and compiler_version (str), cxx_standard (int, the value of __cplusplus), openmp (bool),
     openmp_version (int, the date YYYYMM of the OpenMP specification, or None), cuda (bool), cuda_version (str or
-    None), cuda_architectures (list of str in CMake's notation), cpu_isas (list of str: instruction sets built that
-    this CPU has, best first), cpu_isa (str: the one in use) and build_type (str).)");
+    None), cuda_architectures (list of str in CMake's notation), cpu_isas (list of str: the compiled instruction sets
+    that this CPU supports, best first), cpu_isa (str: the one in use) and build_type (str).)");
 }

@@ -1,7 +1,7 @@
-// Python functions of the operations, the same for every place that kernels run on.
+// Python bindings of the operations, shared by all backends.
 //
-// They take addresses and sizes, never tensors, and check what could make a kernel read or write out of bounds; types,
-// shapes and devices of tensors were checked by spigan/ops.
+// The functions take addresses and sizes, never tensors. They reject sizes and indices that would make a kernel read or
+// write out of bounds. spigan/ops has already checked the types, shapes and devices of the tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -18,9 +19,19 @@
 
 namespace spigan {
 
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
 template <class Given>
-void require(bool condition, const char* expected, Given given) {
+void expect(bool condition, const char* expected, Given given) {
   if (!condition) throw std::invalid_argument(std::string("expected ") + expected + ", got " + std::to_string(given));
+}
+
+inline void expect_between(std::int64_t first, std::int64_t last, const char* name, std::int64_t given) {
+  if (given >= first && given <= last) return;
+  throw std::invalid_argument(std::string("expected ") + name + " from " + std::to_string(first) + " to " +
+                              std::to_string(last) + ", got " + std::to_string(given));
 }
 
 template <class T>
@@ -29,10 +40,10 @@ T* pointer(std::uintptr_t address) {
 }
 
 inline Dtype dtype_of(int number, bool float64, bool uint8) {
-  const bool known = number >= 0 && number <= static_cast<int>(Dtype::kUInt8);
+  const bool known = number >= 0 && number < static_cast<int>(std::size(kDtypeNames));
   const Dtype dtype = static_cast<Dtype>(number);
-  require(known && (float64 || dtype != Dtype::kFloat64) && (uint8 || dtype != Dtype::kUInt8),
-          "a dtype of DTYPES that this operation takes", number);
+  expect(known && (float64 || dtype != Dtype::kFloat64) && (uint8 || dtype != Dtype::kUInt8),
+         "an index in DTYPES of a dtype that this function supports", number);
   return dtype;
 }
 
@@ -41,15 +52,15 @@ inline LayerEnd layer_end(std::uintptr_t out, int dtype, const std::array<std::i
                           std::uintptr_t strength, std::uintptr_t bias, std::int64_t bias_stride, double slope,
                           double gain, double clamp, std::uintptr_t next_factor, std::uintptr_t add,
                           std::uintptr_t rgb, std::uintptr_t rgb_weight, std::int64_t rgb_channels) {
-  for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
+  for (const std::int64_t length : size) expect(length >= 0, "every size to be >= 0", length);
   const auto [images, height, width, channels] = size;
-  require(noise_stride == 0 || noise_stride == height * width, "noise_stride 0 or height * width", noise_stride);
-  require(bias_stride == 0 || bias_stride == channels, "bias_stride 0 or channels", bias_stride);
-  require(clamp > 0.0, "clamp > 0", clamp);
+  expect(noise_stride == 0 || noise_stride == height * width, "noise_stride to be 0 or height * width", noise_stride);
+  expect(bias_stride == 0 || bias_stride == channels, "bias_stride to be 0 or channels", bias_stride);
+  expect(clamp > 0.0, "clamp > 0", clamp);
   if (rgb != 0) {
-    require(rgb_channels >= 1 && rgb_channels <= kMaxRgbChannels, "1 to 4 rgb_channels", rgb_channels);
-    require(rgb_weight != 0, "rgb_weight where rgb is wanted", 0);
-    require(dtype != static_cast<int>(Dtype::kFloat64), "another dtype than float64 where rgb is wanted", dtype);
+    expect_between(1, kMaxRgbChannels, "rgb_channels", rgb_channels);
+    require(rgb_weight != 0, "rgb needs rgb_weight");
+    require(dtype != static_cast<int>(Dtype::kFloat64), "rgb is not available for float64");
   }
   return {pointer<void>(out), dtype_of(dtype, true, false), images, height, width, channels,
           pointer<const void>(factor), pointer<const void>(noise), noise_stride, pointer<const std::int64_t>(seed),
@@ -58,8 +69,15 @@ inline LayerEnd layer_end(std::uintptr_t out, int dtype, const std::array<std::i
           pointer<const float>(rgb_weight), rgb_channels};
 }
 
-// Backend: `kContext` and `kContextDoc`, name and description of the last argument, and for each operation a static
-// function (arguments, context). They run without the GIL.
+template <std::size_t N>
+pybind11::tuple tuple_of(const char* const (&names)[N]) {
+  pybind11::tuple result(N);
+  for (std::size_t i = 0; i < N; ++i) result[i] = pybind11::str(names[i]);
+  return result;
+}
+
+// Adds one function per operation to `m`. A Backend has a static function (arguments, context) for each operation,
+// which runs without the GIL. `kContext` and `kContextDoc` are the name and the description of the context in Python.
 template <class Backend>
 void bind_operations(pybind11::module_& m) {
   namespace py = pybind11;
@@ -67,30 +85,30 @@ void bind_operations(pybind11::module_& m) {
   const auto context = py::arg(Backend::kContext);
   const auto doc = [](const char* text) { return std::string(text) + Backend::kContextDoc; };
 
-  m.attr("DTYPES") = py::make_tuple("float32", "bfloat16", "float16", "float64", "uint8");
-  m.attr("ACTIVATIONS") = py::make_tuple("silu", "lrelu", "tanh", "softplus");
+  m.attr("DTYPES") = tuple_of(kDtypeNames);
+  m.attr("ACTIVATIONS") = tuple_of(kActivationNames);
 
   m.def(
       "philox_normal",
       [](std::uintptr_t out, int dtype, std::uintptr_t seeds, std::int64_t rows, std::int64_t row_numel,
          std::uint64_t offset, std::int64_t place) {
-        require(rows >= 0, "rows >= 0", rows);
-        require(row_numel >= 0, "row_numel >= 0", row_numel);
+        expect(rows >= 0, "rows >= 0", rows);
+        expect(row_numel >= 0, "row_numel >= 0", row_numel);
         Backend::philox_normal({pointer<void>(out), dtype_of(dtype, true, false), pointer<const std::int64_t>(seeds),
                                 rows, row_numel, offset},
                                place);
       },
       py::arg("out"), py::arg("dtype"), py::arg("seeds"), py::arg("rows"), py::arg("row_numel"), py::arg("offset"),
       context, Unlocked(),
-      doc(R"(Write out[i, j] = standard normal number `offset + j` (mod 2^64) of the stream of seeds[i].
+      doc(R"(Write standard normal numbers: out[i, j] is number (offset + j) mod 2^64 of the stream of seeds[i].
 
 Args:
-    out: address of [rows, row_numel] of dtype, contiguous; overwritten.
-    dtype: index in DTYPES; not uint8.
-    seeds: address of int64 [rows], read as unsigned.
-    rows: number of streams; may be 0.
-    row_numel: numbers to draw from each stream; may be 0.
-    offset: index of the first number in each stream, in [0, 2^64).
+    out: Address of [rows, row_numel] of dtype, contiguous; overwritten.
+    dtype: Index in DTYPES; not uint8.
+    seeds: Address of int64 [rows], read as unsigned.
+    rows: Number of streams; may be 0.
+    row_numel: How many numbers to draw from each stream; may be 0.
+    offset: Index of the first number in each stream, in [0, 2^64).
     )")
           .c_str());
 
@@ -100,10 +118,10 @@ Args:
          std::uintptr_t flips, std::int64_t images, std::int64_t rows, std::int64_t width,
          const std::vector<double>& times, float mean_coef, float std, std::uint64_t seed, std::uint64_t offset,
          std::int64_t place) {
-        require(images >= 0, "images >= 0", images);
-        require(rows >= 0, "rows >= 0", rows);
-        require(width >= 0, "width >= 0", width);
-        require(!times.empty() && times.size() <= kMaxPathTimes, "1 to 8 times", times.size());
+        expect(images >= 0, "images >= 0", images);
+        expect(rows >= 0, "rows >= 0", rows);
+        expect(width >= 0, "width >= 0", width);
+        expect_between(1, kMaxPathTimes, "len(times)", static_cast<std::int64_t>(times.size()));
         PathTimes path = {static_cast<int>(times.size()), {}, {}};
         for (std::size_t k = 0; k < times.size(); ++k) {
           path.t[k] = static_cast<float>(times[k]);
@@ -120,18 +138,21 @@ Args:
       py::arg("std"), py::arg("seed"), py::arg("offset"), context, Unlocked(),
       doc(R"(Write x_T and the points i(t) of the straight path (spigan.ops.path_interpolate).
 
+All arrays are contiguous.
+
 Args:
-    x_T: address of [images, rows, width] of dtype; overwritten. All arrays are contiguous.
-    i: address of [len(times), images, rows, width] of dtype; overwritten.
-    dtype: index in DTYPES of the results: float32, bfloat16 or float16.
-    x0: address of [images, rows, width] of x0_dtype; rows = channels * height.
-    x0_dtype: index in DTYPES; not float64.
-    noise: address of float32 [images, rows, width]; 0: draw it.
-    flips: address of uint8 [images], not 0 where an image is mirrored first; 0: none.
-    images, rows, width: sizes; may be 0.
-    times: 1 to 8 times.
+    x_T: Address of [images, rows, width] of dtype; overwritten.
+    i: Address of [len(times), images, rows, width] of dtype; overwritten.
+    dtype: Index in DTYPES of the results' dtype: float32, bfloat16 or float16.
+    x0: Address of [images, rows, width] of x0_dtype, where rows = channels * height.
+    x0_dtype: Index in DTYPES; not float64.
+    noise: Address of float32 [images, rows, width]. 0 draws the noise.
+    flips: Address of uint8 [images]; an image with a nonzero flip is mirrored first. 0 mirrors no image.
+    images, rows, width: Sizes; may be 0.
+    times: Between 1 and MAX_PATH_TIMES values of t.
     mean_coef, std: a(1) and s(1).
-    seed, offset: stream and index of the first element's noise, in [0, 2^64).
+    seed: Selects the stream that noise is drawn from, in [0, 2^64).
+    offset: Index of the first element's noise in the stream, in [0, 2^64).
     )")
           .c_str());
 
@@ -146,17 +167,15 @@ Args:
         const LayerEnd end = layer_end(out, dtype, size, factor, noise, noise_stride, seed, strength, bias, bias_stride,
                                        slope, gain, clamp, next_factor, add, rgb, rgb_weight, rgb_channels);
         const auto [taps, up, down, pad] = fir;
-        require(x_size[0] >= 0, "x_size >= 0", x_size[0]);
-        require(x_size[1] >= 0, "x_size >= 0", x_size[1]);
+        expect(x_size[0] >= 0, "x_size >= 0", x_size[0]);
+        expect(x_size[1] >= 0, "x_size >= 0", x_size[1]);
         if (filter == 0) {
-          const char* const same_size = "x of the result's size where no filter is";
-          require(x_size[0] == end.height, same_size, x_size[0]);
-          require(x_size[1] == end.width, same_size, x_size[1]);
+          require(x_size[0] == end.height && x_size[1] == end.width, "without a filter x must have the result's size");
         } else {
-          require(taps >= 1 && taps <= kMaxTaps, "1 to 8 taps", taps);
-          require(up == 1 || up == 2, "up 1 or 2", up);
-          require(down == 1 || down == 2, "down 1 or 2", down);
-          require(x != out, "a result beside x where a filter is", taps);
+          expect_between(1, kMaxTaps, "taps", taps);
+          expect_between(1, 2, "up", up);
+          expect_between(1, 2, "down", down);
+          require(x != out, "a filter cannot work in place: out must not be x");
         }
         Backend::fir_bias_act({end, pointer<const void>(x), x_size[0], x_size[1], pointer<const float>(filter), taps,
                                up, down, pad, flip, fir_gain},
@@ -169,33 +188,35 @@ Args:
       py::arg("rgb_weight"), py::arg("rgb_channels"), context, Unlocked(),
       doc(R"(Write out = next_factor clamp(gain act(factor fir_gain FIR(x) + strength noise + bias)) + add.
 
-Images are channels-last and contiguous. "wide" is float32, or float64 if dtype is.
-An address of 0 leaves a part out.
+Images are channels-last and contiguous. "wide" means float32, or float64 if dtype is float64. Pass 0 as the address of
+an optional array to leave out its part of the formula.
 
 Args:
-    out: address of [images, height, width, channels] of dtype; overwritten; 0 where only rgb is wanted.
-    dtype: index in DTYPES; not uint8.
-    size: (images, height, width, channels) of out; may be 0.
-    x: address of [images, *x_size, channels] of dtype; without a filter it may be out.
+    out: Address of [images, height, width, channels] of dtype; overwritten. 0 computes only rgb.
+    dtype: Index in DTYPES; not uint8.
+    size: (images, height, width, channels) of out; each may be 0.
+    x: Address of [images, *x_size, channels] of dtype. Without a filter it may equal out.
     x_size: (height, width) of x.
-    filter: address of float32 [taps, taps].
-    fir: (taps, up, down, pad), as of FirBiasAct in csrc/common/arguments.h.
-    flip: convolve with the filter instead of correlating.
-    fir_gain: factor of the filter.
-    factor: address of wide [images, channels].
-    noise: address of wide [height, width] for each image.
-    noise_stride: elements from one image's noise to the next one's: height * width, or 0.
-    seed: address of one int64: the noise is drawn, pixel p of image n from element n height width + p of its stream.
-    strength: address of one wide factor of the noise.
-    bias: address of wide [channels] for each image.
-    bias_stride: elements from one image's bias to the next one's: channels, or 0.
-    slope, gain, clamp: of act(v) = v or slope v for v < 0; inf does not clamp.
-    next_factor: address of wide [images, channels].
-    add: address of [images, height, width, channels] of dtype.
-    rgb: address of float32 [images, height, width, rgb_channels]: sums over channels of rgb_weight times what stands
-        before next_factor; overwritten. Not for float64.
-    rgb_weight: address of float32 [images, rgb_channels, channels].
-    rgb_channels: 1 to 4.
+    filter: Address of float32 [taps, taps], or 0.
+    fir: (taps, up, down, pad), as in FirBiasAct of csrc/common/arguments.h; taps is at most MAX_TAPS.
+    flip: Convolve with the filter instead of correlating.
+    fir_gain: Factor of the filter.
+    factor: Address of wide [images, channels], or 0.
+    noise: Address of wide [height, width] for each image, or 0.
+    noise_stride: Number of elements from one image's noise to the next: height * width, or 0 if they share it.
+    seed: Address of one int64, or 0. Without noise, pixel p of image n gets element n height width + p of its stream.
+    strength: Address of one wide factor of the noise, or 0.
+    bias: Address of wide [channels] for each image, or 0.
+    bias_stride: Number of elements from one image's bias to the next: channels, or 0 if they share it.
+    slope: act(v) is v for v >= 0 and slope v for v < 0.
+    gain: Factor of the activation.
+    clamp: Limit of the result's magnitude, > 0; inf for none.
+    next_factor: Address of wide [images, channels], or 0.
+    add: Address of [images, height, width, channels] of dtype, or 0.
+    rgb: Address of float32 [images, height, width, rgb_channels], or 0; overwritten. It receives the sums over channels
+        of rgb_weight times the clamped activation. Not available for float64.
+    rgb_weight: Address of float32 [images, rgb_channels, channels].
+    rgb_channels: Between 1 and MAX_RGB_CHANNELS.
     )")
           .c_str());
 
@@ -204,10 +225,10 @@ Args:
       [](std::uintptr_t grad_x, std::uintptr_t sum_u, std::uintptr_t sum_ux, std::uintptr_t sum_c, int dtype,
          std::uintptr_t grad, std::uintptr_t out, std::uintptr_t x, std::uintptr_t factor, double slope, double gain,
          double clamp, const std::array<std::int64_t, 3>& size, std::int64_t parts, std::int64_t place) {
-        for (const std::int64_t length : size) require(length >= 0, "sizes >= 0", length);
-        require(parts >= 1, "parts >= 1", parts);
-        require(gain > 0.0, "gain > 0", gain);
-        require(sum_ux == 0 || x != 0, "x where sum_ux is wanted", 0);
+        for (const std::int64_t length : size) expect(length >= 0, "every size to be >= 0", length);
+        expect(parts >= 1, "parts >= 1", parts);
+        expect(gain > 0.0, "gain > 0", gain);
+        require(sum_ux == 0 || x != 0, "sum_ux needs x");
         Backend::bias_act_backward({pointer<void>(grad_x), pointer<void>(sum_u), pointer<void>(sum_ux),
                                     pointer<void>(sum_c), dtype_of(dtype, true, false), pointer<const void>(grad),
                                     pointer<const void>(out), pointer<const void>(x), pointer<const void>(factor),
@@ -217,23 +238,24 @@ Args:
       py::arg("grad_x"), py::arg("sum_u"), py::arg("sum_ux"), py::arg("sum_c"), py::arg("dtype"), py::arg("grad"),
       py::arg("out"), py::arg("x"), py::arg("factor"), py::arg("slope"), py::arg("gain"), py::arg("clamp"),
       py::arg("size"), py::arg("parts"), context, Unlocked(),
-      doc(R"(Derivatives of fir_bias_act without filter, next_factor, add and rgb.
+      doc(R"(Write derivatives of fir_bias_act without filter, next_factor, add and rgb.
 
-u = grad times the derivative of clamp(gain act()), which the result `out` tells. An address of 0 leaves a part out.
+They all follow from u = grad times the derivative of clamp(gain act()), which is computed from the result `out`. Pass 0
+as the address of a result to skip it.
 
 Args:
-    grad_x: address of [images, pixels, channels] of dtype: factor u; overwritten; may be grad.
-    sum_u: address of wide [images, parts, channels]: sums of u over each part's pixels; overwritten.
-    sum_ux: the same of u x.
-    sum_c: address of wide [images, pixels]: sums of u over channels; overwritten.
-    dtype: index in DTYPES; not uint8. "wide" is float32, or float64 where dtype is.
-    grad: address of [images, pixels, channels] of dtype.
-    out: address of the result, like grad; 0: the derivative is gain everywhere.
-    x: address of x, like grad.
-    factor: address of wide [images, channels].
-    slope, gain, clamp: as of fir_bias_act; gain > 0.
-    size: (images, pixels, channels); may be 0.
-    parts: part k has the pixels from k ceil(pixels / parts) on.
+    grad_x: Address of [images, pixels, channels] of dtype for factor u; overwritten. It may equal grad.
+    sum_u: Address of wide [images, parts, channels] for the sums of u over the pixels of each part; overwritten.
+    sum_ux: Address of the same for the sums of u x; overwritten. Needs x.
+    sum_c: Address of wide [images, pixels] for the sums of u over channels; overwritten.
+    dtype: Index in DTYPES; not uint8. "wide" means float32, or float64 if dtype is float64.
+    grad: Address of [images, pixels, channels] of dtype.
+    out: Address of the result, like grad. If 0, the derivative is gain everywhere.
+    x: Address of x, like grad, or 0.
+    factor: Address of wide [images, channels]. If 0, factor is 1.
+    slope, gain, clamp: As in fir_bias_act; gain > 0.
+    size: (images, pixels, channels); each may be 0.
+    parts: Number of parts of an image, at least 1; part k starts at pixel k ceil(pixels / parts).
     )")
           .c_str());
 
@@ -243,10 +265,11 @@ Args:
          std::uintptr_t time_weight, std::int64_t batch, std::int64_t dim, std::int64_t layers,
          const std::vector<std::tuple<double, double, std::int64_t>>& steps, bool every_step, int activation,
          std::int64_t place, std::uintptr_t workspace) {
-        require(batch >= 0, "batch >= 0", batch);
-        require(dim >= 0, "dim >= 0", dim);
-        require(layers >= 1, "layers >= 1", layers);
-        require(activation >= 0 && activation <= 3, "an activation of ACTIVATIONS", activation);
+        expect(batch >= 0, "batch >= 0", batch);
+        expect(dim >= 0, "dim >= 0", dim);
+        expect(layers >= 1, "layers >= 1", layers);
+        expect(activation >= 0 && activation < static_cast<int>(std::size(kActivationNames)),
+               "an index in ACTIVATIONS", activation);
         std::vector<Interval> intervals;
         for (const auto& [start, length, count] : steps) intervals.push_back({start, length, count});
         Backend::rk4_mlp({pointer<void>(out), dtype_of(dtype, true, false), pointer<const void>(h0),
@@ -260,18 +283,19 @@ Args:
       py::arg("activation"), context, py::arg("workspace") = 0, Unlocked(),
       doc(R"(Write the states of spigan.ops.rk4_mlp.
 
+All arrays are contiguous and of dtype.
+
 Args:
-    out: address of [len(intervals), batch, dim], or with every_step of [all steps, batch, dim]; overwritten. All arrays
-        are contiguous and of dtype.
-    dtype: index in DTYPES; not uint8.
-    h0: address of [batch, dim].
-    weight: address of [layers, dim, dim].
-    bias, time_weight: addresses of [layers, dim].
-    batch, dim, layers: sizes; batch may be 0.
-    intervals: (start, length of a step, number of steps) to each requested time.
-    every_step: write the state after every step, not only after every interval.
-    activation: index in ACTIVATIONS.
-    workspace: address of the memory that a GPU needs (rk4_mlp_workspace_bytes); a CPU needs none.
+    out: Address of [len(intervals), batch, dim], or of [total steps, batch, dim] with every_step; overwritten.
+    dtype: Index in DTYPES; not uint8.
+    h0: Address of [batch, dim].
+    weight: Address of [layers, dim (out), dim (in)].
+    bias, time_weight: Addresses of [layers, dim].
+    batch, dim, layers: Sizes; batch and dim may be 0.
+    intervals: For each requested time (start, step length, number of steps) of the interval that ends there.
+    every_step: Write the state after every step, not only after every interval.
+    activation: Index in ACTIVATIONS.
+    workspace: Address of rk4_mlp_workspace_bytes() bytes on a GPU. Not used on a CPU.
     )")
           .c_str());
 }

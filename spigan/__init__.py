@@ -1,4 +1,4 @@
-"""SPI-GAN: images from noise in one evaluation of the generator. `spigan.sample()` draws some; see README.md.
+"""SPI-GAN: images from noise in one evaluation of the generator. `spigan.sample()` draws images; see README.md.
 
 Names are imported when they are first used, so that `import spigan` and `spigan --help` stay fast.
 """

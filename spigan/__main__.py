@@ -1,4 +1,4 @@
-"""`python -m spigan`, for launchers of several processes: torchrun --nproc-per-node 2 -m spigan train ..."""
+"""`python -m spigan`, for launchers that start several processes: torchrun --nproc-per-node 2 -m spigan train ..."""
 
 from spigan.cli.program import main
 

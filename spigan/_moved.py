@@ -1,4 +1,4 @@
-"""Old module paths: importing one warns and gives access to the names of the modules that replace it."""
+"""Old module paths. Importing one warns, and gives access to the names in the modules that replace it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The page of `spigan app`: explore a model in the browser with batches, noise to image, and interpolation.
+"""The page of `spigan app`: explore a model in the browser, with batches, noise to image, and interpolation.
 
-The page works offline: it uses the system's fonts, embeds its images, and sends no data anywhere.
+The page works offline: it uses the system's fonts, embeds its images, and does not send data anywhere.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class Page:
     """The functions behind the controls of the page.
 
     Args:
-        models: run folders, saved models or hub ids to offer beside the bundled models.
-        device: where to compute (default: cuda if available, else the CPU).
+        models: run folders, saved models or hub ids to offer in addition to the bundled models.
+        device: device to compute on (default: cuda if available, else the CPU).
 
     Attributes:
-        models: the models by the names that the page shows: those given first, then the bundled ones.
+        models: the models, by the names that the page shows: first the given models, then the bundled ones.
 
     Raises:
-        FileNotFoundError, ValueError: a model cannot be loaded.
-        BackendUnavailable: a backend requested by name cannot run.
+        FileNotFoundError, ValueError: if a model cannot be loaded.
+        BackendUnavailable: if a backend requested by name cannot run.
     """
 
     def __init__(self, models: Sequence[str | Path] = (), device: str | None = None) -> None:
@@ -69,7 +69,7 @@ class Page:
             f"{model} (bundled)" if model in BUNDLED_MODELS else str(model): load_model(model, self.device)
             for model in (*models, *BUNDLED_MODELS)
         }
-        self._lock = threading.Lock()  # a sampler serves one thread at a time, and times need an idle device
+        self._lock = threading.Lock()  # a sampler serves one thread at a time, and timing needs an idle device
         self._nfe = {}
         for name, model in self.models.items():
             with count_evaluations(model) as evaluations:
@@ -88,7 +88,7 @@ class Page:
         return f'<div class="spigan-about">{size} · {parameters:,} parameters · {self._backend} on {self.device}</div>'
 
     def batch(self, name: str, seed: str, count: int) -> tuple[str, str]:
-        """Draw a grid of the images of `count` consecutive seeds.
+        """Draw a grid of images with `count` consecutive seeds.
 
         Args:
             name: one of `models`.
@@ -96,10 +96,10 @@ class Page:
             count: number of images, 1 to `MAX_COUNT`.
 
         Returns:
-            HTML of the picture with a download link, and of a line with the time and device.
+            HTML of the picture with a download link, and HTML of a line with the time and device.
 
         Raises:
-            ValueError: invalid seed, or count out of range.
+            ValueError: if the seed is invalid or the count is out of range.
         """
         first = read_seed(seed)
         if count not in range(1, MAX_COUNT + 1):
@@ -119,14 +119,14 @@ class Page:
         )
 
     def time(self, name: str, seed: str, steps: interpolation.Steps = STEPS) -> tuple[str, str]:
-        """Draw the images of one z from h(0), noise, to h(1), the image (Fig. 9).
+        """Draw the images of one z, from h(0) (noise) to h(1) (the image) (Fig. 9).
 
         Args:
             name, seed: as in `batch`.
             steps: number of times, or a list of times; see `spigan.sampling.interpolation`.
 
         Raises:
-            ValueError: invalid seed, model without time, or time out of range.
+            ValueError: if the seed is invalid, the model has no time, or a time is out of range.
         """
         number = read_seed(seed)
         return self._draw(
@@ -139,7 +139,7 @@ class Page:
     def between(
         self, name: str, kind: str, first: str, second: str, steps: interpolation.Steps = STEPS
     ) -> tuple[str, str]:
-        """Draw images between those of two seeds, interpolating z (Fig. 10) or h(1) (Fig. 11).
+        """Draw images between the images of two seeds, by interpolating z (Fig. 10) or h(1) (Fig. 11).
 
         Args:
             name: as in `batch`.
@@ -148,7 +148,7 @@ class Page:
             steps: number of images, or a list of weights of the second seed in [0, 1].
 
         Raises:
-            ValueError: invalid or equal seeds, or weight out of range.
+            ValueError: if the seeds are invalid or equal, or a weight is out of range.
         """
         if kind not in ("z", "h"):
             raise ValueError(f"kind must be z or h, got {kind}.")
@@ -166,7 +166,7 @@ class Page:
     def _draw(
         self, name: str, draw: Callable[..., Tensor], title: str, caption: str, columns: int | None = None
     ) -> tuple[str, str]:
-        """Return HTML of the picture and of the line below it.
+        """Return HTML of the picture, and HTML of the line below it.
 
         `draw` takes a model and returns its images, uint8 [1, S, C, H, W] on the CPU.
         """
@@ -180,7 +180,7 @@ class Page:
         each = f" ({elapsed / count:.2g} ms each)" if count > 1 else ""
         note = f"{caption}: {elapsed:.3g} ms{each} · NFE = {self._nfe[name]} · {self._backend} on {self.device}"
         stem = re.sub(r"[^\w.-]+", "-", f"{Path(name).name.removesuffix(' (bundled)')}-{title}")
-        # A strip fills the width of the page, other pictures that of the column beside the controls.
+        # A strip fills the width of the page. Other pictures fill the column next to the controls.
         width, columns = (912, count) if columns is None and count > 1 else (384, columns or 1)
         picture = figure(images, columns, f"{stem}.png", caption, width)
         return picture, f'<div class="spigan-note">{html.escape(note)}</div>'
@@ -190,7 +190,7 @@ def read_seed(text: str) -> int:
     """Parse a seed.
 
     Raises:
-        ValueError: not a whole number in [0, 2^63).
+        ValueError: if it is not a whole number in [0, 2^63).
     """
     text = str(text).strip()
     if re.fullmatch(r"[0-9]{1,19}", text) and int(text) < 2**63:
@@ -200,12 +200,13 @@ def read_seed(text: str) -> int:
 
 
 def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -> str:
-    """Return HTML that shows images, small ones enlarged with crisp pixels, with a link to download them.
+    """Return HTML that shows images, with a link to download them. Small images are enlarged with crisp pixels.
 
     Args:
         images: uint8 [N, C, H, W].
-        columns: images per row.
-        file_name: name of the download: one image as it is, several as the grid that `spigan sample` writes.
+        columns: number of images per row.
+        file_name: file name of the download. One image is downloaded unchanged, and several as the grid that
+            `spigan sample` writes.
         alt: alternative text.
         width: maximum width in screen pixels.
     """
@@ -215,7 +216,7 @@ def figure(images: Tensor, columns: int, file_name: str, alt: str, width: int) -
     to_pil(grid[None])[0].save(stream, format="PNG")
     data = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     pixels = grid.shape[-1] // scale
-    # Enlarge by a whole number of screen pixels per pixel; shrink smoothly.
+    # Enlarge each pixel to a whole number of screen pixels. Shrink smoothly.
     style = (
         f"image-rendering: pixelated; width: {width // pixels * pixels}px" if pixels <= width else f"width: {width}px"
     )
@@ -229,13 +230,13 @@ def build(page: Page) -> Blocks:
     """Build the page.
 
     Raises:
-        ImportError: gradio is not installed.
+        ImportError: if gradio is not installed.
     """
     gr = _require_gradio()
     first = next(iter(page.models))
 
     def shown(draw: Callable[..., tuple[str, str]]) -> Callable[..., Any]:
-        """Wrap `draw` for the page: invalid input leaves the picture and shows the error in the line below it."""
+        """Wrap `draw` for the page: invalid input keeps the picture, and shows the error in the line below it."""
 
         def answer(*values: Any) -> tuple[Any, str]:
             try:
@@ -256,7 +257,7 @@ def build(page: Page) -> Blocks:
         model = gr.Dropdown(list(page.models), value=first, label="Model", interactive=True)
         about = gr.HTML(page.about(first))
         quick: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        # While the user types, the box of a slider may hold an invalid number: `Page` reports it in the right place.
+        # While the user types, the box of a slider may hold an invalid number. `Page` reports it in the right place.
         quick["preprocess"] = False
 
         def output() -> list[Any]:
@@ -321,15 +322,15 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
         page: the functions of the page.
         host: address to listen on.
         port: port to listen on (default: the first free one from 7860).
-        browser: open the page in the browser.
-        block: wait until Ctrl-C.
+        browser: whether to open the page in the browser.
+        block: whether to wait until Ctrl-C.
 
     Returns:
-        The page, which `.close()` stops, and its address.
+        The page, whose method `close` stops it, and its address.
 
     Raises:
-        ImportError: gradio is not installed.
-        OSError: the port is in use, or the address does not belong to this machine.
+        ImportError: if gradio is not installed.
+        OSError: if the port is in use, or the address does not belong to this machine.
     """
     gr = _require_gradio()
     try:  # with a wrong address, gradio would try a hundred ports for minutes
@@ -340,7 +341,7 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
     except (OSError, UnicodeError) as error:  # UnicodeError: an impossible host name
         at = f"{host}, port {port}" if port else host
         raise OSError(f"cannot listen on {at}: {getattr(error, 'strerror', None) or error}") from error
-    # Gradio asks the page it started for its state; a proxy from HTTP_PROXY could not reach it.
+    # Gradio requests the state of the page that it started, and a proxy from HTTP_PROXY could not reach the page.
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", "::1", host]
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     blocks = build(page)
@@ -365,7 +366,7 @@ def launch(page: Page, *, host: str = "127.0.0.1", port: int | None = None, brow
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the address."""
+    """Return whether the address can only be reached from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -376,7 +377,7 @@ def _caption(symbol: str, steps: interpolation.Steps) -> str:
     """Return the part of a caption about times or weights: "t = 0 to 1" or "a = 0.30".
 
     Raises:
-        ValueError: a time or weight is not a number in [0, 1].
+        ValueError: if a time or weight is not a number in [0, 1].
     """
     if isinstance(steps, int):
         return f"{symbol} = 0 to 1"

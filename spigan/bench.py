@@ -1,4 +1,4 @@
-"""Speed on this machine: `spigan bench`, its profile, and reports of the benchmark suite."""
+"""Measure speed on this machine: `spigan bench`, its profile, and reports of the benchmark suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def random_model(preset: str, device: str | None = None) -> SPIGAN:
-    """Return the network of a preset with random weights, which take as long as trained ones."""
+    """Return the network of a preset with random weights, which is as slow as a trained one."""
     import torch
 
     from spigan.config import ModelConfig
@@ -38,12 +38,12 @@ def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]
 
     Args:
         sampler: the sampler to time.
-        n: number of images, of seeds 0 to n - 1.
+        n: number of images, with seeds 0 to n - 1.
         repeats: number of timed calls.
 
     Returns:
-        Seconds: {"first": the first call, with its preparations; "total": the median of `repeats` calls; "noise",
-        "mapping", "synthesis", "convert": medians of the stages of a batch of min(n, batch_size) images}.
+        Times in seconds. "first": the first call, including its preparations. "total": the median of `repeats` calls.
+        "noise", "mapping", "synthesis" and "convert": medians for the stages of a batch of min(n, batch_size) images.
     """
     import torch
 
@@ -86,9 +86,9 @@ def profile_sampler(sampler: Sampler, n: int, path: Path) -> None:
     """Write a Chrome trace of `n` images, with a range for each stage and operation.
 
     Args:
-        sampler: a sampler without CUDA graphs; the profiler does not see the stages of a graph.
+        sampler: a sampler without CUDA graphs, because the profiler does not see the stages inside a graph.
         n: number of images.
-        path: JSON file, for chrome://tracing or ui.perfetto.dev.
+        path: JSON file to write, for chrome://tracing or ui.perfetto.dev.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -116,18 +116,18 @@ _KERNEL_TITLES = ("kernel, x", "kernel, images/s", "kernel, of the limit", "kern
 
 
 def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write tables, a plot and compact JSON of runs of `pytest benchmarks/ --benchmark-only --benchmark-json RUN`.
+    """Write tables, a plot and compact JSON for runs of `pytest benchmarks/ --benchmark-only --benchmark-json RUN`.
 
     Args:
-        runs: JSON files of one device. If several contain the same row, that of the last file counts.
+        runs: JSON files from the same device. If several contain the same row, the last file counts.
         out: folder of the report.
 
     Returns:
         The paths of <device>.json, <device>.md and <device>.png.
 
     Raises:
-        ValueError: a file is not such a run, or the runs are of several devices.
-        ImportError: matplotlib, for the plot, is not installed.
+        ValueError: if a file is not such a run, or the runs come from different devices.
+        ImportError: if matplotlib, for the plot, is not installed.
     """
     try:
         import matplotlib  # noqa: F401 - before anything is written
@@ -146,13 +146,13 @@ def write_report(runs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read a run and reduce it to what the report shows. The JSON of a report is accepted as well.
+    """Read a run and reduce it to what the report shows. The JSON of a report is also accepted.
 
     Returns:
         {"device", "date", "versions", "matrix_rate", "copy_rate", "rows": [...]}.
 
     Raises:
-        ValueError: the file is not a run of the benchmark suite.
+        ValueError: if the file is not a run of the benchmark suite.
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -166,19 +166,19 @@ def read_run(path: Path) -> dict[str, Any]:
         return {**machine, "date": run["datetime"][:10], "rows": [row for row in rows if "group" in row]}
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a run of this suite; make one with: "
+            f"{path} is not a run of the benchmark suite; make one with: "
             f"pytest benchmarks/ --benchmark-only --benchmark-json {path.name}"
         ) from error
 
 
 def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge runs of one device into one; each row keeps the date of its run.
+    """Merge runs from the same device into one. Each row keeps the date of its run.
 
     Raises:
-        ValueError: the runs are of several devices.
+        ValueError: if the runs come from different devices.
     """
     if len(devices := {run["device"] for run in runs}) != 1:
-        raise ValueError(f"the runs are of several devices: {'; '.join(sorted(devices))}")
+        raise ValueError(f"the runs come from different devices: {'; '.join(sorted(devices))}")
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for run in runs:
         for row in run["rows"]:
@@ -234,7 +234,7 @@ def _sampling_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _comparison(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a table in milliseconds: a row per group, a column per implementation, and the best kernel's gain."""
+    """Return a table of milliseconds, with a row per group, a column per implementation, and the best kernel's gain."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     cells = []
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -269,7 +269,7 @@ def _table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Write a PNG: 100 images against other models, kernels under the roofline, and bandwidths of the others."""
+    """Write a PNG with three plots: times of 100 images, kernels under the roofline, bandwidths of other kernels."""
     from matplotlib.figure import Figure
 
     rows = report["rows"]

@@ -1,4 +1,4 @@
-"""Configurations of a model and of a training run, stored as config.json beside the weights."""
+"""Configurations of a model and of a training run, stored as config.json next to the weights."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _short.maxstring = _short.maxother = _short.maxlong = 200
 
 
 def describe_problems(error: ValidationError, config: type[BaseModel] | None = None) -> str:
-    """Describe in one line what is wrong with which fields.
+    """Describe in one line which fields are invalid, and why.
 
     Args:
-        error: the error of a configuration.
-        config: class of the configuration, to suggest its fields for unknown ones (default: `TrainConfig`,
-            `ModelConfig` or `DataConfig`, whichever raised the error).
+        error: the error raised by a configuration.
+        config: class of the configuration, whose fields are suggested for unknown ones. Default: `TrainConfig`,
+            `ModelConfig` or `DataConfig`, whichever raised the error.
 
     Returns:
-        At most five problems, each with the field, the problem and the value given.
+        At most five problems, each with the field, the problem and the given value.
     """
     known = {cls.__name__: cls for cls in (TrainConfig, ModelConfig, DataConfig)}
     names = field_names(config or known.get(error.title))
@@ -42,7 +42,7 @@ def describe_problems(error: ValidationError, config: type[BaseModel] | None = N
 
 
 def field_names(config: type[BaseModel] | None) -> list[str]:
-    """List the fields of a configuration, nested ones as "model.resolution"; [] for None."""
+    """Return the names of the fields of a configuration, with nested fields as "model.resolution". Empty for None."""
     names = []
     for name, field in config.model_fields.items() if config else ():
         names.append(name)
@@ -52,7 +52,7 @@ def field_names(config: type[BaseModel] | None) -> list[str]:
 
 
 def _describe(problem: ErrorDetails, names: list[str]) -> str:
-    """Describe a problem, and suggest the name that was probably meant."""
+    """Describe a problem, and suggest the name that the user probably meant."""
     name, value = ".".join(map(shorten, problem["loc"])), problem["input"]
     if not name:
         return problem["msg"].removeprefix("Value error, ")
@@ -68,7 +68,8 @@ def _describe(problem: ErrorDetails, names: list[str]) -> str:
 class ModelConfig(BaseModel):
     """Architecture of a `spigan.SPIGAN`: mapping network and generator.
 
-    Fields marked "ours" are this project's choice, because the paper leaves them open (its appendix is not available).
+    Fields marked "ours" are choices of this project, because the paper leaves them open (its appendix is not
+    available).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -105,7 +106,7 @@ class ModelConfig(BaseModel):
 
     @property
     def z_shape(self) -> tuple[int, ...]:
-        """Shape of one z: that of an image, [C, H, W]; [dim_h] for mapping="mlp"."""
+        """Shape of one z: the shape [C, H, W] of an image, or [dim_h] with mapping="mlp"."""
         if self.mapping == "mlp":
             return (self.dim_h,)
         return (self.img_channels, self.resolution, self.resolution)
@@ -132,14 +133,16 @@ class TrainConfig(BaseModel):
 
     # Optimisation
     total_kimg: Annotated[float, Field(gt=0)] = Field(
-        25000, description="length of the training, in thousands of real images shown to D"
+        25000, description="length of training, in thousands of real images shown to D"
     )
     batch: Annotated[int, Field(ge=1, le=2**20)] = Field(64, description="images per minibatch")
     batch_gpu: Positive | None = Field(
         None,
-        description="images per forward and backward pass; gradients accumulate to the minibatch; None: all at once",
+        description="images per forward and backward pass; gradients accumulate over the minibatch; None: all at once",
     )
-    lr_g: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate for mapping and generator")
+    lr_g: Annotated[float, Field(gt=0)] = Field(
+        2.5e-3, description="Adam's learning rate for the mapping network and the generator"
+    )
     lr_d: Annotated[float, Field(gt=0)] = Field(2.5e-3, description="Adam's learning rate for the discriminator")
     beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="Adam's beta2; beta1 is 0")
     r1_gamma: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the R1 penalty on real i(t)")
@@ -148,38 +151,42 @@ class TrainConfig(BaseModel):
     pl_interval: Positive = Field(4, description="G iterations between path-length penalties")
     pl_batch_shrink: Positive = Field(2, description="path lengths are measured on batch / pl_batch_shrink images")
     pl_decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="decay of the running mean path length")
-    ema_kimg: Annotated[float, Field(ge=0)] = Field(500, description="half-life of the average of the weights, in kimg")
+    ema_kimg: Annotated[float, Field(ge=0)] = Field(500, description="half-life of the averaged weights, in kimg")
     ema_rampup: Annotated[float, Field(ge=0)] | None = Field(
         0.05, description="limits the half-life to this fraction of the images seen; None: no limit"
     )
     mbstd_group: Positive = Field(4, description="group size of D's minibatch standard deviation")
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = Field(
-        1e6, description="a larger gradient norm ends the run as diverged; None: only one that is not finite does"
+        1e6, description="a larger gradient norm stops the run as diverged; None: only a norm that is not finite does"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: convolutions in bfloat16 (autocast)")
 
-    # Augmentation of what D sees
+    # Augmentation of the images that D sees
     augment: Literal["none", "diffaug", "ada"] = Field("none", description="augmentation of real and generated images")
     ada_target: Annotated[float, Field(ge=-1, le=1)] = Field(0.6, description="ADA's target of E[sign(D(real))]")
-    ada_kimg: Annotated[float, Field(gt=0)] = Field(500, description="kimg in which ADA's p can rise from 0 to 1")
-    xflip: bool = Field(False, description="mirror real images at random")
+    ada_kimg: Annotated[float, Field(gt=0)] = Field(500, description="kimg over which ADA's p can rise from 0 to 1")
+    xflip: bool = Field(False, description="randomly mirror real images")
 
     # Running
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        0, description="seed of the initial weights, noise and data order"
+        0, description="seed of the initial weights, the noise and the data order"
     )
     device: str = Field("auto", description="auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
     tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(
         4, description="kimg per tick; every tick writes a line of statistics"
     )
     snapshot_ticks: Positive = Field(50, description="ticks between checkpoints, sample grids and exported models")
-    keep_checkpoints: Positive = Field(2, description="number of newest checkpoints to keep, besides the best model's")
+    keep_checkpoints: Positive = Field(
+        2, description="number of newest checkpoints to keep, in addition to the best model's"
+    )
 
     # Metrics during training
     metric_features: str | None = Field(
         None, description="feature network, as for `spigan evaluate --features`; None: no evaluation during training"
     )
-    metric_samples: Annotated[int, Field(ge=1, le=10**7)] = Field(10_000, description="images drawn per evaluation")
+    metric_samples: Annotated[int, Field(ge=1, le=10**7)] = Field(
+        10_000, description="number of images to sample for each evaluation"
+    )
     metric_ticks: Positive = Field(50, description="ticks between evaluations")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and untrusted text that is read within bounds."""
+"""Write files completely or not at all, and read untrusted text within limits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-MAX_TEXT = 1 << 20  # bytes of a configuration or a record; none comes near that
+MAX_TEXT = 1 << 20  # largest size in bytes of a configuration or a record; real ones are far smaller
 
 
 # ---- Reading ----
 
 
 def user_path(path: str) -> Path:
-    """Return a path as a user may write it, with "~" for the home folder."""
+    """Return the path that a user wrote, with "~" replaced by the home folder."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # "~nobody": there is no such user, so there is no such file
+    except RuntimeError:  # "~nobody" with no such user: the file does not exist either
         return Path(path)
 
 
@@ -37,13 +37,13 @@ def read_text(path: Path) -> str:
     """Return the text of an untrusted file.
 
     Raises:
-        ValueError: the file is larger than `MAX_TEXT`, or not UTF-8.
-        OSError: the file cannot be read.
+        ValueError: if the file is larger than `MAX_TEXT`, or is not UTF-8.
+        OSError: if the file cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
-        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the most that is read from such a file")
+        raise ValueError(f"{path} has more than {MAX_TEXT} bytes, the limit for such a file")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -54,8 +54,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in an untrusted file.
 
     Raises:
-        ValueError: the file holds something else, is too large, or is nested too deeply.
-        OSError: the file cannot be read.
+        ValueError: if the file does not hold a JSON object, is too large, or is nested too deeply.
+        OSError: if the file cannot be read.
     """
     try:
         content = json.loads(read_text(path))
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shorten(text: object) -> str:
-    """Return a text that comes from an untrusted file, cut to the 100 characters that an error message shows."""
+    """Return a text from an untrusted file, cut to at most 100 characters for an error message."""
     shown = str(text)
     return shown if len(shown) <= 100 else shown[:97] + "..."
 
@@ -81,28 +81,28 @@ def shorten(text: object) -> str:
 def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to instead of `path`. The file is moved to `path` if the block succeeds, else removed.
 
-    So neither a reader nor a program that is killed at any moment ever leaves or sees half a file.
+    A reader therefore never sees half a file, and a program that is killed never leaves one.
 
     Args:
-        path: the file to write; its folder is created.
-        durable: wait until the file is on disk, so that it also survives a loss of power.
+        path: the file to write. Its folder is created if needed.
+        durable: whether to wait until the file is on disk, so that it survives a power failure.
 
     Raises:
-        OSError: `path` is a device or a pipe, or cannot be written.
+        OSError: if `path` is a device or a pipe, or cannot be written.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(f"{path} is not a regular file, and a regular file would replace it: choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if durable:  # not for each of 50,000 pictures: it lists the folder
+    if durable:  # not for each of 50,000 pictures, because it lists the folder
         remove_stale(path.parent, f".{glob.escape(path.name)}-")
-    # In a folder, because some libraries (safetensors) also write beside the path that they are given.
+    # Use a separate folder, because some libraries (safetensors) also write other files next to the given path.
     with scratch_folder(path.parent, f".{path.name}-") as folder:
         scratch = folder / path.name
         yield scratch
         if durable:
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
-        # Some libraries create private files; a written file should have the permissions of any new file.
+        # Some libraries create private files. Give the file the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o666 & ~umask)
@@ -117,10 +117,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Create a folder in `parent` for files that will be moved out of it; remove it when the block ends.
+    """Create a folder in `parent` for files that will be moved out of it. Remove the folder when the block ends.
 
-    A killed program cannot remove its folder. So each folder is locked; the system releases the lock when the process
-    ends, however it ends, and `remove_stale` finds the folders without a lock.
+    A killed program cannot remove its folder. Therefore each folder is locked. The system releases the lock when the
+    process ends, however it ends, and `remove_stale` removes folders that are not locked.
     """
     with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
         lock = _lock(folder)
@@ -132,23 +132,26 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def remove_stale(parent: Path, prefix: str, age: float = 60) -> None:
-    """Remove folders that killed programs left behind in `scratch_folder(parent, prefix)`.
+    """Remove folders created by `scratch_folder(parent, prefix)` that killed programs left behind.
 
     Args:
-        parent: folder that holds them.
-        prefix: start of their names; it may contain wildcards.
+        parent: the folder that contains them.
+        prefix: start of their names. It may contain wildcards.
         age: only remove folders that have not changed for this many seconds.
     """
     for path in parent.glob(f"{prefix}????????"):
         with contextlib.suppress(OSError):
-            # A folder is locked a moment after it is created, hence the age.
+            # A folder is only locked a moment after it is created, so very new folders must be kept.
             if path.is_dir() and time.time() - path.stat().st_mtime >= age and (lock := _lock(path)) is not None:
                 shutil.rmtree(path)
                 os.close(lock)
 
 
 def _lock(folder: str | Path) -> int | None:
-    """Lock a folder and return the descriptor that holds the lock; None if it is locked, or locks do not exist."""
+    """Lock a folder and return the descriptor that holds the lock.
+
+    Return None if the folder is already locked, or if the system has no locks.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""From pixels in [-1, 1] to pictures: uint8, grids, PNG files, animations."""
+"""Turn pixels in [-1, 1] into pictures: uint8 images, grids, PNG files and animations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image]:
-    """Convert uint8 [N, C, H, W] to N Pillow images, of mode L for C = 1 and RGB for C = 3."""
+    """Convert uint8 [N, C, H, W] to N Pillow images, with mode L for C = 1 and RGB for C = 3."""
     from PIL import Image
 
     arrays = images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
@@ -34,13 +34,13 @@ def to_pil(images: Tensor) -> list[Image]:
 
 
 def make_grid(images: Tensor, *, columns: int | None = None, scale: int = 1, gap: int = 1) -> Tensor:
-    """Lay images out row by row on a black background.
+    """Arrange images row by row on a black background.
 
     Args:
         images: uint8 [N, C, H, W].
-        columns: images in a row; default: about as many as there are rows.
+        columns: number of images in a row. By default, there are about as many columns as rows.
         scale: integer factor by which each pixel is enlarged.
-        gap: pixels between images, before enlarging.
+        gap: number of pixels between images, before enlarging.
 
     Returns:
         uint8 [C, H', W'].
@@ -61,12 +61,12 @@ def display_scale(resolution: int) -> int:
 
 
 def grid_side(resolution: int) -> int:
-    """Return how many images to show in each row and column of a grid: 8 up to 64 pixels, else 4."""
+    """Return the number of images to show in each row and column of a grid: 8 up to 64 pixels, else 4."""
     return 8 if resolution <= 64 else 4
 
 
 def save_png(image: Tensor, path: str | Path, durable: bool = True) -> Path:
-    """Write a uint8 [C, H, W] image as a PNG file, whole or not at all (see `atomic_path`), and return `path`."""
+    """Write a uint8 [C, H, W] image as a PNG file, completely or not at all (see `atomic_path`), and return `path`."""
     path = Path(path)
     with atomic_path(path, durable) as scratch:
         to_pil(image[None])[0].save(scratch, format="PNG")
@@ -78,15 +78,17 @@ ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 
 
 def save_animation(frames: Tensor, path: str | Path, *, frame_time: int = 80) -> Path:
-    """Write frames as an animation that repeats forever, whole or not at all (see `atomic_path`), and return `path`.
+    """Write frames as an animation that repeats forever, and return `path`.
+
+    The file is written completely or not at all (see `atomic_path`).
 
     Args:
         frames: uint8 [F, C, H, W].
-        path: a .gif (at most 256 colours per frame, times in hundredths of a second) or a .webp (lossless).
-        frame_time: milliseconds for which each frame is shown.
+        path: a .gif file (at most 256 colours per frame, times in hundredths of a second) or a .webp file (lossless).
+        frame_time: how long each frame is shown, in milliseconds.
 
     Raises:
-        ValueError: the suffix is another one, there is no frame, or the time is not positive.
+        ValueError: if the suffix is neither of these, there are no frames, or the time is not positive.
     """
     path = Path(path)
     kind = ANIMATIONS.get(path.suffix.lower())

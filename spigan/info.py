@@ -1,7 +1,7 @@
-"""Report of this installation: versions, devices, the extension, and which backend each operation uses and why.
+"""Report on this installation: versions, devices, the extension, and which backend each operation uses and why.
 
-Run `spigan info` or `python -m spigan.info`. Each part is collected separately: a broken one is reported, and the
-others still work.
+Run `spigan info` or `python -m spigan.info`. Each part is collected separately. If a part is broken, the report shows
+its error, and the other parts still work.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _backends() -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Return the whole report as nested dictionaries for JSON; a part that fails is {"error": why}."""
+    """Return the whole report as nested dictionaries for JSON. A part that fails is {"error": why}."""
     return {
         "versions": _attempt(_versions),
         "system": platform.platform(),
@@ -92,7 +92,7 @@ def _lines(value: Any, indent: int = 0) -> list[str]:
 
 
 def _backend_lines(operations: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a line per operation, below it the backends that cannot run, and last those not in this version."""
+    """Return a line for each operation, then its backends that cannot run, and finally those not in this version."""
     lines = []
     missing: dict[str, list[str]] = {}
     width = max(map(len, operations), default=0)

@@ -1,4 +1,4 @@
-"""Load weights of other packages."""
+"""Load weights from other packages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _PREFIX = "synthesis."
 
 
 def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float | None = None) -> Generator:
-    """Load a StyleGAN2-ADA PyTorch synthesis network (skip architecture). The images equal the original's.
+    """Load a synthesis network of StyleGAN2-ADA PyTorch (skip architecture). It makes the same images as the original.
 
     Args:
         state_dict: tensors by their official names, `synthesis.b4.const`, `synthesis.b8.conv0.weight`, ..., with or
-            without the prefix `synthesis.`. The state dict of a whole generator works too; its `mapping.*` is ignored.
+            without the prefix `synthesis.`. The state dict of a whole generator also works; its `mapping.*` is ignored.
             float16 weights are cast to float32.
-        conv_clamp: the network's clamp, which a state dict does not record. StyleGAN2-ADA uses 256 with float16.
+        conv_clamp: the network's clamp, which is not part of a state dict. StyleGAN2-ADA uses 256 with float16.
 
     Returns:
         A `Generator` in eval mode. Call it with the official per-layer styles ws [N, num_ws, D].
 
     Raises:
-        TypeError: a value is not a floating-point tensor.
-        ValueError: a name is missing or unknown, a shape does not fit, or a FIR filter is not [1, 3, 3, 1].
+        TypeError: if a value is not a floating-point tensor.
+        ValueError: if a name is missing or unknown, a shape does not fit, or a FIR filter is not [1, 3, 3, 1].
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
@@ -65,7 +65,7 @@ def stylegan2_synthesis(state_dict: Mapping[str, Tensor], *, conv_clamp: float |
 
 
 def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> Generator:
-    """A generator with the sizes of the tensors."""
+    """Return a generator whose sizes fit the tensors."""
     widths = {
         int(name.split(".")[0][1:]): tensor.shape[0]
         for name, tensor in tensors.items()
@@ -79,7 +79,7 @@ def _generator_for(tensors: Mapping[str, Tensor], conv_clamp: float | None) -> G
             raise ValueError(f"not a StyleGAN2-ADA synthesis network: missing {name}")
         if tensors[name].ndim != ndim:
             raise ValueError(f"{name} must have {ndim} dimension(s), got shape {list(tensors[name].shape)}")
-    # Any base that gives the widths min(base / r, max) will do. The caller compares every shape.
+    # Any base that gives the widths min(base / r, max) works. The caller compares every shape.
     resolution, channel_max = max(widths, default=0), widths.get(4, 1)
     channel_base = max((res * width for res, width in widths.items()), default=1)
     return Generator(

@@ -1,4 +1,4 @@
-"""Named training configurations: starting points for `preset(name, **changes)` and `spigan train --preset NAME`."""
+"""Named training configurations, for `preset(name, **changes)` and `spigan train --preset NAME`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "cifar10": {
         # StyleGAN2-ADA's "cifar": no path length, gamma 0.01, EMA half-life of 500 kimg, 512 channels everywhere.
-        # Unlike there, D has residual blocks.
+        # Unlike StyleGAN2-ADA's, D has residual blocks.
         "data": DataConfig(source="cifar10"),
         "model": ModelConfig(resolution=32),
         "xflip": True,
@@ -69,10 +69,10 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """Return the fields that a preset sets, as the plain nested values of a config.json.
+    """Return the fields that a preset sets, as plain nested values as in a config.json.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: if there is no preset with that name.
     """
     if name not in _PRESETS:
         raise ValueError(f"there is no preset {name!r}; available: {', '.join(_PRESETS)}{did_you_mean(name, _PRESETS)}")
@@ -83,15 +83,15 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def preset(name: str, /, **changes: Any) -> TrainConfig:
-    """Return a training configuration by name.
+    """Return the training configuration with a name.
 
     Args:
         name: "digits", "cifar10", "cifar10-small", "celebahq256" or "church256".
         **changes: fields of `TrainConfig` to replace. A dict for `model` or `data` changes only the fields it names.
-            The 256-pixel presets come without images and need `data`.
+            The 256-pixel presets do not include images, so they need `data`.
 
     Raises:
-        ValueError: an unknown name, an invalid field, or a preset without images and no `data`.
+        ValueError: if the name is unknown, a field is invalid, or the preset needs `data`, which is missing.
     """
     fields = preset_fields(name)
     for key, value in changes.items():

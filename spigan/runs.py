@@ -15,7 +15,7 @@ BEST_RECORD = "metrics.json"
 
 
 def run_of(model: str | Path) -> Path | None:
-    """Return the run folder of a model, given as that folder or its model/ or best/; None if it belongs to no run."""
+    """Return the run folder of a model, given as that folder or as its model/ or best/. None for any other model."""
     return next((folder for folder in (Path(model), Path(model).parent) if (folder / "model").is_dir()), None)
 
 
@@ -23,12 +23,12 @@ def read_config(run_dir: Path) -> TrainConfig:
     """Return the configuration of a run.
 
     Raises:
-        FileNotFoundError: `run_dir` is not a run folder.
-        ValueError: its config.json is damaged.
+        FileNotFoundError: if `run_dir` is not a run folder.
+        ValueError: if its config.json is damaged.
     """
     path = run_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.json")
+        raise FileNotFoundError(f"{run_dir} is not a run folder: it has no config.json")
     try:
         return TrainConfig.model_validate_json(read_text(path))
     except ValueError as error:
@@ -37,24 +37,26 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of stats.jsonl, the statistics of each tick."""
+    """Return the rows of stats.jsonl: the statistics of each tick."""
     return read_rows(run_dir / "stats.jsonl", "iteration")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, the metrics measured during training."""
+    """Return the rows of metrics.jsonl: the metrics measured during training."""
     return read_rows(run_dir / "metrics.jsonl", "iteration")
 
 
 def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
-    """Return the rows of a JSON lines file, without a last line that is still being written or was cut short by a kill.
+    """Return the rows of a JSON lines file.
+
+    An incomplete last line is ignored, because it may still be being written, or the writer may have been killed.
 
     Args:
-        path: the file; a missing one has no rows.
+        path: the file. If it is missing, there are no rows.
         numbers: names of fields that must be numbers in every row.
 
     Raises:
-        ValueError: any other line is not such a row.
+        ValueError: if any other line is not a JSON object with these numbers.
     """
     rows: list[dict[str, Any]] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
@@ -66,7 +68,7 @@ def read_rows(path: Path, *numbers: str) -> list[dict[str, Any]]:
                 break
             row = None
         if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in numbers):
-            raise ValueError(f"{path}, line {number}, is no row of statistics: the file is damaged; take the line out")
+            raise ValueError(f"{path}, line {number}, is not a row of statistics: the file is damaged; remove the line")
         rows.append(row)
     return rows
 
@@ -76,7 +78,7 @@ def _is_number(value: object) -> bool:
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
-    """Return {"metric", "value", "iteration", "kimg", ...} of the model in best/, if there is one."""
+    """Return the record {"metric", "value", "iteration", "kimg", ...} of the model in best/, or None."""
     try:
         record = read_json(run_dir / "best" / BEST_RECORD)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The forward process: variance-preserving SDE (Song et al. 2021, eq. 11; the paper's sections 3.1 and 4.1)."""
+"""The forward process: a variance-preserving SDE (Song et al. 2021, eq. 11; the paper's sections 3.1 and 4.1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VPSDE:
-    """Variance-preserving SDE with the linear noise rate beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1].
+    """Variance-preserving SDE with a linear noise rate beta(t) = beta_min + t (beta_max - beta_min), t in [0, 1].
 
     Its solution at time t is Gaussian, x_t ~ N(a(t) x_0, s(t)^2 I), so noise can be added in one step:
 
@@ -19,7 +19,7 @@ class VPSDE:
         beta_max: noise rate at t = 1, at least `beta_min`.
 
     Raises:
-        ValueError: not 0 < beta_min <= beta_max < infinity.
+        ValueError: unless 0 < beta_min <= beta_max < infinity.
     """
 
     beta_min: float = 0.1
@@ -41,7 +41,7 @@ class VPSDE:
             (mean_coef, std), both in [0, 1].
 
         Raises:
-            ValueError: t is outside [0, 1].
+            ValueError: if t is outside [0, 1].
         """
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"VPSDE.marginal needs t in [0, 1], got {t}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spigan import _C
 from spigan.ops import backends, frozen_layer, layer_weights
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+    torch.set_num_threads(1)
 
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)

@@ -77,11 +77,11 @@ def test_refused(tmp_path: Path) -> None:
     for content in ("[]", "{}", '{"machine_info": {}, "benchmarks": []}'):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(
-            ValueError, match=r"other\.json is not a run of this suite; make one with: pytest benchmarks/"
+            ValueError, match=r"other\.json is not a run of the benchmark suite; make one with: pytest benchmarks/"
         ):
             read_run(tmp_path / "other.json")
     runs = [save(tmp_path / "a.json", ROWS), save(tmp_path / "b.json", ROWS, device="Another")]
-    with pytest.raises(ValueError, match="the runs are of several devices: Another; Some CPU"):
+    with pytest.raises(ValueError, match="the runs come from different devices: Another; Some CPU"):
         write_report(runs, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 

@@ -1,11 +1,11 @@
-// Arithmetic of the end of a layer (LayerEnd, BiasActBackward), one value at a time.
+// The activation at the end of a layer (LayerEnd, BiasActBackward) and its derivative, for one value.
 #pragma once
 
 #include "dtypes.h"
 
 SPIGAN_COMMON_BEGIN
 
-// clamp(gain act(v)) with act the leaky ReLU of `slope`; T is float or double. NaN stays NaN.
+// clamp(gain act(v)), where act is the leaky ReLU with negative slope `slope`. T is float or double. NaN stays NaN.
 template <class T>
 SPIGAN_HD T activate_and_clamp(T v, T slope, T gain, T clamp) {
   v *= v < T(0) ? slope * gain : gain;
@@ -13,7 +13,7 @@ SPIGAN_HD T activate_and_clamp(T v, T slope, T gain, T clamp) {
   return v < -clamp ? -clamp : v;
 }
 
-// Derivative of activate_and_clamp, told from its result: gain > 0, so that the result has the sign of v.
+// Derivative of activate_and_clamp, computed from its result. This requires gain > 0, so that the result has v's sign.
 template <class T>
 SPIGAN_HD T derivative_of_result(T out, T slope, T gain, T clamp) {
   const T magnitude = out < T(0) ? -out : out;

@@ -1,12 +1,13 @@
-// Activation functions of spigan.ops.rk4_mlp.
+// The activation functions of spigan.ops.rk4_mlp.
 #pragma once
 
 #include "math.h"
 
 namespace spigan {
 
-// The numbers that the Python side (spigan/ops/library.py) passes.
+// Python passes an activation as its index in spigan._C.ACTIVATIONS, which holds these names.
 enum class Activation : int { kSilu = 0, kLrelu = 1, kTanh = 2, kSoftplus = 3 };
+inline constexpr const char* kActivationNames[] = {"silu", "lrelu", "tanh", "softplus"};
 
 }  // namespace spigan
 

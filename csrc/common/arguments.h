@@ -1,4 +1,4 @@
-// What the kernels take, on the CPU and on a GPU alike. All arrays are contiguous; sizes may be 0 where they say >= 0.
+// Arguments of the kernels, the same on the CPU and on a GPU. All arrays are contiguous. A size marked >= 0 may be 0.
 #pragma once
 
 #include "activations.h"
@@ -9,97 +9,99 @@
 
 namespace spigan {
 
-// out[i, j] = element offset + j (mod 2^64) of the stream of seeds[i].
+// out[i, j] = element (offset + j) mod 2^64 of the stream of seeds[i].
 struct PhiloxNormal {
   void* out;                  // [rows, row_numel] of dtype
-  Dtype dtype;                // any but kUInt8
-  const std::int64_t* seeds;  // [rows], the bits of a uint64
+  Dtype dtype;                // not kUInt8
+  const std::int64_t* seeds;  // [rows], each the bits of a uint64
   std::int64_t rows, row_numel;  // >= 0
   std::uint64_t offset;
 };
 
-// x_T and i of spigan.ops.path_interpolate.
+// Computes x_T and i of spigan.ops.path_interpolate.
 struct PathInterpolate {
   void* x_T;                  // [images, rows, width] of dtype
   void* i;                    // [times.count, images, rows, width] of dtype
   Dtype dtype;                // kFloat32, kBFloat16, kFloat16
   const void* x0;             // [images, rows, width] of x0_dtype; rows = channels * height
-  Dtype x0_dtype;             // any but kFloat64
-  const float* noise;         // [images, rows, width], or null: drawn from (seed, offset + element index)
-  const std::uint8_t* flips;  // [images], not 0: mirror the image's rows first; or null
+  Dtype x0_dtype;             // not kFloat64
+  const float* noise;         // [images, rows, width]; null: element e is drawn at offset + e of the stream of seed
+  const std::uint8_t* flips;  // [images], nonzero to mirror the rows of an image first; null: mirror none
   std::int64_t images, rows, width;  // >= 0
   PathTimes times;
   float mean_coef, std;
   std::uint64_t seed, offset;
 };
 
-// Classical Runge-Kutta integration of dh/dt = r(h, t), spigan.ops.rk4_mlp.
+// spigan.ops.rk4_mlp: integrates dh/dt = r(h, t) by the classical Runge-Kutta method.
 struct Rk4Mlp {
-  void* out;                // [intervals or all steps, batch, dim] of dtype
-  Dtype dtype;              // of every tensor; any but kUInt8
+  void* out;                // [intervals, batch, dim], or [total steps, batch, dim] with every_step
+  Dtype dtype;              // of every tensor; not kUInt8
   const void* h0;           // [batch, dim]
-  const void* weight;       // [layers, dim, dim] (out, in)
+  const void* weight;       // [layers, dim (out), dim (in)]
   const void* bias;         // [layers, dim]
   const void* time_weight;  // [layers, dim]
   std::int64_t batch, dim, layers;  // >= 0, >= 0, >= 1
   const Interval* intervals;
   std::int64_t interval_count;
-  bool every_step;  // write the state after every step instead of after every interval
+  bool every_step;  // write the state after every step, not only after every interval
   Activation activation;
-  void* workspace;  // memory that the kernel asked for (CUDA only); or null
+  void* workspace;  // CUDA only: Rk4Plan::workspace_bytes bytes; null if that is 0
 };
 
-// What ends a layer, pixel by pixel: out = next_factor clamp(gain act(factor v + strength noise + bias)) + add. Images are
-// channels-last. "wide" is float, or double where dtype is kFloat64.
+// The end of a layer, for every pixel: out = next_factor clamp(gain act(factor v + strength noise + bias)) + add.
+// Images are channels-last. "wide" means float, or double if dtype is kFloat64.
 struct LayerEnd {
-  void* out;    // [images, height, width, channels] of dtype; null where only rgb is wanted
-  Dtype dtype;  // any but kUInt8
+  void* out;    // [images, height, width, channels] of dtype; null: compute rgb only
+  Dtype dtype;  // not kUInt8
   std::int64_t images, height, width, channels;  // >= 0
   const void* factor;          // wide [images, channels]; null: 1
-  const void* noise;           // wide; pixel p of image n: noise[n noise_stride + p]; null: drawn if there is a seed
-  std::int64_t noise_stride;   // height * width, or 0: the same for every image
-  const std::int64_t* seed;    // one, the bits of a uint64: pixel p of image n is element n height width + p of its stream
-  const void* strength;        // wide, one: factor of the noise; null: 1
-  const void* bias;            // wide; channel c of image n: bias[n bias_stride + c]; null: 0
-  std::int64_t bias_stride;    // channels or 0
-  double slope, gain, clamp;   // slope of the negative side; infinity does not clamp
+  const void* noise;           // wide; pixel p of image n reads noise[n noise_stride + p]; null: use the seed, if any
+  std::int64_t noise_stride;   // height * width; 0: the same noise for every image
+  const std::int64_t* seed;    // one value, the bits of a uint64: the noise is element n height width + p of its stream
+  const void* strength;        // wide, one value: factor of the noise; null: 1
+  const void* bias;            // wide; channel c of image n reads bias[n bias_stride + c]; null: 0
+  std::int64_t bias_stride;    // channels; 0: the same bias for every image
+  double slope, gain, clamp;   // slope: of the activation for negative values; clamp: infinity for none
   const void* next_factor;     // wide [images, channels]; null: 1
   const void* add;             // like out; null: 0
-  // rgb[n, p, r] = sum over c of rgb_weight[n, r, c] times what stands before next_factor, from unrounded values.
-  float* rgb;               // [images, height, width, rgb_channels]; null: not wanted. Not for kFloat64
+  // rgb[n, p, r] = sum over c of rgb_weight[n, r, c] clamp(...), before next_factor and before rounding to dtype.
+  float* rgb;               // [images, height, width, rgb_channels]; null: skip. Not for kFloat64
   const float* rgb_weight;  // [images, rgb_channels, channels]
   std::int64_t rgb_channels;  // 1 to kMaxRgbChannels
 };
 
-// spigan.ops.fir_bias_act: the end of a layer after resampling, v = fir_gain FIR(x).
+// spigan.ops.fir_bias_act: resamples, then ends the layer with v = fir_gain FIR(x).
 struct FirBiasAct {
   LayerEnd end;
-  const void* x;  // [images, x_height, x_width, channels] of dtype; may be end.out where there is no filter
+  const void* x;  // [images, x_height, x_width, channels] of dtype; without a filter it may equal end.out
   std::int64_t x_height, x_width;
-  // [taps, taps], in device memory on a GPU; null: v = x. Zeros are inserted after each pixel (up - 1 of them), `pad` zeros
-  // precede the first row and column (negative crops), and pixel (r, c) of v is the sum over j, i of filter[j, i] times
-  // pixel (r down + j, c down + i); flip: of filter[taps - 1 - j, taps - 1 - i]. What lies outside of x is 0.
+  // [taps, taps], in device memory on a GPU; null: v = x. FIR(x) inserts up - 1 zeros after each pixel, puts `pad`
+  // zeros before the first row and column (a negative pad crops), and correlates: pixel (r, c) is the sum over j and i
+  // of filter[j, i] times pixel (r down + j, c down + i). With flip it uses filter[taps - 1 - j, taps - 1 - i]. Pixels
+  // outside x are 0.
   const float* filter;
   std::int64_t taps, up, down, pad;  // taps 1 to kMaxTaps; up and down 1 or 2
   bool flip;
   double fir_gain;
 };
 
-// Derivatives of LayerEnd of v = x with respect to x, factor, bias and noise, where next_factor and add are null:
-// u = grad times the derivative of clamp(gain act()), which `out` tells.
+// Derivatives of a LayerEnd with v = x, without next_factor and add, with respect to x, factor, bias and noise. They
+// all follow from u = grad times the derivative of clamp(gain act()), which is computed from `out`.
 struct BiasActBackward {
-  void* grad_x;    // [images, pixels, channels] of dtype, factor u; null: not wanted; may be grad
-  void* sum_u;     // wide [images, parts, channels], sums of u over the pixels of a part; null: not wanted
-  void* sum_ux;    // the same of u x
-  void* sum_c;     // wide [images, pixels], sums of u over channels; null: not wanted
-  Dtype dtype;     // any but kUInt8
+  // Results; null: skip.
+  void* grad_x;    // factor u: [images, pixels, channels] of dtype; may equal grad
+  void* sum_u;     // sums of u over the pixels of each part: wide [images, parts, channels]
+  void* sum_ux;    // sums of u x, like sum_u
+  void* sum_c;     // sums of u over channels: wide [images, pixels]
+  Dtype dtype;     // not kUInt8
   const void* grad;    // [images, pixels, channels] of dtype
   const void* out;     // like grad; null: the derivative is gain everywhere
-  const void* x;       // like grad; may be null where sum_ux is
+  const void* x;       // like grad; only needed for sum_ux
   const void* factor;  // wide [images, channels]; null: 1
   double slope, gain, clamp;  // gain > 0
   std::int64_t images, pixels, channels;  // >= 0
-  std::int64_t parts;  // >= 1: part k has pixels from k ceil(pixels / parts) on
+  std::int64_t parts;  // >= 1; part k starts at pixel k ceil(pixels / parts)
 };
 
 }  // namespace spigan

@@ -1,12 +1,13 @@
-// Element types of tensors. Arithmetic is float32; half types are only loaded and stored.
+// Element types of tensors. Half types are only loaded and stored: their arithmetic is in float32.
 #pragma once
 
 #include "host_device.h"
 
 namespace spigan {
 
-// The numbers that the Python side (spigan/ops/library.py) passes.
+// Python passes a dtype as its index in spigan._C.DTYPES, which holds these names.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kUInt8 = 4 };
+inline constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16", "float64", "uint8"};
 
 struct bfloat16 {
   std::uint16_t bits;
@@ -34,8 +35,8 @@ SPIGAN_HD float to_float(float16 x) {
   std::memcpy(&h, &x, sizeof(h));
   return static_cast<float>(h);
 #else
-  // Exponent and mantissa moved to their places in a float; the product corrects the exponent's bias, exactly and also
-  // for subnormal numbers. Infinities and NaN have all exponent bits set, before and after.
+  // Move exponent and mantissa to where a float has them. The product then corrects the exponent's bias exactly, for
+  // subnormal numbers too. Infinities and NaN have all exponent bits set in both formats.
   const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7FFFu) << 13;
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const float scaled = float_of_bits(magnitude) * 5.192296858534828e33f;  // 2^112
@@ -44,7 +45,7 @@ SPIGAN_HD float to_float(float16 x) {
 #endif
 }
 
-// Nearest value of the type, ties to even.
+// Rounds to the nearest value of the type, ties to even.
 template <class T>
 SPIGAN_HD T from_float(float x);
 
@@ -62,7 +63,7 @@ SPIGAN_HD bfloat16 from_float<bfloat16>(float x) {
 #else
   const std::uint32_t bits = float_bits(x);
   const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  // Rounding could carry a NaN's payload into the sign: a NaN becomes the quiet one.
+  // Rounding could carry a NaN's payload into the sign, so every NaN becomes the quiet one.
   return {static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
 #endif
 }
@@ -84,9 +85,9 @@ SPIGAN_HD float16 from_float<float16>(float x) {
   if (magnitude > 0x7F800000u) {
     half = 0x7E00u;  // NaN
   } else if (magnitude >= 0x477FF000u) {
-    half = 0x7C00u;  // 65520 and more round to infinity
+    half = 0x7C00u;  // 65520 and above round to infinity
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: adding 1/2 leaves the result's bits, rounded by the hardware, at the end of the mantissa.
+    // Subnormal: adding 1/2 leaves the result's bits, rounded by the hardware, in the low bits of the mantissa.
     half = float_bits(float_of_bits(magnitude) + 0.5f) - float_bits(0.5f);
   } else {
     half = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;

@@ -1,4 +1,4 @@
-// What lets small functions be shared by CPU code and CUDA kernels, so that both execute the same arithmetic.
+// Macros and basics for functions that CPU code and CUDA kernels share, so that both execute the same arithmetic.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@
 #endif
 
 // CPU sources are compiled once per instruction set (csrc/cpu/cpu_kernels.h). Each of those objects needs its own copy
-// of the functions below: of several inline functions with the same name the linker keeps only one, and an AVX-512
-// version may not run on this CPU. The inline namespace gives them different names.
+// of the functions below: the linker keeps only one of several inline functions with the same name, and if it kept the
+// AVX-512 version, other CPUs could not run it. The inline namespace gives the copies different names.
 #if defined(SPIGAN_ISA)
 #define SPIGAN_COMMON_BEGIN \
   namespace spigan {        \
@@ -28,8 +28,9 @@
 
 SPIGAN_COMMON_BEGIN
 
-// a b + c: rounded once where the hardware does that, twice elsewhere (a correct fma in software takes 50 times as
-// long). Written out everywhere instead of left to the compiler, so that a result does not depend on its mood.
+// a b + c, rounded once if the hardware has fused multiply-add and twice otherwise (a correct fma in software takes 50
+// times as long). Call it wherever a product is added: the compiler is not allowed to fuse, so that results do not
+// depend on its choices.
 SPIGAN_HD float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return fmaf(a, b, c);

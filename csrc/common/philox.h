@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Box-Muller.
 //
-// Element e of the stream of a seed is lane e % 4 of block e / 4, whoever draws it. The same definition in PyTorch is
-// spigan/ops/philox_normal.py; the two agree to 1e-5, the rounding of log, sqrt, cos and sin.
+// Element e of a seed's stream is always lane e % 4 of block e / 4, no matter who draws it. spigan/ops/philox_normal.py
+// defines the same stream in PyTorch. The two agree to within 1e-5, the rounding of log, sqrt, cos and sin.
 #pragma once
 
 #include "math.h"
@@ -16,7 +16,7 @@ struct PhiloxKey {
   std::uint32_t k0, k1;
 };
 
-// The block function: a bijection of the 128-bit counter for each 64-bit key.
+// The block function. For each 64-bit key it is a bijection of the 128-bit counter.
 SPIGAN_HD Philox4x32 philox4x32_10(Philox4x32 counter, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t product0 = std::uint64_t{0xD2511F53} * counter.x0;
@@ -30,7 +30,7 @@ SPIGAN_HD Philox4x32 philox4x32_10(Philox4x32 counter, PhiloxKey key) {
   return counter;
 }
 
-// Words of elements 4 * block .. 4 * block + 3 of the stream of `seed`; block < 2^62.
+// The words of elements 4 * block to 4 * block + 3 of the stream of `seed`; block < 2^62.
 SPIGAN_HD Philox4x32 philox_block(std::uint64_t seed, std::uint64_t block) {
   return philox4x32_10({static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0, 0},
                        {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
@@ -40,7 +40,7 @@ SPIGAN_HD Philox4x32 philox_block(std::uint64_t seed, std::uint64_t block) {
 SPIGAN_HD void box_muller(std::uint32_t word0, std::uint32_t word1, float& n0, float& n1) {
   constexpr float kTwoPowMinus32 = 2.3283064365386963e-10f;
   constexpr float kTwoPowMinus33 = 1.1641532182693481e-10f;
-  // 2^-33 keeps the logarithm's argument above 0. The product is by a power of two, thus exact: the sum rounds once,
+  // 2^-33 keeps the argument of the logarithm above 0. Multiplying by a power of two is exact, so only the sum rounds,
   // and a compiler that fuses the two into one multiply-add gets the same bits.
   const float u1 = static_cast<float>(word0) * kTwoPowMinus32 + kTwoPowMinus33;
   const float u2 = static_cast<float>(word1) * kTwoPowMinus32;

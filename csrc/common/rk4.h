@@ -1,4 +1,4 @@
-// The classical Runge-Kutta method of order 4 as data, and the steps that lead through the requested times.
+// The coefficients of the classical Runge-Kutta method of order 4, and the steps between the requested times.
 #pragma once
 
 #include "host_device.h"
@@ -7,7 +7,7 @@ namespace spigan {
 
 constexpr int kRk4Stages = 4;
 
-// `count` equal steps of size `length` from `start` to a requested time.
+// `count` steps of size `length`, from time `start` to a requested time.
 struct Interval {
   double start, length;
   std::int64_t count;
@@ -17,8 +17,8 @@ struct Interval {
 
 SPIGAN_COMMON_BEGIN
 
-// Stage s evaluates the field at t + node(s) dt and h + node(s) dt k_{s-1}: a_{s,s-1} equals the node, all other
-// coefficients are 0.
+// Stage s evaluates the field at time t + node(s) dt and state h + node(s) dt k_{s-1}: the coefficient a_{s,s-1} equals
+// the node, and all others are 0.
 SPIGAN_HD constexpr double rk4_node(int stage) { return stage == 0 ? 0.0 : stage == 3 ? 1.0 : 0.5; }
 
 // h(t + dt) = h + dt sum_s weight(s) k_s.

@@ -1,4 +1,4 @@
-// Which instruction set the kernels run on: asked of the CPU, once.
+// Selects the instruction set that the kernels run on. The CPU is queried once.
 #include <cstring>
 
 #include "cpu_kernels.h"

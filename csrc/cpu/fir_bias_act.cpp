@@ -1,5 +1,5 @@
-// Resampling by an FIR filter and the end of a layer in one pass, and the derivative of the end. Images are channels-last,
-// so that loops over channels vectorise.
+// FIR resampling and the end of a layer in one pass, and the derivative of the end of a layer. Images are
+// channels-last, so that loops over channels vectorise.
 #include "layer_end.h"
 
 namespace spigan::cpu::SPIGAN_ISA {
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kMaxTaps = 8;
 
-// The filter as correlated, with its gain; where it is an outer product, also the two vectors.
+// The filter as it is correlated, with its gain. If it is an outer product, also the two vectors.
 template <class W>
 struct Filter {
   W whole[kMaxTaps][kMaxTaps], column[kMaxTaps], row[kMaxTaps];
@@ -31,8 +31,8 @@ struct Filter {
         }
       }
     }
-    // Rank 1 up to what rounding an outer product to float32 leaves; float64 results take no approximation. Products of
-    // two taps are exact in double.
+    // Test for rank 1, with a tolerance for an outer product that was rounded to float32. float64 results tolerate no
+    // error. Products of two taps are exact in double.
     const double pivot = tap(pivot_j, pivot_i), tolerance = sizeof(W) == sizeof(double) ? 0.0 : 5e-7 * pivot * pivot;
     separable = largest > 0.0;
     for (int j = 0; j < taps; ++j) {
@@ -48,7 +48,7 @@ struct Filter {
   }
 };
 
-// What one row or column of the result takes from x along an axis.
+// The rows (or columns) of x that contribute to one row (or column) of the result, and their taps.
 struct Terms {
   std::int64_t index[kMaxTaps];
   int tap[kMaxTaps];
@@ -57,7 +57,7 @@ struct Terms {
   Terms(const FirBiasAct& a, std::int64_t out, std::int64_t size) {
     for (int j = 0; j < a.taps; ++j) {
       const std::int64_t at = out * a.down + j - a.pad, i = at >> (a.up - 1);
-      if (at < 0 || i >= size || (at & (a.up - 1)) != 0) continue;  // nothing or a zero inserted
+      if (at < 0 || i >= size || (at & (a.up - 1)) != 0) continue;  // outside x, or an inserted zero
       index[count] = i;
       tap[count++] = j;
     }
@@ -70,7 +70,7 @@ bool filtered(const FirBiasAct& a, [[maybe_unused]] int threads) {
   const LayerEnd& size = a.end;
   const std::int64_t channels = size.channels, height = size.height, rows = size.images * height;
   const Filter<W> filter(a);
-  // Columns of x that the result needs.
+  // The columns of x that the result needs: [begin, end).
   std::int64_t begin = -a.pad >> (a.up - 1), end = (((size.width - 1) * a.down + a.taps - 1 - a.pad) >> (a.up - 1)) + 1;
   begin = begin < 0 ? 0 : begin;
   end = end < a.x_width ? end : a.x_width;
@@ -82,7 +82,7 @@ bool filtered(const FirBiasAct& a, [[maybe_unused]] int threads) {
     const Buffer<W> buffer((needed + 1) * channels);
     enough_memory = finish.enough_memory() && buffer.data != nullptr;
     W* const sum = buffer.data;
-    W* const line = sum + channels;  // columns [begin, end), filtered along the other axis
+    W* const line = sum + channels;  // columns [begin, end) of x, filtered vertically
 #pragma omp for schedule(static)
     for (std::int64_t row = 0; row < rows; ++row) {
       if (!enough_memory) continue;
@@ -153,7 +153,7 @@ bool forward(const FirBiasAct& a, int threads) {
 
 // ---- Derivative ----
 
-// Sums of many vectors, kept exact enough by adding sums of 64 each: [3 levels, channels].
+// Accurate sum of many vectors: adds 64 vectors, then 64 of those sums, and so on. Memory: [3 levels, channels].
 template <class W>
 struct LongSum {
   static constexpr int kLevels = 3;
@@ -165,7 +165,7 @@ struct LongSum {
     for (std::int64_t e = 0; e < kLevels * channels; ++e) levels[e] = W(0);
   }
 
-  // To be called after a vector was added to levels[0 .. channels).
+  // Call this after adding a vector to levels[0] to levels[channels - 1].
   void added() {
     ++terms;
     if (terms % kTerms == 0) carry(0);
@@ -190,14 +190,14 @@ struct LongSum {
   }
 };
 
-constexpr std::int64_t kChannelBlock = 64;  // u of a block stays in the L1 cache
+constexpr std::int64_t kChannelBlock = 64;  // so that a block of u stays in the L1 cache
 
-// One image's part: pixels [begin, end).
+// Handles pixels [begin, end) of one image.
 template <class T, class W>
-void backward_part(const BiasActBackward& a, std::int64_t image, std::int64_t begin, std::int64_t end, LongSum<W>& sum_u,
-                   LongSum<W>& sum_ux) {
+void backward_part(const BiasActBackward& a, std::int64_t image, std::int64_t begin, std::int64_t end,
+                   LongSum<W>& sum_u, LongSum<W>& sum_ux) {
   const W slope = static_cast<W>(a.slope), gain = static_cast<W>(a.gain);
-  // As `out` has it: rounded to T.
+  // Rounded to T, as the clamped values in `out` are.
   const W clamp = to_wide(from_wide<T>(static_cast<W>(a.clamp)));
   const W* const factor = a.factor == nullptr ? nullptr : static_cast<const W*>(a.factor) + image * a.channels;
   for (std::int64_t pixel = begin; pixel < end; ++pixel) {

@@ -1,4 +1,4 @@
-// The end of a layer (LayerEnd of csrc/common/arguments.h) for the sources of one instruction set, and what they share.
+// The end of a layer (LayerEnd in csrc/common/arguments.h) on the CPU, and helpers that the kernels using it share.
 #pragma once
 
 #include <cstdlib>
@@ -19,7 +19,7 @@ struct WideOf<double> {
   using type = double;
 };
 
-// The type of arithmetic with elements of type T.
+// The type in which arithmetic on elements of type T is done.
 template <class T>
 using Wide = typename WideOf<T>::type;
 
@@ -43,7 +43,7 @@ inline T from_wide(Wide<T> x) {
 
 template <class W>
 struct Buffer {
-  W* data;  // null: no memory
+  W* data;  // null if out of memory
   explicit Buffer(std::int64_t count)
       : data(static_cast<W*>(std::aligned_alloc(64, (static_cast<std::size_t>(count) * sizeof(W) / 64 + 1) * 64))) {}
   ~Buffer() { std::free(data); }
@@ -51,7 +51,7 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// Threads that `tasks` of `numel` elements together are worth.
+// Number of threads for `tasks` tasks that have `numel` elements in total.
 inline int team_of(std::int64_t tasks, std::int64_t numel, int threads) {
   const int team = team_size(numel, threads);
   return tasks < 1 ? 1 : tasks < team ? static_cast<int>(tasks) : team;
@@ -86,7 +86,7 @@ void add_terms(const S* const* from, const W* factor, std::int64_t numel, bool f
   }
 }
 
-// to[e] = sum over the `count` terms k of factor[k] from[k][e].
+// to[e] = sum of factor[k] from[k][e] over k < count.
 template <class S, class W>
 void weighted_sum(const S* const* from, const W* factor, int count, std::int64_t numel, W* to) {
   int k = 0;
@@ -103,7 +103,7 @@ void weighted_sum(const S* const* from, const W* factor, int count, std::int64_t
   } while (k < count);
 }
 
-// What a thread needs to end a layer. `T` is the element type of the result.
+// Ends the pixels of a layer. Each thread has its own End. `T` is the element type of the result.
 template <class T>
 class End {
  public:
@@ -123,8 +123,8 @@ class End {
 
   bool enough_memory() const { return vectors_.data != nullptr; }
 
-  // Ends pixel number `pixel` of an image; v[c], of type W or T, is what the layer computed for its channel c. `v` may lie
-  // where the result goes.
+  // Ends pixel number `pixel` of an image, given v[c], the layer's value for channel c, of type W or T. `v` may be the
+  // address where the result is written.
   template <class V>
   void operator()(const V* v, std::int64_t image, std::int64_t pixel) {
     const std::int64_t channels = a_.channels, place = image * a_.height * a_.width + pixel;
@@ -187,16 +187,16 @@ class End {
   void write_each(Value value, std::int64_t place) const {
     const std::int64_t channels = a_.channels;
     T* const out = static_cast<T*>(a_.out) + place * channels;
-    // simd: where `out` is what `value` reads, it reads no other element than the one written.
+    // simd is valid even if `value` reads from `out`: it then reads only the element that is about to be written.
 #pragma omp simd
     for (std::int64_t c = 0; c < channels; ++c) out[c] = from_wide<T>(value(c));
   }
 
   const LayerEnd& a_;
-  const Buffer<W> vectors_;  // zeros, ones, and values of a place
+  const Buffer<W> vectors_;  // zeros, ones, and the values of a pixel
   const W strength_;
   const std::uint64_t seed_;
-  std::int64_t drawn_chunk_ = -1;  // of the noise's stream
+  std::int64_t drawn_chunk_ = -1;  // the chunk of the noise stream that is in normals_
   float normals_[kChunkElements];
 };
 

@@ -1,19 +1,19 @@
-// What surrounds the matrix products that are a StyleGAN2 layer's convolution: those of all taps with all pixels where it
-// upsamples, and Winograd's. The products are the library's. Images are channels-last, so that loops over channels
-// vectorise.
+// The passes around the matrix products that compute a StyleGAN2 layer's convolution. The products themselves are
+// PyTorch's: either Winograd's or, in upsampling layers, the products of all taps with all pixels. Images are
+// channels-last, so that loops over channels vectorise.
 #include "layer_end.h"
 
 namespace spigan::cpu::SPIGAN_ISA {
 namespace {
 
-// What one row or column of the result takes from the transposed convolution's products along an axis: input index, tap of
-// the convolution's kernel, and factor.
+// The products of the transposed convolution that contribute to one row (or column) of the result: input row (or
+// column), tap of the convolution's kernel, and factor of the filter.
 struct Terms {
   std::int64_t index[kMaxProductTerms], tap[kMaxProductTerms];
   float factor[kMaxProductTerms];
   int count = 0;
 
-  // Inputs [begin, end) exist.
+  // Only inputs [begin, end) exist.
   Terms(const ProductsEnd& a, std::int64_t out, std::int64_t begin, std::int64_t end, const float* filter) {
     for (std::int64_t t = 0; t < a.taps; ++t) {
       const std::int64_t at = out + t - a.pad;
@@ -28,11 +28,11 @@ struct Terms {
   }
 };
 
-// Sums the products where they belong and filters them: rows first, into a buffer of one filtered row, columns second.
+// Sums and filters the products: vertically into a buffer of one row, then horizontally.
 template <class T>
 bool filter_and_finish(const ProductsEnd& a, [[maybe_unused]] int threads) {
   const LayerEnd& size = a.end;
-  const std::int64_t channels = size.channels, tap_numel = a.kernel * channels;  // one row of taps
+  const std::int64_t channels = size.channels, tap_numel = a.kernel * channels;  // one row of kernel taps
   const std::int64_t line_numel = a.y_width * tap_numel, pixel_numel = a.kernel * tap_numel;
   const std::int64_t rows = size.images * a.row_count;
   bool enough_memory = true;
@@ -52,14 +52,17 @@ bool filter_and_finish(const ProductsEnd& a, [[maybe_unused]] int threads) {
       for (std::int64_t column = 0; column < a.y_width; ++column) {
         const T* from[kMaxProductTerms];
         for (int k = 0; k < lines.count; ++k) {
-          from[k] = y + ((lines.index[k] - a.y_first_row) * a.y_width + column) * pixel_numel + lines.tap[k] * tap_numel;
+          const std::int64_t pixel = (lines.index[k] - a.y_first_row) * a.y_width + column;
+          from[k] = y + pixel * pixel_numel + lines.tap[k] * tap_numel;
         }
         weighted_sum(from, lines.factor, lines.count, tap_numel, line + column * tap_numel);
       }
       for (std::int64_t column = 0; column < size.width; ++column) {
         const Terms columns(a, column, 0, a.y_width, a.filter_x);
         const float* from[kMaxProductTerms];
-        for (int k = 0; k < columns.count; ++k) from[k] = line + columns.index[k] * tap_numel + columns.tap[k] * channels;
+        for (int k = 0; k < columns.count; ++k) {
+          from[k] = line + columns.index[k] * tap_numel + columns.tap[k] * channels;
+        }
         weighted_sum(from, columns.factor, columns.count, channels, sum);
         finish(sum, image, row * size.width + column);
       }
@@ -68,9 +71,9 @@ bool filter_and_finish(const ProductsEnd& a, [[maybe_unused]] int threads) {
   return enough_memory;
 }
 
-// ---- Winograd's convolution F(2x2, 3x3) (Lavin and Gray 2016, "Fast algorithms for convolutional neural networks") ----
+// ---- Winograd's F(2x2, 3x3) (Lavin and Gray 2016, "Fast algorithms for convolutional neural networks") ----
 
-constexpr std::int64_t kChannelBlock = 64;  // 16 input vectors of a block, and their transform, stay in the L1 cache
+constexpr std::int64_t kChannelBlock = 64;  // so that 16 input blocks and their transform stay in the L1 cache
 
 }  // namespace
 

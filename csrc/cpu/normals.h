@@ -1,22 +1,22 @@
-// Normals of consecutive Philox blocks, for the sources of one instruction set.
+// Draws the normals of consecutive Philox blocks.
 #pragma once
 
 #include "../common/philox.h"
 
 namespace spigan::cpu::SPIGAN_ISA {
 
-// 64 blocks: the words and normals of a chunk (2 KiB) stay in the L1 cache.
+// With 64 blocks, the words and normals of a chunk (2 KiB) stay in the L1 cache.
 constexpr std::int64_t kChunkBlocks = 64;
 constexpr std::int64_t kChunkElements = 4 * kChunkBlocks;
 
 // Block numbers are 62 bits wide, because element indices wrap at 2^64.
 constexpr std::uint64_t kBlockMask = ~std::uint64_t{0} >> 2;
 
-// A thread with fewer normals to draw than that costs more to start and to wait for than it saves.
+// A thread with fewer normals than this to draw costs more to start and join than it saves.
 constexpr std::int64_t kThreadElements = 16384;
 
-// All four lanes of the kChunkBlocks blocks from `first_block` on. Loops over whole chunks, words first and floats
-// second: both vectorise.
+// Writes the four normals of each of the kChunkBlocks blocks that start at `first_block`. Two loops over the whole
+// chunk, one for the integer words and one for the floats, so that both vectorise.
 inline void normals_of_chunk(std::uint64_t seed, std::uint64_t first_block, float* normals) {
   std::uint32_t x0[kChunkBlocks], x1[kChunkBlocks], x2[kChunkBlocks], x3[kChunkBlocks];
   for (std::int64_t j = 0; j < kChunkBlocks; ++j) {
@@ -32,7 +32,7 @@ inline void normals_of_chunk(std::uint64_t seed, std::uint64_t first_block, floa
   }
 }
 
-// Number of threads that `elements` are worth.
+// Number of threads to use for drawing `elements` normals.
 inline int team_size(std::int64_t elements, int threads) {
   const std::int64_t worth = elements / kThreadElements;
   return worth < 1 ? 1 : worth < threads ? static_cast<int>(worth) : threads;

@@ -1,11 +1,11 @@
-// Noise and straight path in one pass: x0 is read once, the noise is drawn chunk by chunk and never reaches memory.
+// Draws the noise and interpolates in one pass: x0 is read once, and noise drawn here is never written to memory.
 #include "cpu_kernels.h"
 #include "normals.h"
 
 namespace spigan::cpu::SPIGAN_ISA {
 namespace {
 
-// Clean values of elements [begin, end), mirrored where their image is.
+// Loads the clean values of elements [begin, end) and mirrors the rows of flipped images.
 template <class X>
 void load_clean(const PathInterpolate& a, std::int64_t begin, std::int64_t end, float* clean) {
   const X* x0 = static_cast<const X*>(a.x0);
@@ -18,7 +18,7 @@ void load_clean(const PathInterpolate& a, std::int64_t begin, std::int64_t end, 
     const std::int64_t row_start = j / a.width * a.width;
     const std::int64_t stop = row_start + a.width < end ? row_start + a.width : end;
     if (a.flips[j / image_numel] != 0) {
-      const X* last = x0 + 2 * row_start + a.width - 1;  // element j mirrored is last[-j]
+      const X* last = x0 + 2 * row_start + a.width - 1;  // the mirror image of element j is last[-j]
       for (std::int64_t e = j; e < stop; ++e) clean[e - begin] = clean_value(last[-e]);
     } else {
       for (std::int64_t e = j; e < stop; ++e) clean[e - begin] = clean_value(x0[e]);
@@ -30,14 +30,14 @@ void load_clean(const PathInterpolate& a, std::int64_t begin, std::int64_t end, 
 template <class X, class T>
 void interpolate(const PathInterpolate& a, [[maybe_unused]] int threads) {
   const std::int64_t numel = a.images * a.rows * a.width;
-  // Chunks follow the noise's blocks, of which the first may begin before the first element.
+  // Chunks are aligned with the blocks of the noise, and the first block may begin before the first element.
   const std::int64_t head = a.noise == nullptr ? static_cast<std::int64_t>(a.offset % 4) : 0;
   const std::int64_t chunks = (head + numel - 1) / kChunkElements + 1;
   [[maybe_unused]] const int team = team_size(numel, threads);
 
 #pragma omp parallel for schedule(static) num_threads(team)
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const std::int64_t start = chunk * kChunkElements - head;  // element of the chunk's first normal; < 0 in the head
+    const std::int64_t start = chunk * kChunkElements - head;  // element of the chunk's first normal, < 0 in the head
     const std::int64_t begin = start < 0 ? 0 : start;
     const std::int64_t count = (start + kChunkElements < numel ? start + kChunkElements : numel) - begin;
 

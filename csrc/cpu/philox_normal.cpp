@@ -1,4 +1,4 @@
-// Standard normals from the counter-based generator of csrc/common/philox.h.
+// Draws standard normals with the counter-based generator of csrc/common/philox.h.
 #include "cpu_kernels.h"
 #include "normals.h"
 
@@ -17,7 +17,7 @@ inline double convert<double>(float x) {
 
 template <class T>
 void draw(const PhiloxNormal& a, [[maybe_unused]] int threads) {
-  const std::int64_t head = static_cast<std::int64_t>(a.offset % 4);  // lanes of the first block that precede the row
+  const std::int64_t head = static_cast<std::int64_t>(a.offset % 4);  // lanes of the first block before the row
   const std::int64_t row_chunks = (head + a.row_numel - 1) / kChunkElements + 1;
   const std::int64_t chunks = a.rows * row_chunks;
   [[maybe_unused]] const int team = team_size(a.rows * a.row_numel, threads);
@@ -25,7 +25,7 @@ void draw(const PhiloxNormal& a, [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(static) num_threads(team)
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
     const std::int64_t row = chunk / row_chunks, index = chunk % row_chunks;
-    const std::int64_t start = index * kChunkElements - head;  // column of the chunk's first normal; < 0 in the head
+    const std::int64_t start = index * kChunkElements - head;  // column of the chunk's first normal, < 0 in the head
     const std::int64_t begin = start < 0 ? 0 : start;
     const std::int64_t end = start + kChunkElements < a.row_numel ? start + kChunkElements : a.row_numel;
 

@@ -1,8 +1,8 @@
-// The whole Runge-Kutta integration of the mapping MLP in one parallel region.
+// Runs the whole Runge-Kutta integration of the mapping MLP in one parallel region.
 //
-// The batch is divided among groups of threads, and each layer's outputs among the threads of a group, who meet at a
-// barrier after every layer. Threads that share rows read each weight once between them, which counts for a small batch;
-// threads that do not share rows need no barrier, which counts for a large one.
+// The batch is divided among groups of threads. The threads of a group divide each layer's outputs and meet at a
+// barrier after every layer. Large groups suit small batches, because together the threads of a group read each weight
+// only once. Groups of one thread suit large batches, because they need no barrier.
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -24,10 +24,10 @@
 namespace spigan::cpu::SPIGAN_ISA {
 namespace {
 
-constexpr std::int64_t kPad = 32;         // dimensions are padded with zeros to a multiple, so that there are no tails
-constexpr std::int64_t kRowBlock = 64;    // rows a group integrates at a time: their state stays in the L2 cache
-constexpr std::int64_t kGroupRows = 16;   // with fewer rows a group would wait for weights from beyond the L2 cache
-constexpr std::int64_t kThreadWork = 65536;  // multiply-adds of a layer for which a thread is worth its barrier
+constexpr std::int64_t kPad = 32;        // dimensions are zero-padded to a multiple of this, so loops have no tails
+constexpr std::int64_t kRowBlock = 64;   // rows that a group integrates at a time: their state fits the L2 cache
+constexpr std::int64_t kGroupRows = 16;  // a group with fewer rows would wait for weights from beyond the L2 cache
+constexpr std::int64_t kThreadWork = 65536;  // multiply-adds of a layer that make another thread worth its barrier
 
 std::int64_t round_up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
@@ -51,7 +51,7 @@ inline double rounded<double, double>(double x) {
   return x;
 }
 
-struct Buffer {  // freed whichever way the function is left
+struct Buffer {
   void* data;
   explicit Buffer(std::int64_t bytes) : data(std::aligned_alloc(64, static_cast<std::size_t>(round_up(bytes, 64)))) {}
   ~Buffer() { std::free(data); }
@@ -59,7 +59,7 @@ struct Buffer {  // freed whichever way the function is left
   Buffer& operator=(const Buffer&) = delete;
 };
 
-// Matrices [count, dim, dim] of T as [count, padded, padded] of W.
+// Copies matrices [count, dim, dim] of T to [count, padded, padded] of W, padded with zeros.
 template <class W, class T>
 void pack(const T* from, std::int64_t count, std::int64_t dim, std::int64_t padded, W* to,
           [[maybe_unused]] int threads) {
@@ -74,7 +74,7 @@ void pack(const T* from, std::int64_t count, std::int64_t dim, std::int64_t padd
   }
 }
 
-// What all threads share. W: type of the packed weights; T: of the tensors.
+// The data that all threads share. W is the type of the packed weights, T that of the tensors.
 template <class W, class T>
 struct Plan {
   using Value = typename Traits<W>::Value;
@@ -89,16 +89,16 @@ struct Plan {
   std::int64_t first_row(std::int64_t group) const { return args.batch * group / groups; }
 };
 
-// The rows that one group works on; `Value` and `Input` arrays are [rows, dim].
+// The rows that one group is working on. All arrays are [rows, dim].
 template <class W, class T>
 struct State {
   typename Traits<W>::Value *h, *sum, *y;
   typename Traits<W>::Input *x, *next;
 };
 
-// Where the threads of a group wait for each other. OpenMP's barrier may put a thread to sleep at once, and waking it
-// takes as long as a whole layer of a small batch: here threads spin first. They sleep if the wait is long, because the
-// one they wait for may be waiting for a processor.
+// A barrier for the threads of a group. OpenMP's barrier may put a thread to sleep at once, and waking it takes as long
+// as a whole layer of a small batch. Threads spin here first. They sleep only if the wait is long, because the thread
+// they wait for may itself be waiting for a processor.
 struct alignas(64) Barrier {
   std::int32_t arrived, round, sleeping;
 
@@ -119,7 +119,7 @@ struct alignas(64) Barrier {
 #endif
       } else {
 #if defined(__linux__)
-        // The kernel looks at `round` once more before the thread sleeps, so that no wake-up is lost.
+        // The operating system checks `round` again before the thread sleeps, so no wake-up is lost.
         __atomic_add_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
         syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, current, nullptr);
         __atomic_sub_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
@@ -131,7 +131,7 @@ struct alignas(64) Barrier {
   }
 };
 
-// Part of the outputs that a thread computes.
+// The outputs [begin, end) that a thread computes, and the group it belongs to.
 struct Share {
   std::int64_t begin, end;
   Barrier* barrier;
@@ -142,7 +142,7 @@ inline void meet(const Share& share) {
   if (share.members > 1) share.barrier->wait(share.members);
 }
 
-// One evaluation of the field at s.x: k in s.y. Leaves with s.x free to be written.
+// Evaluates the field at s.x and stores the result k in s.y. Afterwards s.x may be overwritten.
 template <Activation A, class W, class T>
 void field(const Plan<W, T>& plan, State<W, T>& s, const Share& share, std::int64_t rows, double t) {
   using Value = typename Traits<W>::Value;
@@ -174,7 +174,7 @@ void field(const Plan<W, T>& plan, State<W, T>& s, const Share& share, std::int6
   }
 }
 
-// h(t) -> h(t + dt) of a group's rows.
+// Advances the rows of a group from h(t) to h(t + dt).
 template <Activation A, class W, class T>
 void step(const Plan<W, T>& plan, State<W, T>& s, const Share& share, std::int64_t rows, double t, double dt) {
   using Value = typename Traits<W>::Value;
@@ -241,7 +241,7 @@ bool run(const Plan<W, T>& plan) {
   const std::int64_t value_bytes = rows * dim * static_cast<std::int64_t>(sizeof(Value));
   const std::int64_t input_bytes = rows * dim * static_cast<std::int64_t>(sizeof(Input));
   const std::int64_t barrier_bytes = static_cast<std::int64_t>(sizeof(Barrier));
-  // A multiple of 64, as dim is one of 32.
+  // A multiple of 64, because dim is a multiple of 32.
   const std::int64_t group_bytes = 3 * value_bytes + 2 * input_bytes + barrier_bytes;
   const Buffer buffer(plan.groups * group_bytes);
   if (buffer.data == nullptr) return false;
@@ -256,7 +256,7 @@ bool run(const Plan<W, T>& plan) {
 #else
     const std::int64_t thread = 0, threads = 1;
 #endif
-    // OpenMP may give fewer threads than were asked for; then every thread takes whole groups.
+    // OpenMP may provide fewer threads than requested. Then every thread processes whole groups.
     const bool complete = threads == plan.groups * plan.group_threads;
     const std::int64_t members = complete ? plan.group_threads : 1;
     const std::int64_t units = dim / kPad, member = thread % members;
@@ -290,7 +290,7 @@ bool prepare(const Rk4Mlp& a, int most_threads) {
   groups = groups < 1 ? 1 : groups < threads ? groups : threads;
   const std::int64_t share = threads / groups;
 
-  // Weights that need no padding and no conversion are used where they are.
+  // Weights that need neither padding nor conversion are used in place.
   const bool in_place = std::is_same_v<W, T> && dim == a.dim;
   const std::int64_t weights = in_place ? 0 : a.layers * dim * dim;
   const Buffer packed(weights * static_cast<std::int64_t>(sizeof(W)) + 64);

@@ -1,10 +1,10 @@
-// Dot products of several rows of two matrices at a time, in the widest registers of the instruction set.
+// Computes dot products of several rows of two matrices at a time, in the widest registers of the instruction set.
 //
 // Traits<W> for a weight type W (float, double, bfloat16):
-//   Input             element type of the vectors that are multiplied with the weights
+//   Input             element type of the vectors that the weights are multiplied by
 //   Value             type of the sums
-//   kStep             elements that one `accumulate` takes
-//   kTile             accumulators that `reduce` sums at once, at most as many as the registers hold
+//   kStep             number of elements per call of `accumulate`
+//   kTile             number of accumulators that `reduce` sums at once; they must fit in the registers
 //   Accumulator       partial sums
 #pragma once
 
@@ -87,7 +87,7 @@ struct Traits<float> {
 
 #endif
 
-// Lanes as an array, for types and instruction sets without intrinsics above; a compiler may vectorise it.
+// For types and instruction sets without intrinsics above: an array of lanes, which the compiler may vectorise.
 template <class W>
 struct Traits {
   using Input = W;
@@ -110,7 +110,7 @@ struct Traits {
   }
 };
 
-// y[r, o] = sum_k x[r, k] weight[o, k] for `Rows` rows r and kTile / Rows outputs o from `weight` on.
+// y[r, o] = sum_k x[r, k] weight[o, k] for the first `Rows` rows r and the first kTile / Rows outputs o.
 template <class W, int Rows>
 inline void dot_tile(const typename Traits<W>::Input* x, const W* weight, std::int64_t dim,
                      typename Traits<W>::Value* y) {
@@ -133,11 +133,11 @@ inline void dot_tile(const typename Traits<W>::Input* x, const W* weight, std::i
   }
 }
 
-// y[r, o] = sum_k x[r, k] weight[o, k] for rows [0, rows) and outputs [begin, end). The order of a sum depends on dim
-// alone, so that a row's result depends on nothing but that row.
+// y[r, o] = sum_k x[r, k] weight[o, k] for rows [0, rows) and outputs [begin, end). The order of summation depends only
+// on dim, so the result of a row depends only on that row.
 //
 //   x       [rows, dim] Input      y  [rows, dim] Value
-//   weight  [dim, dim], dim, begin and end multiples of 32
+//   weight  [dim, dim]; dim, begin and end are multiples of 32
 template <class W>
 void multiply(const typename Traits<W>::Input* x, const W* weight, std::int64_t rows, std::int64_t dim,
               std::int64_t begin, std::int64_t end, typename Traits<W>::Value* y) {

@@ -1,9 +1,10 @@
-// Derivatives of the end of a layer in one pass: grad, out and x are read once, and the sums that become derivatives of
-// bias, factor and noise are taken on the way.
+// Computes the derivatives of the end of a layer in one pass: it reads grad, out and x once and also accumulates the
+// sums that the derivatives of bias, factor and noise need.
 //
-// A thread has as many neighbouring channels as 16 bytes hold and strides over the pixels of a part with its sums in
-// registers; `lanes` threads take neighbouring channels of the same pixel, `units` pixels go at a time. Then the units'
-// sums are added up in shared memory, always in the same order. For sums over channels a block goes through all.
+// A thread handles as many neighbouring channels as fit in 16 bytes. It strides over the pixels of a part and keeps its
+// sums in registers. `lanes` threads share a pixel, and a block handles `units` pixels at a time. The sums of the units
+// are then added in shared memory, always in the same order. If sums over channels are wanted, a block covers all
+// channels.
 #include "../common/activate_and_clamp.h"
 #include "cuda_kernels.h"
 #include "indexing.h"
@@ -12,11 +13,12 @@
 namespace spigan::cuda {
 namespace {
 
-// How blocks divide the work. Tiles are numbered channels first, then parts and images.
+// How blocks divide the work. In the number of a tile, channels vary fastest, then parts, then images.
 struct Tiling {
-  int lanes, units;  // of a block: threads of a pixel, pixels
+  int lanes, units;  // threads per pixel, and pixels that a block handles at a time
   std::int64_t parts, part_pixels;
-  std::int64_t channel_tiles, channel_loops;  // in the tile's number, and that a block goes through; one of them is 1
+  // Channels are divided among tiles or, for sums over channels, looped over by a block: one of these is 1.
+  std::int64_t channel_tiles, channel_loops;
   std::int64_t tiles;
 };
 
@@ -24,7 +26,7 @@ template <class T, int V>
 struct Sums {
   float u[V] = {}, ux[V] = {};
 
-  // One pixel; returns the sum of u over the thread's channels.
+  // Adds one pixel. Returns the sum of u over the thread's channels.
   __device__ __forceinline__ float add(const BiasActBackward& a, const float (&factor)[V], std::int64_t at) {
     const float slope = static_cast<float>(a.slope), gain = static_cast<float>(a.gain);
     const float clamp = static_cast<float>(a.clamp);
@@ -45,7 +47,7 @@ struct Sums {
   }
 };
 
-// Sums over the block's units, to sums[channel - first] for channels below `count`.
+// Adds up the units of a block and writes the sums of at most `count` channels.
 template <int V>
 __device__ __forceinline__ void store_sums(const Tiling& t, const float* of_units, float* sums, std::int64_t count) {
   const int width = t.lanes * V;
@@ -59,22 +61,22 @@ __device__ __forceinline__ void store_sums(const Tiling& t, const float* of_unit
 template <class T, int V>
 __global__ void __launch_bounds__(kElementwiseThreads, 3)
     bias_act_backward_kernel(const __grid_constant__ BiasActBackward a, const __grid_constant__ Tiling t) {
-  float* const shared_u = reinterpret_cast<float*>(shared_memory());  // [units, lanes V]
-  float* const shared_ux = shared_u + blockDim.x * V;                 // the same
+  float* const shared_u = reinterpret_cast<float*>(shared_memory());  // [units, lanes * V]
+  float* const shared_ux = shared_u + blockDim.x * V;                 // likewise
   const int lane = static_cast<int>(threadIdx.x) % t.lanes, unit = static_cast<int>(threadIdx.x) / t.lanes;
   for (std::int64_t tile = blockIdx.x; tile < t.tiles; tile += gridDim.x) {
     const std::int64_t image_part = divide(tile, t.channel_tiles), image = divide(image_part, t.parts);
     const std::int64_t begin = (image_part - image * t.parts) * t.part_pixels;
     const std::int64_t end = begin + t.part_pixels < a.pixels ? begin + t.part_pixels : a.pixels;
     for (std::int64_t loop = 0; loop < t.channel_loops; ++loop) {
-      const std::int64_t first = (tile - image_part * t.channel_tiles + loop) * t.lanes * V;  // channel of the block
+      const std::int64_t first = (tile - image_part * t.channel_tiles + loop) * t.lanes * V;  // first channel
       const std::int64_t channel = first + lane * V;
       const bool exists = channel < a.channels;
       float factor[V] = {};
       if (exists) load_or(a.factor, image * a.channels + channel, 1.0f, factor);
       Sums<T, V> sums;
 #pragma unroll 1
-      for (std::int64_t pixel = begin + unit; pixel - unit < end; pixel += t.units) {  // all lanes stay together
+      for (std::int64_t pixel = begin + unit; pixel - unit < end; pixel += t.units) {  // all lanes iterate together
         float total = 0.0f;
         if (exists && pixel < end) {
           total = sums.add(a, factor, (image * a.pixels + pixel) * a.channels + channel);
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, 3)
         if (lane == 0 && pixel < end) *sum_c = loop == 0 ? total : *sum_c + total;  // the same thread in every loop
       }
       if (a.sum_u == nullptr && a.sum_ux == nullptr) continue;
-      __syncthreads();  // the last sums have been read
+      __syncthreads();  // wait until the previous sums have been read
 #pragma unroll
       for (int c = 0; c < V; ++c) {
         shared_u[threadIdx.x * V + c] = sums.u[c];

@@ -1,4 +1,5 @@
-// Python functions of the CUDA kernels: those of csrc/operations.h, on device addresses and a stream.
+// Python bindings of the CUDA kernels: the functions of csrc/operations.h, which take device addresses and a stream
+// here.
 #include "cuda_operations.h"
 
 #include <cstdint>
@@ -19,8 +20,8 @@ void check(cudaError_t error) {
 struct Cuda {
   static constexpr const char* kContext = "stream";
   static constexpr const char* kContextDoc =
-      "stream: cudaStream_t as an integer, of the current device, where all arrays are. The call only enqueues work; "
-      "RuntimeError where that fails.";
+      "stream: cudaStream_t of the current device as an integer. All arrays must be on that device. The call only "
+      "enqueues work and raises RuntimeError if that fails.";
 
   static cudaStream_t stream(std::int64_t context) { return reinterpret_cast<cudaStream_t>(context); }
   static void philox_normal(const PhiloxNormal& args, std::int64_t context) {
@@ -56,9 +57,10 @@ void bind_cuda(pybind11::module_& m) {
         return plan_of(dtype, batch, dim, layers).workspace_bytes;
       },
       py::arg("dtype"), py::arg("batch"), py::arg("dim"), py::arg("layers"),
-      R"(Bytes of device memory that rk4_mlp needs as its workspace on the current device; often 0.
+      R"(Return how many bytes of workspace rk4_mlp needs on the current device; often 0.
 
-Its contents are of no importance, its address is a multiple of 16, and no other call may use it meanwhile.)");
+The workspace need not be initialised. Its address must be a multiple of 16, and no other call may use it at the same
+time.)");
 
   m.def(
       "rk4_mlp_plan",
@@ -76,11 +78,11 @@ Its contents are of no importance, its address is a multiple of 16, and no other
         return result;
       },
       py::arg("dtype"), py::arg("batch"), py::arg("dim"), py::arg("layers"),
-      R"(How rk4_mlp would divide its work on the current device: for tests and benchmarks.
+      R"(Return how rk4_mlp divides its work on the current device, for tests and benchmarks.
 
 Returns:
-    Dictionary of exchange ("cluster" or "workspace"), weights ("shared" or "global"), members (blocks of a group),
-    groups, rows (of the batch that a group integrates at a time), threads (of a block), shared_bytes (of a block) and
+    Dictionary of exchange ("cluster" or "workspace"), weights ("shared" or "global"), members (blocks per group),
+    groups, rows (of the batch that a group integrates at a time), threads (per block), shared_bytes (per block) and
     workspace_bytes.)");
 }
 

@@ -1,4 +1,4 @@
-// Python functions of the CUDA kernels.
+// Python bindings of the CUDA kernels.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,5 +1,5 @@
-// What kernels use beside plain C++: wide loads and stores, and the instructions that need PTX. Without a CUDA compiler
-// the same functions call csrc/testing, where tests execute the kernels on a CPU.
+// Device functions beyond plain C++: wide loads and stores, and instructions that need PTX. Without a CUDA compiler
+// they call the stand-ins in csrc/testing, so that tests can execute the kernels on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ constexpr bool kHasClusters = true;
 
 // ---- Wide memory accesses ----
 
-// 4 N bytes that one instruction moves; their address is a multiple of 4 N.
+// 4 N bytes that one instruction loads or stores. Their address must be a multiple of 4 N.
 template <int N>
 struct alignas(4 * N) Words {
   std::uint32_t word[N];
@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_words(void* p, const Words<N>& words) {
   *static_cast<Words<N>*>(p) = words;
 }
 
-// Words of N elements of T.
+// The words that hold N elements of T.
 template <class T, int N>
 using Packed = Words<N * static_cast<int>(sizeof(T)) / 4>;
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void unpack(const Words<N>& from, float (&to)[N]) {
   for (int i = 0; i < N; ++i) to[i] = float_of_bits(from.word[i]);
 }
 
-// T: bfloat16 or float16.
+// T is bfloat16 or float16.
 template <class T, int N>
 __device__ __forceinline__ void unpack_halves(const Words<N>& from, float (&to)[2 * N]) {
 #pragma unroll
@@ -89,7 +89,7 @@ __device__ __forceinline__ Packed<T, N> pack_as(const float (&from)[N]) {
   return to;
 }
 
-// N neighbouring elements; for N > 1 the address is a multiple of 16 and N a multiple of what 16 bytes hold.
+// Loads N neighbouring elements. For N > 1 the address must be a multiple of 16 and N fill a multiple of 16 bytes.
 template <class T, int N>
 __device__ __forceinline__ void load_elements(const T* p, float (&to)[N]) {
   if constexpr (N == 1) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ char* shared_memory() {
 #endif
 }
 
-// Starts a copy of 16 aligned bytes from global to shared memory; copies_wait() ends all copies of this thread.
+// Starts copying 16 aligned bytes from global to shared memory. copies_wait() waits for all copies of this thread.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__)
   const std::uint32_t to = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
@@ -149,7 +149,7 @@ __device__ __forceinline__ void copies_wait() {
 
 // ---- Within a warp ----
 
-// Sum over the `lanes` (a power of two) neighbouring lanes that this one is among, in each. The whole warp calls it.
+// Returns the sum over this lane's group of `lanes` neighbouring lanes (a power of two). The whole warp must call it.
 __device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
   for (int mask = lanes / 2; mask >= 1; mask /= 2) value += __shfl_xor_sync(kFullMask, value, mask);
   return value;
@@ -157,8 +157,8 @@ __device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
 
 // ---- Thread-block clusters ----
 
-// All threads of the cluster's blocks meet; what they wrote to shared memory before arriving is seen after waiting. Not
-// the "aligned" forms, which must not be reached by a warp whose lanes have gone different ways.
+// A barrier for all threads of a cluster. What a thread wrote to shared memory before it arrived is visible to all
+// after they have waited. These are not the "aligned" forms, which a warp with diverged lanes must not execute.
 __device__ __forceinline__ void cluster_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -175,7 +175,7 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Stores where the cluster's block number `rank` has what this block has at `own`.
+// Stores to the shared memory of block `rank` of the cluster, at the address that corresponds to `own` in this block.
 template <int N>
 __device__ __forceinline__ void store_in_cluster(void* own, int rank, const Words<N>& words) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -198,7 +198,7 @@ __device__ __forceinline__ void store_in_cluster(void* own, int rank, const Word
 
 // ---- Between blocks, through global memory ----
 
-// Adds 1; whoever reads the sum with load_acquire sees what this thread wrote, and what it saw, before.
+// Adds 1. A thread that reads the sum with load_acquire sees everything that this thread wrote or saw before.
 __device__ __forceinline__ void add_release(std::uint32_t* counter) {
 #if defined(__CUDA_ARCH__)
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
@@ -223,7 +223,7 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* count
 #endif
 }
 
-// 16 bytes from the L2 cache, which all blocks share; a block's own L1 cache may hold older ones.
+// Loads 16 bytes from the L2 cache, which all blocks share. The L1 cache may hold stale values.
 __device__ __forceinline__ Words<4> load_from_l2(const void* p) {
 #if defined(__CUDA_ARCH__)
   Words<4> w;

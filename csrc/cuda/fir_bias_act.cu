@@ -1,10 +1,11 @@
 // The end of a layer in one pass: FIR resampling, demodulation, noise, bias, activation, the next layer's style, ToRGB.
 //
-// A thread computes four neighbouring pixels of a row, a strip, for as many neighbouring channels as 16 bytes hold. So
-// factors are loaded once for four pixels, one Philox block is a strip's noise, and the strip's pixels share what they
-// read of x. `lanes` threads take neighbouring channels of the same strip. With a filter a block covers a patch of some
-// rows (8 x 16 pixels x 8 lanes), whose x stays in the first-level cache; without one rows do not matter, and an
-// image is one row. With rgb the lanes of a strip go through all of its channels and add their sums up in the end.
+// A thread computes a strip of four neighbouring pixels in a row, for as many neighbouring channels as fit in 16 bytes.
+// So it loads each factor once for four pixels, draws the noise of a strip as one Philox block, and shares what it
+// reads of x among the four pixels. `lanes` threads handle neighbouring channels of the same strip. With a filter, a
+// block covers a patch of several rows (8 x 16 pixels x 8 lanes), so that its part of x stays in the L1 cache. Without
+// a filter, rows do not matter, and an image is treated as one row. With rgb, the lanes of a strip loop over all of its
+// channels and add their sums at the end.
 #include "../common/activate_and_clamp.h"
 #include "../common/philox.h"
 #include "cuda_kernels.h"
@@ -18,16 +19,16 @@ constexpr int kStrip = 4;    // pixels
 constexpr int kMaxRgb = static_cast<int>(kMaxRgbChannels);
 constexpr int kFirLanes = 8, kFirRows = 8;  // of a block's patch
 
-// How blocks divide the work. Tiles are numbered channels first, then columns, rows and images.
+// How blocks divide the work. In the number of a tile, channels vary fastest, then columns, rows and images.
 struct Tiling {
-  int lanes, columns, rows;  // of a block: threads of a strip, strips of a row, rows
+  int lanes, columns, rows;  // threads per strip, and strips per row and rows of a block
   int shift;                 // strip s begins at column kStrip s - shift
   std::int64_t channel_tiles, column_tiles, row_tiles, tiles;
 };
 
-// ---- Where a thread works ----
+// ---- The pixels of a thread ----
 
-// The part of [0, most) that `position` + it puts into [0, size).
+// The integers i in [0, most) for which position + i is in [0, size).
 struct Range {
   int begin, end;
   __device__ __forceinline__ Range(std::int64_t position, std::int64_t size, int most)
@@ -54,12 +55,12 @@ struct Strip {
 
 // ---- Noise ----
 
-// Normal numbers first .. first + 3 of a stream.
+// Draws the normals `first` to first + 3 of a stream.
 __device__ __forceinline__ void draw_four(std::uint64_t seed, std::uint64_t first, float (&normals)[kStrip]) {
   float drawn[2 * kStrip] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (half == 1 && first % 4 == 0) break;  // all are in one block, as where a row's length is a multiple of 4
+    if (half == 1 && first % 4 == 0) break;  // one block has all four, always so if the row length is a multiple of 4
     const Philox4x32 words = philox_block(seed, (first / 4 + static_cast<std::uint64_t>(half)) & kBlockMask);
     box_muller(words.x0, words.x1, drawn[4 * half], drawn[4 * half + 1]);
     box_muller(words.x2, words.x3, drawn[4 * half + 2], drawn[4 * half + 3]);
@@ -103,7 +104,7 @@ struct AnyFilter {
       : taps(static_cast<int>(a.taps)), up(static_cast<int>(a.up)), down(static_cast<int>(a.down)) {}
 };
 
-// Up = 2: strips begin where x has a pixel.
+// For Up = 2, strips must begin at a pixel of x, not at an inserted zero.
 template <int Taps, int Up, int Down>
 struct Filter {
   static constexpr int taps = Taps, up = Up, down = Down;
@@ -111,7 +112,7 @@ struct Filter {
   __device__ explicit Filter(const FirBiasAct&) {}
 };
 
-// fir_gain times the filter, not flipped, in shared memory.
+// Loads fir_gain times the filter, as it is correlated, into shared memory.
 __device__ __forceinline__ const float* load_filter(const FirBiasAct& a) {
   float* weights = reinterpret_cast<float*>(shared_memory());
   const int count = static_cast<int>(a.taps * a.taps);
@@ -122,14 +123,14 @@ __device__ __forceinline__ const float* load_filter(const FirBiasAct& a) {
   return weights;
 }
 
-// v += FIR(x) of a strip.
+// v += FIR(x) for a strip.
 template <class T, int V, class F>
 __device__ __forceinline__ void add_filtered(const FirBiasAct& a, const F& f, const float* weights, const Strip& s,
                                              std::int64_t channel, float (&v)[kStrip][V]) {
   constexpr bool kAny = std::is_same_v<F, AnyFilter>;
-  constexpr int kMost = 16;  // more columns of x than a strip reads
+  constexpr int kMost = 16;  // an upper bound on the columns of x that a strip reads
   const std::int64_t top = s.row * f.down - a.pad, left = s.column * f.down - a.pad;
-  const int first_j = f.up == 2 ? static_cast<int>(top & 1) : 0;  // the first tap on a pixel of x
+  const int first_j = f.up == 2 ? static_cast<int>(top & 1) : 0;  // the first tap that falls on a pixel of x
   const int first_i = kAny && f.up == 2 ? static_cast<int>(left & 1) : 0;
   const std::int64_t x_column = (left + first_i) >> (f.up - 1);
   const Range columns(x_column, a.x_width, kMost);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void store(const LayerEnd& e, const Strip& s, std::in
   }
 }
 
-// Blocks that a multiprocessor shall hold, with 64 or 128 registers for a thread.
+// Blocks per multiprocessor, which leaves 64 or 128 registers per thread.
 template <class F, bool Rgb>
 constexpr int kBlocks = std::is_same_v<F, NoFilter> && !Rgb ? 4 : 2;
 
@@ -243,7 +244,7 @@ __global__ void __launch_bounds__(kElementwiseThreads, kBlocks<F, Rgb>)
         if (e.rgb != nullptr) add_rgb(e, s, channel, v, rgb);
       }
       if (e.out != nullptr) store<T>(e, s, pixel, channel, v);
-      if (!Rgb || e.rgb == nullptr) break;  // other blocks have the other channels
+      if (!Rgb || e.rgb == nullptr) break;  // other blocks handle the other channels
     }
     if constexpr (Rgb) {
       if (e.rgb == nullptr) continue;

@@ -1,4 +1,4 @@
-// Launching kernels whose index space has one dimension.
+// Launches kernels with a one-dimensional grid.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,8 +13,8 @@ namespace spigan::cuda {
 struct LaunchShape {
   unsigned blocks, threads;
   std::size_t shared_bytes = 0;
-  unsigned cluster = 0;      // blocks of a thread-block cluster; 0: none
-  bool cooperative = false;  // all blocks run at the same time
+  unsigned cluster = 0;      // blocks per thread-block cluster; 0: no clusters
+  bool cooperative = false;  // whether all blocks must run at the same time
 };
 
 template <class... Params>
@@ -39,7 +39,7 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStre
     config.numAttrs = 1;
   }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  const cudaError_t last = cudaGetLastError();  // also cleared, so that the next call does not report it again
+  const cudaError_t last = cudaGetLastError();  // this also clears it, so that the next call does not report it again
   return error != cudaSuccess ? error : last;
 }
 
@@ -49,13 +49,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
-// Threads of a block of an elementwise kernel; 0 where there is no device.
+// Threads per block of an elementwise kernel; 0 if there is no device.
 inline unsigned elementwise_threads() {
   return static_cast<unsigned>(std::min(256, device_attribute(cudaDevAttrMaxThreadsPerBlock)));
 }
 
-// Launches a kernel whose blocks stride over `tiles` > 0 pieces of work. Blocks end and start one by one, which
-// balances the multiprocessors; with 64 for each of them the last ones to end do not count.
+// Launches a kernel whose blocks stride over `tiles` > 0 pieces of work. A new block starts whenever one ends, which
+// balances the load of the multiprocessors. With 64 blocks for each of them, the tail at the end is negligible.
 template <class... Params>
 cudaError_t launch_tiles(void (*kernel)(Params...), std::uint64_t tiles, unsigned threads, std::size_t shared_bytes,
                          cudaStream_t stream, const std::decay_t<Params>&... args) {
@@ -68,7 +68,7 @@ cudaError_t launch_tiles(void (*kernel)(Params...), std::uint64_t tiles, unsigne
   return launch(kernel, {static_cast<unsigned>(std::min(tiles, most)), threads, shared_bytes}, stream, args...);
 }
 
-// The same for `work` > 0 items, one for a thread.
+// The same for `work` > 0 items, one per thread.
 template <class... Params>
 cudaError_t launch_strided(void (*kernel)(Params...), std::uint64_t work, cudaStream_t stream,
                            const std::decay_t<Params>&... args) {

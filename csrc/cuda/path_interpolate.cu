@@ -1,4 +1,4 @@
-// Noise and straight path in one pass: x0 is read once, the noise is drawn in registers and never reaches memory.
+// Draws the noise and interpolates in one pass: x0 is read once, and noise drawn here stays in registers.
 #include "../common/philox.h"
 #include "cuda_kernels.h"
 #include "indexing.h"
@@ -7,13 +7,13 @@
 namespace spigan::cuda {
 namespace {
 
-// Four elements that one thread handles: first .. first + 3, of which those in [0, numel) exist.
+// The four elements `first` to first + 3, which one thread handles. Only those in [0, numel) exist.
 struct Four {
   std::int64_t first;
-  bool whole;  // all exist, all arrays are aligned, and a mirrored row turns the four as one
+  bool whole;  // all exist, all arrays are aligned, and mirroring a row keeps the four together
 };
 
-// Where in x0 the `size` neighbouring elements that begin at `at` are; mirrored: in reverse order.
+// Index in x0 of the `size` neighbouring elements that start at `at`. If `mirrored` is set, they are in reverse order.
 __device__ __forceinline__ std::int64_t source_index(const PathInterpolate& a, std::int64_t at, int size,
                                                      bool& mirrored) {
   mirrored = a.flips != nullptr && a.flips[divide(at, a.rows * a.width)] != 0;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 template <class X, class T>
 cudaError_t interpolate(const PathInterpolate& a, cudaStream_t stream) {
   const std::int64_t numel = a.images * a.rows * a.width;
-  // Groups of four follow the noise's blocks, of which the first may begin before the first element.
+  // Groups of four are aligned with the blocks of the noise, and the first block may begin before the first element.
   const std::int64_t head = a.noise == nullptr ? static_cast<std::int64_t>(a.offset % 4) : 0;
   const std::int64_t blocks = (head + numel - 1) / 4 + 1;
   const bool aligned = aligned_in_fours(static_cast<const X*>(a.x0), head) &&

@@ -1,5 +1,5 @@
-// Standard normals from the counter-based generator of csrc/common/philox.h: a thread draws one block of four numbers
-// at a time and stores it with one instruction where memory is aligned.
+// Draws standard normals with the counter-based generator of csrc/common/philox.h. A thread draws one block of four
+// numbers at a time and, if memory is aligned, stores it with one instruction.
 #include "../common/philox.h"
 #include "cuda_kernels.h"
 #include "indexing.h"
@@ -11,7 +11,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kElementwiseThreads)
     philox_normal_kernel(PhiloxNormal a, std::int64_t row_blocks, bool aligned) {
-  const std::int64_t head = static_cast<std::int64_t>(a.offset % 4);  // lanes of the first block that precede the row
+  const std::int64_t head = static_cast<std::int64_t>(a.offset % 4);  // lanes of the first block before the row
   for (std::int64_t item = first_item(); item < a.rows * row_blocks; item += item_stride()) {
     const std::int64_t row = a.rows == 1 ? 0 : divide(item, row_blocks);
     const std::int64_t block = item - row * row_blocks;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     box_muller(words.x0, words.x1, normals[0], normals[1]);
     box_muller(words.x2, words.x3, normals[2], normals[3]);
     T* out = static_cast<T*>(a.out) + row * a.row_numel;
-    const std::int64_t first = 4 * block - head;  // column of lane 0; < 0 in the head
+    const std::int64_t first = 4 * block - head;  // column of lane 0, < 0 within the head
     if constexpr (sizeof(T) == 8) {
       for (int lane = 0; lane < 4; ++lane) {
         if (first + lane >= 0 && first + lane < a.row_numel) out[first + lane] = static_cast<T>(normals[lane]);

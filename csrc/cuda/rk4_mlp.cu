@@ -1,4 +1,4 @@
-// rk4_mlp on a GPU: chooses how the blocks share the work (the plan) and launches the kernel of rk4_mlp_kernel.h.
+// rk4_mlp on a GPU: plans how the blocks divide the work, then launches the kernel of rk4_mlp_kernel.h.
 #include "rk4_mlp_kernel.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace {
 struct Limits {
   int processors = 0, threads = 0, shared = 0;
   bool cooperative = false;
-  int clusters[kMaxCluster + 1] = {};  // how many clusters of that size run at the same time
+  int clusters[kMaxCluster + 1] = {};  // for each size, how many clusters can run at the same time
 };
 
 using Kernel = void (*)(Arguments);
@@ -38,7 +38,7 @@ Kernel kernel_of(Dtype dtype, const Rk4Plan& plan) {
   }
 }
 
-// The kernel takes all the shared memory that it may ask for, and clusters of more than the portable 8 blocks.
+// Allows the kernel `shared` bytes of shared memory and, if `cluster`, clusters of more than the portable 8 blocks.
 cudaError_t allow(Kernel kernel, int shared, bool cluster) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -55,7 +55,7 @@ Limits query_limits() {
   limits.shared = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   limits.cooperative = device_attribute(cudaDevAttrCooperativeLaunch) != 0;
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return limits;
-  // With all the shared memory a multiprocessor holds one block, so that the kernel asked about does not matter.
+  // A block that uses all shared memory has a multiprocessor to itself, so any kernel gives the same answer.
   const Kernel kernel = rk4_mlp_kernel<float, ClusterExchange, kTileRows, true>;
   for (int size = 1; size <= kMaxCluster && allow(kernel, limits.shared, true) == cudaSuccess; size *= 2) {
     cudaLaunchAttribute attribute = {};
@@ -72,11 +72,11 @@ Limits query_limits() {
     int count = 0;
     if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) limits.clusters[size] = count;
   }
-  cudaGetLastError();  // a size that this device does not have is no error
+  cudaGetLastError();  // clear the error of a size that this device does not support
   return limits;
 }
 
-// Asked once for each device.
+// Queried once per device.
 Limits limits_of_device() {
   static std::mutex mutex;
   static std::map<int, Limits> known;
@@ -89,18 +89,19 @@ Limits limits_of_device() {
 
 std::int64_t divide_up(std::int64_t n, std::int64_t d) { return (n + d - 1) / d; }
 
-// Clocks of a layer, as docs/kernels.md estimates them; only the order of plans matters.
+// Estimates the clocks per layer as docs/kernels.md does. Only the ranking of plans matters.
 double layer_clocks(const Rk4Plan& plan, int dim, int size) {
   const int tiles = dim / plan.members / kOutputs * static_cast<int>(divide_up(plan.rows, kTileRows));
   const int rows = plan.rows == 1 ? 1 : kTileRows;
-  const double shared = dim * (kOutputs + rows) * size / 128.0;                       // 128 bytes a clock
-  const double products = dim * (kOutputs * rows) / 128.0 * (size == 2 ? 1.5 : 1.0);  // and halves' conversion
-  const double l2 = plan.weights_in_shared ? 0.0 : dim * kOutputs * size / 16.0;      // when all blocks read
+  const double shared = dim * (kOutputs + rows) * size / 128.0;                       // 128 bytes per clock
+  const double products = dim * (kOutputs * rows) / 128.0 * (size == 2 ? 1.5 : 1.0);  // and conversion of half types
+  const double l2 = plan.weights_in_shared ? 0.0 : dim * kOutputs * size / 16.0;      // if all blocks read at once
   const double exchange = plan.cluster ? 700.0 : 2500.0 + plan.rows * dim * size / 32.0;
   return tiles * std::max({shared, products, l2}) + 300.0 + exchange;
 }
 
-// Fills in rows, groups and bytes of a plan of which the other members are given; false if it is impossible.
+// Completes a plan in which cluster, weights_in_shared and members are set. Returns false if it does not fit the
+// device.
 bool complete(const Limits& limits, std::int64_t batch, int dim, int layers, int size, Rk4Plan* plan) {
   if (dim / kOutputs % plan->members != 0) return false;
   const int columns = dim / plan->members;
@@ -202,7 +203,7 @@ cudaError_t rk4_mlp(const Rk4Mlp& a, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const Kernel kernel = kernel_of(a.dtype, plan);
-  error = allow(kernel, limits_of_device().shared, plan.cluster);  // the same for all, who may launch at the same time
+  error = allow(kernel, limits_of_device().shared, plan.cluster);  // the same for all concurrent callers
   if (error != cudaSuccess) return error;
   LaunchShape shape = {static_cast<unsigned>(plan.groups * plan.members), static_cast<unsigned>(plan.threads)};
   shape.shared_bytes = plan.shared_bytes;

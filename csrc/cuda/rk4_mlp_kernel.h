@@ -1,17 +1,20 @@
-// The whole Runge-Kutta integration of the mapping MLP in one launch.
+// Runs the whole Runge-Kutta integration of the mapping MLP in one launch.
 //
-// A group of C thread blocks integrates some rows of the batch at a time; groups divide the batch. A block owns D / C
-// output columns of every layer: their weights are loaded into its shared memory once and stay there, as do their h and
-// Runge-Kutta sums, in float32. After each layer the blocks of a group exchange their columns of the activations:
-//   - on sm_90 and later a group is a thread-block cluster, and blocks write into each other's shared memory;
-//   - elsewhere, and where a cluster is too small to hold the weights, the launch is cooperative, blocks write to a
-//     workspace in global memory and meet at an atomic counter.
-// Weights that fit neither way are read from global memory, that is from the L2 cache, for every tile of rows.
+// Groups of C thread blocks divide the batch, and each group integrates several rows at a time. A block owns D / C
+// output columns of every layer. It loads their weights into shared memory once and keeps them there, together with h
+// and the Runge-Kutta sums of its columns in float32. After each layer the blocks of a group exchange their columns of
+// the activations:
+//   - On sm_90 and later, a group is a thread-block cluster whose blocks write to each other's shared memory.
+//   - On older GPUs, and if a cluster is too small to hold the weights, the launch is cooperative. Blocks write to a
+//     workspace in global memory and synchronise through an atomic counter.
+// If the weights fit in shared memory neither way, they are read from global memory (the L2 cache) for every tile of
+// rows.
 //
-// Products are dot products with the lanes of a warp along K, so that lanes load 16 bytes each from neighbouring
-// addresses, without bank conflicts or padding. A warp computes 4 outputs x 8 rows at a time in 32 sums (x 1 row where
-// there are at least as many groups as rows), which a transposing butterfly of 31 shuffles reduces to one total a lane.
-// The order of a sum depends on D and the type alone: a row's bits depend on nothing but that row.
+// Layers are computed as dot products with the lanes of a warp along the summed dimension, so that lanes load 16 bytes
+// each from neighbouring addresses, without bank conflicts or padding. A warp computes 4 outputs x 8 rows at a time in
+// 32 sums (4 x 1 if there are at least as many groups as rows). A transposing butterfly of 31 shuffles reduces them to
+// one total per lane. The order of summation depends only on D and the type, so the result of a row depends only on
+// that row.
 #pragma once
 
 #include "cuda_kernels.h"
@@ -22,12 +25,12 @@ namespace spigan::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kOutputs = 4;         // of a warp's tile
-constexpr int kTileRows = 8;
-constexpr int kMaxRows = 64;        // rows a group works on at a time
-constexpr int kMaxMembers = 128;    // blocks of a group that meet in the workspace
-constexpr int kMaxCluster = 16;
-constexpr int kCounterStride = 32;  // 128 bytes: each group's counter in a cache line of its own
+constexpr int kOutputs = 4;         // columns of a warp's tile
+constexpr int kTileRows = 8;        // rows of a warp's tile
+constexpr int kMaxRows = 64;        // rows that a group integrates at a time
+constexpr int kMaxMembers = 128;    // blocks of a group that uses the workspace
+constexpr int kMaxCluster = 16;     // blocks of a group that is a cluster
+constexpr int kCounterStride = 32;  // 128 bytes, so that each group's counter has its own cache line
 
 struct Arguments {
   void* out;
@@ -35,7 +38,7 @@ struct Arguments {
   void* workspace;
   std::int64_t batch;
   int dim, layers, members, groups, rows;
-  bool every_step, aligned;  // aligned: weights may be loaded 16 bytes at a time
+  bool every_step, aligned;  // aligned: weights can be loaded 16 bytes at a time
   Activation activation;
   int interval_count;
   Interval intervals[kMaxRk4Intervals];
@@ -43,12 +46,12 @@ struct Arguments {
 
 // ---- Exchange of activations within a group ----
 //
-// `x` is what the next layer reads, [rows, dim] of T in shared memory. write() takes four columns of a row, in several
-// lanes of equal arguments that are numbered by `replica` among `replicas`. After finish() every block sees all that was
-// written.
+// `x` is the input of the next layer, [rows, dim] of T in shared memory. write() stores four columns of a row. All
+// `replicas` lanes that hold the same values call it, each with its number `replica`. After finish() every block sees
+// everything that was written.
 
-// In shared memory: blocks of a cluster may write the next activations while another still reads the last ones;
-// elsewhere the workspace has those two buffers.
+// Activation buffers in shared memory. A block of a cluster may write the next activations while another still reads
+// the current ones, so it needs two. Without a cluster those two buffers are in the workspace.
 SPIGAN_HD constexpr int buffers_of(bool cluster) { return cluster ? 2 : 1; }
 
 template <class T>
@@ -62,7 +65,7 @@ struct ClusterExchange {
     cluster_arrive();
   }
 
-  // No block may be written to before it has started.
+  // A block must not write to the shared memory of another before that has started.
   __device__ void wait_for_start() { cluster_wait(); }
 
   __device__ void write(int offset, const Packed<T, 4>& values, int replica, int replicas) {
@@ -104,7 +107,7 @@ struct WorkspaceExchange {
     if (threadIdx.x == 0) {
       add_release(counter);
       target += static_cast<std::uint32_t>(members);
-      while (static_cast<std::int32_t>(load_acquire(counter) - target) < 0) {  // also right when the count wraps
+      while (static_cast<std::int32_t>(load_acquire(counter) - target) < 0) {  // correct even if the count wraps
       }
     }
     __syncthreads();
@@ -114,7 +117,7 @@ struct WorkspaceExchange {
       store_words(x + at, load_from_l2(next + at));
     }
     __syncthreads();
-    // A block that writes to `other` now has seen all blocks here, each of which had read it before.
+    // Writing to `other` is safe from here on: every block had finished reading it before it reached this barrier.
     T* const swap = next;
     next = other;
     other = swap;
@@ -138,14 +141,14 @@ __device__ __forceinline__ Packed<T, 16 / sizeof(T)> load_weights(const T* p, bo
   return words;
 }
 
-// This lane's part of y[r, o] = sum_k x[r, k] w[o, k] in sums[r * kOutputs + o]; x [Rows, dim], w [kOutputs, dim].
+// sums[r * kOutputs + o] = this lane's part of y[r, o] = sum_k x[r, k] w[o, k]; x [Rows, dim], w [kOutputs, dim].
 template <class T, int Rows>
 __device__ __forceinline__ void dot_tile(const T* x, const T* w, int dim, int lane, bool aligned,
                                          float (&sums)[Rows * kOutputs]) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 #pragma unroll
   for (int i = 0; i < Rows * kOutputs; ++i) sums[i] = 0.0f;
-#pragma unroll 2  // loads of the second half fill the latencies of the first
+#pragma unroll 2  // loads of the second iteration hide the latency of the first
   for (int k = lane * kVector; k < dim; k += kWarp * kVector) {
     float b_w[kOutputs][kVector];
 #pragma unroll
@@ -165,8 +168,8 @@ __device__ __forceinline__ void dot_tile(const T* x, const T* w, int dim, int la
   }
 }
 
-// Sums of N values over the warp: lane l gets the total of value l / (32 / N). Halves of the lanes exchange halves of
-// the values until each has one, then add what is left.
+// Sums N values over the warp: lane l gets the total of value l / (32 / N). Halves of the lanes exchange halves of the
+// values until each lane has one value left, then lanes with the same value add theirs.
 template <int N>
 __device__ __forceinline__ float reduce(float (&values)[N], int lane) {
 #pragma unroll
@@ -175,7 +178,7 @@ __device__ __forceinline__ float reduce(float (&values)[N], int lane) {
     const bool upper = (lane & mask) != 0;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      if (i < half) {  // a constant once both loops are unrolled
+      if (i < half) {  // known at compile time once both loops are unrolled
         const float kept = upper ? values[i + half] : values[i];
         const float sent = upper ? values[i] : values[i + half];
         values[i] = kept + __shfl_xor_sync(kFullMask, sent, mask);
@@ -198,14 +201,14 @@ __device__ __forceinline__ float activate_as(Activation activation, float x) {
 
 // ---- The kernel ----
 
-// One evaluation of the field in the Runge-Kutta method, and what is done with its result.
+// One evaluation of the field in the Runge-Kutta method, and how its result k is used.
 struct Stage {
-  float time, weight, node;  // weight of k in the sum; node: h + node k is where the field is evaluated next
+  float time, weight, node;  // weight: of k in the sum; node: the field is evaluated next at h + node k
   bool first, last;
-  std::int64_t slot;  // of the output to write after the last stage; < 0: none
+  std::int64_t slot;  // index in the output to write after the last stage; < 0: write nothing
 };
 
-// What a block has in shared memory beside the activations. Columns are counted from its first one.
+// A block's arrays in shared memory, except the activations. Columns are counted from the block's first column.
 template <class T>
 struct BlockState {
   const T* weight;            // [layers, columns, dim], if WeightsInShared
@@ -215,13 +218,13 @@ struct BlockState {
 
 template <class T, class Exchange, int Rows, bool WeightsInShared>
 struct Integrator {
-  static constexpr int kReplicas = kWarp / (Rows * kOutputs);  // lanes that get the same total
+  static constexpr int kReplicas = kWarp / (Rows * kOutputs);  // number of lanes that get the same total
   const Arguments& a;
   BlockState<T> s;
   Exchange exchange;
   int lane, warp, warps, columns, first_column;
 
-  // What lane l of the tile number `tile` has: one row and column, and an index in h and sum that no other warp has.
+  // The row and column of a lane, and its index in h and sum, which no other warp uses.
   struct Place {
     int row, column, state;
   };
@@ -234,7 +237,7 @@ struct Integrator {
             tile * Rows * kOutputs + index};
   }
 
-  // Hands four neighbouring columns of each row to the exchange. `value` is meant in the first of equal lanes.
+  // Passes four neighbouring columns of each row to the exchange. Only the first of each kReplicas lanes needs `value`.
   __device__ __forceinline__ void publish(const Place& at, float value, bool valid) {
     constexpr int kRowLanes = kWarp / Rows;
     const int replica = lane % kRowLanes;
@@ -247,8 +250,8 @@ struct Integrator {
     }
   }
 
-  // h0 of rows [first, first + rows) as the first activations and the state. Rows of a tile beyond the last one are
-  // never written: what is computed from them goes nowhere.
+  // Loads h0 of rows [first, first + rows) as the first activations and the state. A tile's rows beyond the last are
+  // never initialised, because results computed from them are discarded.
   __device__ __forceinline__ void begin(std::int64_t first, int rows) {
     const T* h0 = static_cast<const T*>(a.h0) + first * a.dim;
     for (int e = static_cast<int>(threadIdx.x); e < rows * a.dim; e += static_cast<int>(blockDim.x)) {
@@ -263,7 +266,8 @@ struct Integrator {
     __syncthreads();
   }
 
-  // k of the field's last layer -> the next point to evaluate the field at, or the state after the step.
+  // Given k from the last layer of the field, returns the next point to evaluate at or, in the last stage, the new
+  // state.
   __device__ __forceinline__ float advance(const Stage& stage, const Place& at, std::int64_t first, float k) {
     const float sum = multiply_add(stage.weight, k, stage.first ? 0.0f : s.sum[at.state]);
     if (!stage.last) {
@@ -329,7 +333,7 @@ struct Integrator {
   }
 };
 
-// Bytes of shared memory, in this order: weights, activations, h, sum, bias, time_weight.
+// Sizes in shared memory, which holds in this order: weights, activations, h, sum, bias, time_weight.
 std::size_t weight_bytes(int dim, int columns, int layers, int size) {
   return static_cast<std::size_t>(layers) * static_cast<std::size_t>(columns) * static_cast<std::size_t>(dim * size);
 }
@@ -380,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 1) rk4_mlp_kernel(const __grid_const
     copies_wait();
     integrator.exchange.wait_for_start();
 
-    // begin() of the first tile ends with the barrier that the weights' copies need, too.
+    // The barrier at the end of the first begin() also makes the copied weights visible.
     const std::int64_t stride = static_cast<std::int64_t>(a.groups) * a.rows;
     for (std::int64_t first = static_cast<std::int64_t>(group) * a.rows; first < a.batch; first += stride) {
       const std::int64_t left = a.batch - first;

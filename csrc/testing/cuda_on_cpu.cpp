@@ -1,4 +1,4 @@
-// Runs CUDA kernels with threads of the operating system (include/cuda_runtime.h).
+// Runs CUDA kernels on threads of the operating system (see include/cuda_runtime.h).
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// Like std::barrier, but a waiting thread first lets others run: there are many more threads than processors.
+// Like std::barrier, but a waiting thread yields first, because there are many more threads than processors.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -51,10 +51,11 @@ class Barrier {
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes) {}
   Barrier barrier;
-  std::uint32_t values[2][kWarp] = {};  // taken in turn, so that a shuffle needs one barrier
+  std::uint32_t values[2][kWarp] = {};  // used alternately, so that a shuffle needs only one barrier
 };
 
-// Exactly the bytes that the launch asked for, as NaN in every type: reading what nobody wrote shows in the results.
+// Exactly as many bytes as the launch requests. They are initialised to NaN in every type, so that reading an element
+// before it is written shows in the results.
 struct SharedMemory {
   static constexpr std::align_val_t kAlign{128};
   char* data;
@@ -98,7 +99,7 @@ struct Thread {
 thread_local Thread self;
 
 Device current_device;
-int device_number = 0;  // of every set_device another, because the kernels remember what a device can do
+int device_number = 0;  // changes with every set_device, because the kernels cache the limits of a device
 
 struct Attributes {
   int shared_bytes = 48 << 10;
@@ -135,7 +136,7 @@ cudaError_t check(const void* function, const cudaLaunchConfig_t& config) {
       (shape.cluster > 8 && !attributes.large_cluster) || blocks % static_cast<unsigned>(shape.cluster) != 0) {
     return cudaErrorInvalidConfiguration;
   }
-  // One block on a multiprocessor: what the kernels count on.
+  // The kernels assume that a multiprocessor runs one block.
   if (shape.cooperative && blocks > static_cast<unsigned>(current_device.processors)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }

@@ -1,4 +1,4 @@
-// Executes every CUDA kernel on the CPU at small sizes and compares it with simple loops. Returns 1 where they differ.
+// Executes every CUDA kernel on the CPU at small sizes and compares it with simple loops. Returns 1 if they differ.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,7 +16,7 @@ using namespace spigan;
 
 int failures = 0;
 
-// `tolerance` is relative to 1 + |expected|. A NaN differs from everything.
+// `tolerance` is relative to 1 + |expected|. NaN never compares equal.
 template <class Actual>
 void compare(const char* what, const std::vector<Actual>& actual, const std::vector<double>& expected,
              double tolerance) {
@@ -49,7 +49,7 @@ std::vector<T> unwritten(std::size_t size) {
   return values;
 }
 
-// Numbers in [-1, 1) that look random.
+// Returns a pseudorandom number in [-1, 1).
 double some(std::uint64_t index) {
   return static_cast<double>(philox_block(2024, index).x0) * std::ldexp(1.0, -31) - 1.0;
 }
@@ -132,7 +132,7 @@ std::vector<float> some_floats(std::size_t size, std::uint64_t first) {
   return values;
 }
 
-// float32, `taps` of 0: no filter; with drawn noise and bias. Results of the same size as x.
+// In float32, with bias and drawn noise. taps = 0 means no filter. The result has the size of x.
 void test_fir_bias_act(std::int64_t images, std::int64_t height, std::int64_t width, std::int64_t channels,
                        std::int64_t taps, std::int64_t rgb_channels, int threads) {
   cuda_on_cpu::set_device({9, 1, threads, 64 << 10, 1});
@@ -258,7 +258,7 @@ struct Mlp {
 
   Mlp(std::size_t batch_, std::size_t dim_, std::size_t layers_) : batch(batch_), dim(dim_), layers(layers_) {
     std::uint64_t index = 0;
-    // Rounded to bfloat16, which the other types hold exactly.
+    // Rounded to bfloat16, whose values are exact in the other types.
     const auto fill = [&index](std::vector<double>& values, std::size_t size, double scale) {
       for (std::size_t i = 0; i < size; ++i) {
         const float value = static_cast<float>(scale * some(++index));
@@ -285,7 +285,7 @@ struct Mlp {
     return y;
   }
 
-  // [2, batch, dim]: after one step of 0.5 and one of 0.25.
+  // Returns the states [2, batch, dim] after a step of 0.5 and a further step of 0.25.
   std::vector<double> solve() const {
     std::vector<double> out(2 * batch * dim);
     for (std::size_t row = 0; row < batch; ++row) {
@@ -357,13 +357,13 @@ int main() {
 
   test_fir_bias_act(2, 3, 5, 8, 0, 0, 32);
   test_fir_bias_act(2, 2, 3, 3, 0, 3, 64);
-  test_fir_bias_act(1, 3, 2, 160, 0, 3, 64);  // lanes go through the channels twice
+  test_fir_bias_act(1, 3, 2, 160, 0, 3, 64);  // lanes loop over the channels twice
   test_fir_bias_act(1, 5, 6, 8, 4, 0, 64);
   test_fir_bias_act(1, 4, 5, 3, 3, 0, 64);
   test_fir_bias_act(1, 3, 5, 8, 4, 2, 64);
   test_bias_act_backward(2, 9, 8, 2, true, 64);
   test_bias_act_backward(1, 5, 40, 1, true, 64);
-  test_bias_act_backward(1, 5, 35, 1, true, 64);  // a block goes through the channels twice
+  test_bias_act_backward(1, 5, 35, 1, true, 64);  // a block loops over the channels twice
   test_bias_act_backward(1, 66, 4, 66, false, 64);  // a block has two parts
 
   const double f32 = 5e-6, bf16 = 2e-2;
@@ -374,7 +374,7 @@ int main() {
   test_rk4_mlp<float>(Dtype::kFloat32, 3, 16, 2, {8, 2, 64, 64 << 10, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 9, 32, 2, {8, 2, 32, 7 << 10, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 3, 32, 2, {9, 2, 32, 6 << 10, 2}, f32);
-  // Shared memory for 8 of 19 rows, and for 1 of 3, at a time.
+  // Shared memory holds 8 of 19 rows, then 1 of 3.
   test_rk4_mlp<float>(Dtype::kFloat32, 19, 16, 1, {9, 1, 32, 3600, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 19, 16, 1, {8, 1, 64, 3000, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 5, 16, 1, {9, 2, 32, 1000, 2}, f32);

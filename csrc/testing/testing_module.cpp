@@ -1,4 +1,4 @@
-// Python module _cuda_on_cpu: the functions of spigan._C.cuda on addresses of ordinary memory.
+// The Python module _cuda_on_cpu: the functions of spigan._C.cuda, which take addresses of ordinary memory here.
 #include <pybind11/pybind11.h>
 
 #include "cuda/cuda_operations.h"
@@ -7,7 +7,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_cuda_on_cpu, m) {
-  m.doc() = "The CUDA kernels of spigan, executed by threads of the operating system; for tests.";
+  m.doc() = "The CUDA kernels of spigan, executed on threads of the operating system. For tests.";
   spigan::bind_cuda(m);
   m.def(
       "set_device",
@@ -16,6 +16,6 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
       },
       py::kw_only(), py::arg("major"), py::arg("processors"), py::arg("threads"), py::arg("shared_bytes"),
       py::arg("largest_cluster"),
-      "Say what device the kernels run on: the compute capability's first number, multiprocessors, most threads and "
-      "bytes of shared memory of a block, most blocks of a cluster.");
+      "Set the device that the kernels see: major compute capability, number of multiprocessors, maximum threads and "
+      "bytes of shared memory per block, maximum blocks per cluster.");
 }

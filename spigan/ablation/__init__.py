@@ -1,1 +1,1 @@
-"""Ablation studies: grid files (grid), training the arms (study), tables and curves (report)."""
+"""Ablation studies: grid files (`grid`), training of the arms (`study`), and tables and curves (`report`)."""

@@ -1,4 +1,4 @@
-"""Grid files: what the arms of an ablation study are."""
+"""Grid files, which define the arms of an ablation study."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ else:
 BUILT_IN = Path(__file__).parents[1] / "assets" / "grids"
 """Folder of the bundled grid files: table5 (the paper's Table 5) and digits (a small study)."""
 
-MAX_ARMS = 1000  # each is a training run
+MAX_ARMS = 1000  # each arm is a training run
 
 
 class GridFile(BaseModel):
@@ -33,16 +33,16 @@ class GridFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: str = Field("digits", description="preset that every arm starts from")
+    preset: str = Field("digits", description="preset from which every arm starts")
     base: dict[str, Any] = Field({}, description="fields of TrainConfig that all arms share")
-    arms: dict[str, dict[str, Any]] = Field({}, description="fields of TrainConfig of each arm, by its name")
+    arms: dict[str, dict[str, Any]] = Field({}, description="fields of TrainConfig for each arm, by the arm's name")
     product: dict[str, list[Any]] = Field(
         {},
-        description='values of fields ("intervals", "model.ode_steps"): adds every combination, of every arm if any',
+        description='values of fields ("intervals", "model.ode_steps"); each combination is added to each arm, if any',
     )
-    metric: str = Field("FD-ResNet56", description="column of metrics.jsonl, or else of stats.jsonl")
+    metric: str = Field("FD-ResNet56", description="column of metrics.jsonl, or otherwise of stats.jsonl")
     better: Literal["lower", "higher"] | None = Field(
-        None, description="which values of the metric are better; None: neither, as for a loss"
+        None, description="which values of the metric are better; None if neither, as for a loss"
     )
 
 
@@ -51,8 +51,8 @@ class Study:
     """An ablation study, read from a grid file.
 
     Attributes:
-        preset: preset that the arms start from.
-        arms: configurations by name.
+        preset: preset from which the arms start.
+        arms: configurations of the arms, by name.
         metric: column of metrics.jsonl or stats.jsonl to report.
         better: which values of the metric are better; None if neither.
     """
@@ -70,7 +70,7 @@ def grid_path(grid: str) -> Path:
         grid: a path, or the name of a bundled grid.
 
     Raises:
-        FileNotFoundError: there is no such file, and no bundled grid of that name.
+        FileNotFoundError: if there is neither a file nor a bundled grid with that name.
     """
     names = sorted(path.stem for path in BUILT_IN.glob("*.toml"))
     if grid in names and not Path(grid).is_file():
@@ -86,10 +86,11 @@ def read_grid(path: Path) -> Study:
     """Read a grid file.
 
     Args:
-        path: a TOML file, or a JSON file (.json), which unlike TOML has null.
+        path: a TOML file, or a JSON file (.json), which can contain null.
 
     Raises:
-        ValueError: the file has the wrong format or describes no valid study. The message names the arm and field.
+        ValueError: if the file has the wrong format or does not describe a valid study. The message names the arm and
+            the field.
     """
     try:
         return _study(path, read_json(path) if path.suffix.lower() == ".json" else _toml(path))
@@ -131,7 +132,7 @@ def _study(path: Path, content: dict[str, Any]) -> Study:
 
 
 def _combinations(file: GridFile) -> dict[str, dict[str, Any]]:
-    """Return the changes of each arm: every arm of `arms` with every combination of `product`."""
+    """Return the changes for each arm: every arm in `arms` with every combination in `product`."""
     changes = {}
     for name, fields in (file.arms or ({"": {}} if file.product else {})).items():
         for values in product(*file.product.values()):
@@ -148,7 +149,7 @@ def _combinations(file: GridFile) -> dict[str, dict[str, Any]]:
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return `first` updated by `second`; tables (model, data) are merged field by field."""
+    """Return `first` updated with `second`. Tables (model, data) are merged field by field."""
     merged = dict(first)
     for key, value in second.items():
         old = merged.get(key)

@@ -1,4 +1,4 @@
-"""The report of an ablation study: its table (the paper's Table 5) and curves (Fig. 8)."""
+"""The report of an ablation study: a table (the paper's Table 5) and curves (Fig. 8)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATISTICS = ("metrics.jsonl", "stats.jsonl")
 
 
 def has_ended(folder: Path, config: TrainConfig) -> bool:
-    """Return whether the run of an arm is finished: trained to its full length, with its model exported."""
+    """Return whether an arm is finished: its run has trained to its full length, and the model is exported."""
     file = end_file(folder)
     return file.is_file() and read_json(file).get("total_kimg") == config.total_kimg
 
@@ -39,17 +39,17 @@ def error_file(out: Path, name: str) -> Path:
 
 
 def write_report(study: Study, out: Path) -> list[Path]:
-    """Write table.md, table.json and, once there is a point to draw, curve.png.
+    """Write table.md, table.json and, once there are points to draw, curve.png.
 
     Args:
         study: the study.
-        out: its folder, with any number of runs, finished or not.
+        out: folder of the study. It may contain any number of runs, finished or not.
 
     Returns:
         The paths of the files.
 
     Raises:
-        ImportError: matplotlib, for the curve, is not installed.
+        ImportError: if matplotlib, for the curve, is not installed.
     """
     require_matplotlib()
     curves = {name: read_curve(out / name, study.metric) for name in study.arms}
@@ -70,10 +70,10 @@ def read_curve(folder: Path, metric: str) -> Curve:
 
     Args:
         folder: the run folder.
-        metric: a column of metrics.jsonl or, if it is not there, of stats.jsonl.
+        metric: a column of metrics.jsonl, or of stats.jsonl if metrics.jsonl does not have it.
 
     Returns:
-        The points (kimg, hours of training, metric); [] if neither file has the metric.
+        The points (kimg, hours of training, metric). Empty if neither file has the metric.
     """
     for file in _STATISTICS:
         points = [
@@ -120,7 +120,7 @@ def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
 
 
 def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
-    """Return a note if no run has the metric but some have others."""
+    """Return a note if no run has the metric, but some runs have others. Otherwise return an empty text."""
     names = {
         key
         for arm in study.arms
@@ -163,15 +163,18 @@ def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
 
 
 def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
-    """Draw the metric against images seen, for random and fixed t of the same K (Fig. 8) and for all arms, and against
-    hours for all arms."""
+    """Draw the curves of the metric.
+
+    The panels show the metric against images seen, for random and fixed t with the same K (Fig. 8) and for all arms,
+    and against hours of training for all arms.
+    """
     from matplotlib.figure import Figure
 
     pairs = _fixed_pairs(study)
     panels = 2 + bool(pairs)
     figure = Figure(figsize=(5.5 * panels, 4.5), layout="constrained")
     *fig8, images, hours = figure.subplots(1, panels)
-    looks = {}  # an arm has the same look in all panels
+    looks = {}  # an arm looks the same in all panels
     for (random, fixed), style in zip(pairs, ["-", "--", ":", "-."] * len(pairs), strict=False):
         k = study.arms[random].intervals
         for name, kind, colour in ((random, "random", "tab:blue"), (fixed, "fixed", "tab:orange")):
@@ -192,7 +195,7 @@ def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
 
 
 def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, Any]) -> None:
-    """Draw a curve against its column `x`, unless it has no point."""
+    """Draw a curve against its column `x`, unless it is empty."""
     if curve:
         ax.plot([point[x] for point in curve], [point[2] for point in curve], marker=".", label=label, **look)
 

@@ -1,7 +1,8 @@
-"""Training the arms of an ablation study (the paper's section 4.4), one run after another.
+"""Train the arms of an ablation study (the paper's section 4.4), one after another.
 
-A study is a folder: a run folder per arm, with finished.json once the arm has finished; `ARM.error.txt` if one failed;
-and the report, table.md, table.json and curve.png. It can be stopped at any moment, and `run` resumes it.
+A study is a folder. It contains a run folder for each arm, with finished.json once the arm has finished;
+`ARM.error.txt` for an arm that failed; and the report: table.md, table.json and curve.png. A study can be stopped at
+any time, and `run` resumes it.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from spigan.training.trainer import Trainer
 def run(
     study: Study, out: Path, *, progress: bool = True, say: Callable[[str], object] = print
 ) -> tuple[list[str], bool]:
-    """Train the arms one after another, and update the report after each.
+    """Train the arms one after another, and update the report after each arm.
 
-    Finished arms are kept, an interrupted one resumes exactly from its checkpoint, the others start. If an arm fails,
-    its traceback is written to `ARM.error.txt` and the next one runs.
+    Finished arms are kept, an interrupted arm resumes exactly from its checkpoint, and the other arms start. If an arm
+    fails, its traceback is written to `ARM.error.txt` and the next arm runs.
 
     Args:
         study: the study.
         out: folder of the study.
-        progress: show a progress bar for each arm.
-        say: called with a line of text when an arm starts, is kept or fails.
+        progress: whether to show a progress bar for each arm.
+        say: function called with a line of text when an arm starts, is kept or fails.
 
     Returns:
         The names of the arms that failed, and whether Ctrl-C or SIGTERM stopped the study.
 
     Raises:
-        ValueError: a folder contains a run of another configuration than that of the grid. No file has been changed.
-        ImportError: matplotlib, for the curve, is not installed.
+        ValueError: if a folder contains a run whose configuration differs from the grid's. In this case no file has
+            been changed.
+        ImportError: if matplotlib, for the curve, is not installed.
     """
     require_matplotlib()
     _check_folders(study, out)
@@ -57,7 +59,7 @@ def run(
         interrupted = False
         try:
             interrupted = _train(out, name, config, progress)
-        except Exception as error:  # of whatever kind: it must not stop the next arms
+        except Exception as error:  # whatever it is, it must not stop the next arms
             failed.append(name)
             out.mkdir(parents=True, exist_ok=True)
             write_text(failure, f"{_first_line(error)}\n\n{traceback.format_exc()}")
@@ -69,7 +71,7 @@ def run(
 
 
 def _train(out: Path, name: str, config: TrainConfig, progress: bool) -> bool:
-    """Start or resume an arm; return whether a signal stopped it."""
+    """Start or resume an arm. Return whether a signal stopped it."""
     folder = out / name
     if checkpoints(folder):
         trainer = Trainer.resume(folder, progress=progress)
@@ -88,12 +90,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# Files of a run that was killed before its first checkpoint. Names that begin with a dot are half-written files.
+# Files of a run that was killed before its first checkpoint. Half-written files have names that begin with a dot.
 _BEFORE_CHECKPOINT = {"config.json", "data.json", "reals.png", "checkpoints"}
 
 
 def _check_folders(study: Study, out: Path) -> None:
-    """Raise ValueError unless every arm's folder contains a run of its configuration or can become one."""
+    """Raise ValueError unless every arm's folder contains a run with the arm's configuration, or can become one."""
     for name, config in study.arms.items():
         folder = out / name
         found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
@@ -114,7 +116,7 @@ def _check_folders(study: Study, out: Path) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return the fields whose values differ: (name, old, new)."""
+    """Return the fields whose values differ, as (name, old, new)."""
     found = []
     for key in new:
         if isinstance(new[key], dict) and isinstance(old.get(key), dict):

@@ -1,4 +1,4 @@
-"""`spigan bench`: speed on this machine, and reports of the benchmark suite."""
+"""`spigan bench`: measure speed on this machine, and report results of the benchmark suite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def bench(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Option(help="A run folder, a saved model or a hub id (default: random weights of --preset)."),
+        typer.Option(help="A run folder, a saved model or a hub id (default: random weights for --preset)."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Architecture to time if no --model is given.")] = "cifar10",
+    preset: Annotated[str, typer.Option(help="Architecture to time if --model is not given.")] = "cifar10",
     n: Annotated[int, typer.Option("-n", help="Number of images.", min=1)] = 100,
     batch: Batch = None,
     device: Device = None,
@@ -28,8 +28,8 @@ def bench(
 ) -> None:
     """Time image generation on this machine.
 
-    Prints the total, the first call and each stage of a batch. To compare with other models, clone the repository and
-    run its benchmark suite: pytest benchmarks/ --benchmark-only
+    Prints the total time, the time of the first call, and the time of each stage of a batch. To compare with other
+    models, clone the repository and run its benchmark suite: pytest benchmarks/ --benchmark-only
 
     \b
     Examples:
@@ -63,14 +63,15 @@ def bench(
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="JSON files that pytest benchmarks/ --benchmark-only --benchmark-json wrote.")
+        list[Path],
+        typer.Argument(help="JSON files written by `pytest benchmarks/ --benchmark-only --benchmark-json`."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("benchmarks/results"),
 ) -> None:
     """Turn a run of the benchmark suite into tables, a plot and compact JSON.
 
-    The files are named after the device. All runs must be of one device; where two runs hold the same row, the later
-    file counts.
+    The files are named after the device. All runs must come from the same device. If two runs contain the same row, the
+    later file counts.
     """
     from spigan.bench import write_report
 

@@ -18,18 +18,18 @@ app = typer.Typer(
     no_args_is_help=True, context_settings=HELP_NAMES, help="Prepare and check images for training and evaluation."
 )
 
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Any source of `spigan train --data`.")]
-Split = Annotated[str, typer.Option(help="Part of the source.")]
-Column = Annotated[str | None, typer.Option(help="Column (parquet, hub) or extension (tar) of the images.")]
-Channels = Annotated[int, typer.Option(help="3 (RGB) or 1 (grey).")]
-Crop = Annotated[str, typer.Option(help="center: the largest centred square. none: images must be square.")]
-Resize = Annotated[str, typer.Option(help="lanczos, bicubic, bilinear, box or nearest.")]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Any source that `spigan train --data` accepts.")]
+Split = Annotated[str, typer.Option(help="Split of the source.")]
+Column = Annotated[str | None, typer.Option(help="Column (parquet, hub) or file extension (tar) of the images.")]
+Channels = Annotated[int, typer.Option(help="Channels of the images: 3 (RGB) or 1 (grey).")]
+Crop = Annotated[str, typer.Option(help="center: crop to the largest centred square. none: images must be square.")]
+Resize = Annotated[str, typer.Option(help="Resize filter: lanczos, bicubic, bilinear, box or nearest.")]
 Workers = Annotated[int | None, typer.Option(help="Number of processes (default: one per CPU core).", min=0)]
 
 
 def convert(
     source: Source,
-    out: Annotated[Path, typer.Option(help="Folder of the parquet files.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write the parquet files to.", show_default=False)],
     resolution: Annotated[int, typer.Option(help="Height and width in pixels.", min=1, show_default=False)],
     split: Split = "train",
     column: Column = None,
@@ -50,11 +50,11 @@ def convert(
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out broken images.")] = False,
     quiet: NoProgress = False,
 ) -> None:
-    """Crop and resize images once, to parquet files.
+    """Crop and resize images once, and save them as parquet files.
 
     Train on the result with `spigan train --data OUT`. After an interruption, run the same command again: finished
-    files are kept. If images are broken, the files without them are written and the exit status is 1, unless
-    --skip-broken is given.
+    files are kept. Without --skip-broken, files that would contain broken images are not written, and the exit status
+    is 1.
 
     \b
     Examples:
@@ -86,7 +86,7 @@ def convert(
     if not result["complete"]:
         fail("files that contain broken images were not written: repair the images, or add --skip-broken")
     if not result["images"]:
-        fail("no image is left")
+        fail("no images are left")
 
 
 def check(
@@ -97,7 +97,7 @@ def check(
     crop: Crop = "center",
     resize: Resize = "lanczos",
     resolution: Annotated[
-        int | None, typer.Option(help="Also crop and resize, as training at this resolution would.", min=1)
+        int | None, typer.Option(help="Also crop and resize the images, as training at this resolution would.", min=1)
     ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -105,7 +105,7 @@ def check(
 ) -> None:
     """Decode every image and report problems.
 
-    Reports counts, sizes, modes, broken images, duplicates and decoding speed. The exit status is 1 if an image is
+    Reports counts, sizes, modes, broken images, duplicates and decoding speed. The exit status is 1 if any image is
     broken.
 
     \b
@@ -138,7 +138,7 @@ def _show(report: dict[str, Any]) -> None:
         ranges = " x ".join("{}..{}".format(*report[side]) for side in ("width", "height"))
         typer.echo(f"{'range:':<12}{ranges}")
     duplicates = report["duplicates"]
-    typer.echo(f"{'duplicates:':<12}{duplicates['images']} in {duplicates['groups']} groups of equal pixels")
+    typer.echo(f"{'duplicates:':<12}{duplicates['images']} in {duplicates['groups']} groups of identical images")
     for group in duplicates["examples"]:
         typer.echo(f"{'':<12}{' = '.join(group)}")
     core = report["images_per_second_core"]

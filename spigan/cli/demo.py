@@ -19,14 +19,14 @@ TIMES = [i / 8 for i in range(9)]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("demo"),
-    kimg: Annotated[float | None, typer.Option(help="Length of the training in thousands of images.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the training.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the demo's runs.")] = Path("demo"),
+    kimg: Annotated[float | None, typer.Option(help="Length of training in thousands of images.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for training.", min=0)] = 0,
 ) -> None:
     """Train on small digits for a few minutes, then sample.
 
-    Draws a grid of samples, shows noise turning into images (Fig. 9) and times 100 images. Takes a few minutes on 2 CPU
-    cores and needs no network.
+    Draws a grid of samples, shows noise turning into images (Fig. 9), and times 100 images. Takes a few minutes on 2
+    CPU cores, and works offline.
     """
     from spigan.presets import preset
     from spigan.training.run_folder import next_run_dir
@@ -44,7 +44,7 @@ def demo(
     _draw(model, run_dir)
     nfe, seconds = _time(model)
     typer.echo(
-        f"100 images: NFE = {nfe:g}, {seconds * 1000:.1f} ms on {trainer.device} (median of 5, first call left out)"
+        f"100 images: NFE = {nfe:g}, {seconds * 1000:.1f} ms on {trainer.device} (median of 5, without the first call)"
     )
     typer.echo(f"More images: spigan sample --model {run_dir} -n 100 --out digits.png")
 
@@ -64,7 +64,7 @@ def _draw(model: SPIGAN, run_dir: Path) -> None:
 
 
 def _time(model: SPIGAN) -> tuple[float, float]:
-    """Return the network evaluations per image, and the median of the seconds that 100 images take."""
+    """Return the number of network evaluations per image, and the median time for 100 images, in seconds."""
     from spigan.sampling import Sampler, count_evaluations
 
     sampler = Sampler(model, batch_size=100, output="uint8")
@@ -83,7 +83,8 @@ def serve(
         list[str] | None,
         typer.Option(
             "--model",
-            help="A run folder, a saved model or a hub id to offer beside the bundled models; repeat for several.",
+            help="A run folder, a saved model or a hub id, offered in addition to the bundled models. Repeat the "
+            "option for several models.",
         ),
     ] = None,
     host: Annotated[
@@ -98,8 +99,8 @@ def serve(
 ) -> None:
     """Explore a model in the browser (needs the extra `app`).
 
-    The page shows batches, noise turning into images, and interpolations. Only this machine can reach it unless --host
-    allows others. It works offline and sends no data anywhere.
+    The page shows batches of images, noise turning into images, and interpolations. Only this machine can reach it,
+    unless --host allows others. It works offline and does not send data anywhere.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Errors of the command line: every mistake of a user ends in one line on standard error and exit status 1."""
+"""Error handling: a user's mistake prints one line to standard error and ends with exit status 1."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def process_count() -> int:
-    """Return the number of processes that a launcher (torchrun, accelerate launch) started, or 1 without one."""
+    """Return the number of processes that a launcher (torchrun, accelerate launch) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def printable(text: str) -> str:
-    """Escape control characters: names from untrusted files may contain commands to the terminal."""
+    """Escape control characters, because names from untrusted files may contain terminal commands."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -41,7 +41,7 @@ def warn(text: str) -> None:
 
 
 class Program(TyperGroup):
-    """A group of commands whose expected errors are printed in one line; any other error is a bug and raises."""
+    """A command group that prints an expected error in one line. Any other error is a bug, and is raised."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -55,6 +55,6 @@ class Program(TyperGroup):
 
 
 def _is_expected(error: Exception) -> bool:
-    # The module of BackendUnavailable loads torch. Unless it is loaded, nothing can have raised one.
+    # The module that defines BackendUnavailable imports torch. If it is not loaded, nothing can have raised the error.
     backends = sys.modules.get("spigan.ops.backends")
     return isinstance(error, _EXPECTED) or (backends is not None and isinstance(error, backends.BackendUnavailable))

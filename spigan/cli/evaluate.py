@@ -18,12 +18,12 @@ _REFERENCE = "Reference images"
 
 
 def _check_features(value: str) -> str:
-    """Catch misspelled names of the known networks; anything else may be the path of a network."""
+    """Catch misspelled names of known networks. Anything else may be the path of a network."""
     from spigan.choices import did_you_mean
 
     hint = did_you_mean(value, ("inception", "cifar10-resnet56=PATH"))
     if hint and value not in ("inception", "cifar10-resnet56") and "=" not in value and not Path(value).exists():
-        raise ValueError(f"--features names neither a known network nor a file, got {value}{hint}")
+        raise ValueError(f"--features must be a known network or an existing file, got {value}{hint}")
     return value
 
 
@@ -38,39 +38,40 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Any source of `spigan train --data` (default: what the run was trained on).",
+            help="Any source that `spigan train --data` accepts (default: the images that the run was trained on).",
             show_default=False,
             rich_help_panel=_REFERENCE,
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Part of the source (default: train, or the run's).", rich_help_panel=_REFERENCE)
+        str | None, typer.Option(help="Split of the source (default: train, or the run's).", rich_help_panel=_REFERENCE)
     ] = None,
     channels: Annotated[
         int | None,
         typer.Option(
-            help="Convert the images: 1 (grey) or 3 (RGB) (default: as stored, or the run's).",
+            help="Convert the images to 1 (grey) or 3 (RGB) channels (default: as stored, or the run's).",
             rich_help_panel=_REFERENCE,
         ),
     ] = None,
     resize: Annotated[
         str | None,
         typer.Option(
-            help="lanczos (default, or the run's), bicubic, bilinear, box or nearest.", rich_help_panel=_REFERENCE
+            help="Resize filter: lanczos, bicubic, bilinear, box or nearest (default: lanczos, or the run's).",
+            rich_help_panel=_REFERENCE,
         ),
     ] = None,
     features: Annotated[
         str,
         typer.Option(
-            help="Feature network: inception or inception=PATH (FID), cifar10-resnet56=PATH, or NAME=PATH or PATH of "
-            "a TorchScript file. TorchScript is a program: use only files you trust.",
+            help="Feature network: inception or inception=PATH (FID), cifar10-resnet56=PATH, or a TorchScript file as "
+            "PATH or NAME=PATH. A TorchScript file is a program: use only files you trust.",
             callback=_check_features,
         ),
     ] = "inception",
-    samples: Annotated[int, typer.Option(help="Number of images to draw.", min=1)] = 50_000,
+    samples: Annotated[int, typer.Option(help="Number of images to sample.", min=1)] = 50_000,
     seed: FirstSeed = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Write the result, with everything it depends on, to this JSON file.")
+        Path | None, typer.Option(help="Write the result, and everything it depends on, to this JSON file.")
     ] = None,
     batch: Batch = None,
     device: Device = None,
@@ -78,14 +79,15 @@ def evaluate(
     backend: Backend = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder of reference statistics (default: $SPIGAN_CACHE, or ~/.cache/spigan)."),
+        typer.Option(help="Folder that caches reference statistics (default: $SPIGAN_CACHE, or ~/.cache/spigan)."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Hide the progress bars.")] = False,
 ) -> None:
     """Measure the quality of a model's images.
 
-    Computes FID (or another Frechet distance), KID, Inception Score, precision, recall and coverage, and times
-    sampling. FID needs the Inception network of 2015-12-05; if it is missing, the error says where to get it.
+    Computes FID (or another Frechet distance), KID, Inception Score, precision, recall and coverage, and measures the
+    sampling speed. FID needs the Inception network of 2015-12-05. If it is missing, the error message tells you where
+    to get it.
 
     \b
     Examples:
@@ -108,7 +110,7 @@ def _measure(model: str | None, reference: DataConfig, out: Path | None, options
     from spigan.files import write_text
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they are in the result
+        warnings.simplefilter("ignore", UserWarning)  # the result contains them
         result = evaluate(model, data=reference, **options)
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")
@@ -120,15 +122,15 @@ def _measure(model: str | None, reference: DataConfig, out: Path | None, options
 
 
 def reference_config(model: str | None, data: str | None, changes: dict[str, Any]) -> DataConfig:
-    """Return the reference images of an evaluation.
+    """Return the configuration of the reference images of an evaluation.
 
     Args:
         model: the model's name or folder.
-        data: source of the images, or None for those that the bundled model or the run was trained on.
+        data: source of the images. None selects the images that the bundled model or the run was trained on.
         changes: fields of `DataConfig` to replace; None keeps the field.
 
     Raises:
-        ValueError: `data` is None and `model` is not a training run.
+        ValueError: if `data` is None and `model` is not a training run.
     """
     from spigan.data import DataConfig
     from spigan.models.load import BUNDLED_MODELS

@@ -8,7 +8,7 @@ from spigan.cli.options import AsJson
 def info(as_json: AsJson = False) -> None:
     """Show versions, devices and backends.
 
-    For every operation, shows which backend it would use and why. Include the output in bug reports.
+    Also shows which backend each operation would use, and why. Include the output in bug reports.
     """
     from spigan.info import main as print_info
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and checks of values that are chosen from a list."""
+"""Options shared by several commands, and checks of options that accept one of several names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def help_text(command: Callable[..., object]) -> str:
-    """Return the docstring of a command with each paragraph on one line, for the terminal to wrap."""
+    """Return the docstring of a command with each paragraph on one line, so that the terminal can wrap it."""
     paragraphs = inspect.getdoc(command).split("\n\n")  # type: ignore[union-attr]  # every command has one
     return "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
 
 
 def one_of(option: str, names: tuple[str, ...]) -> Callable[[str | None], str | None]:
-    """Make the callback of an option that takes one of `names`."""
+    """Return a callback for an option that accepts one of `names`."""
 
     def check(value: str | None) -> str | None:
         if value is not None:
@@ -35,7 +35,7 @@ def one_of(option: str, names: tuple[str, ...]) -> Callable[[str | None], str | 
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of a name in `DTYPES`."""
+    """Return the torch dtype for one of the names in `DTYPES`."""
     import torch
 
     dtype = getattr(torch, name)
@@ -44,7 +44,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _check_device(value: str | None) -> str | None:
-    """Catch misspelled devices. `resolve_device` checks the rest, because it needs torch."""
+    """Catch misspelled device names without importing torch. `resolve_device` checks everything else."""
     kind = (value or "auto").partition(":")[0]
     if kind not in ("auto", "cpu", "cuda", "mps", "xpu"):
         likely = {"gpu": "cuda", "nvidia": "cuda"}.get(kind.lower())
@@ -75,7 +75,9 @@ Backend = Annotated[
     str | None,
     typer.Option("--backend", help="Implementation of the operations: auto, reference, cpp, triton or cuda."),
 ]
-Batch = Annotated[int | None, typer.Option("--batch", help="Images per batch (default: chosen by resolution).", min=1)]
-FirstSeed = Annotated[int, typer.Option("--seed", help="Image i uses seed + i.", min=0)]
-NoProgress = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+Batch = Annotated[
+    int | None, typer.Option("--batch", help="Images per batch (default: depends on the resolution).", min=1)
+]
+FirstSeed = Annotated[int, typer.Option("--seed", help="Seed of the first image; image i uses seed + i.", min=0)]
+NoProgress = Annotated[bool, typer.Option("--quiet", help="Hide the progress bar.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,4 +1,4 @@
-"""The program: which commands there are, and in which order its help lists them."""
+"""The `spigan` program: its commands, in the order in which the help lists them."""
 
 from __future__ import annotations
 

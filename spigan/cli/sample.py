@@ -19,21 +19,26 @@ def sample(
     model: Model = None,
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="Image i uses seed + i (default: 0). Or give one --seed per image.", min=0),
+        typer.Option(
+            help="Seed of the first image; image i uses seed + i (default: 0). Or give one --seed for each image.",
+            min=0,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="A folder (png), or a .png, .npz or .parquet file.")] = Path("samples.png"),
     fmt: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="png: one file per image. grid: one PNG. npz: uint8 [N, H, W, C]. parquet: PNGs in rows "
-            "(default: from --out).",
+            help="png: one file per image. grid: all images in one PNG. npz: uint8 [N, H, W, C]. parquet: one PNG per "
+            "row. (default: inferred from --out)",
             callback=one_of("--format", ("png", "grid", "npz", "parquet")),
         ),
     ] = None,
     t: Annotated[
         list[float] | None,
-        typer.Option(help="Time on the straight path: 0 is noise, 1 the image (default). Repeat for several times."),
+        typer.Option(
+            help="Time on the straight path: 0 is noise, 1 is the image (default). Repeat the option for several times."
+        ),
     ] = None,
     batch: Batch = None,
     device: Device = None,
@@ -42,9 +47,9 @@ def sample(
 ) -> None:
     """Sample images from a model.
 
-    Writes a folder of PNGs, a grid, an npz or a parquet file, while the next batch is computed. Except for a grid,
-    memory does not grow with the number of images. With several times, a grid has one row per image, a folder one file
-    per time, and an npz a leading axis.
+    Writes a folder of PNGs, a grid, an npz file or a parquet file. Each batch is written while the next one is
+    computed. Except for a grid, memory use does not grow with the number of images. With several times, a grid has one
+    row per image, a folder has one file per image and time, and an npz file has a leading axis for the times.
 
     \b
     Examples:
@@ -70,7 +75,7 @@ def sample(
             add(images)
     elapsed = time.perf_counter() - began
     nfe = evaluations[0] / len(times)
-    typer.echo(f"{len(seeds) * len(times)} images in {elapsed:.2f} s (with writing), NFE = {nfe:g}: {out}")
+    typer.echo(f"{len(seeds) * len(times)} images in {elapsed:.2f} s (including writing), NFE = {nfe:g}: {out}")
 
 
 def interpolate(
@@ -78,7 +83,8 @@ def interpolate(
         str,
         typer.Option(
             help="time: h(0) to h(1) of each seed (Fig. 9). z: between the noise of two seeds (Fig. 10). "
-            "h: between their h(1) (Fig. 11). path: real images to noise, along the SDE and straight (Fig. 4).",
+            "h: between their h(1) (Fig. 11). path: real images to noise, along the SDE path and the straight path "
+            "(Fig. 4).",
             callback=one_of("--kind", ("time", "z", "h", "path")),
         ),
     ] = "time",
@@ -87,23 +93,25 @@ def interpolate(
         list[int] | None,
         typer.Option(
             metavar="SEED ...",
-            help="--seeds 3 1 4 (default: 0 1 2 3). For z and h, each row leads from one seed to the next. "
-            "For path, the seeds are also the numbers of the images.",
+            help="For example, --seeds 3 1 4 (default: 0 1 2 3). For z and h, each row leads from one seed to the "
+            "next. For path, each seed is also the number of an image in --data.",
             min=0,
         ),
     ] = None,
     more: Annotated[list[int] | None, typer.Argument(hidden=True, metavar="SEED", min=0)] = None,
     steps: Annotated[int, typer.Option(help="Images per row.", min=2)] = 9,
-    out: Annotated[Path, typer.Option(help="A grid (.png) or an animation, there and back (.gif, .webp).")] = Path(
-        "interpolation.png"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A grid (.png), or an animation that plays forwards and back (.gif, .webp).")
+    ] = Path("interpolation.png"),
     mix: Annotated[
         str,
         typer.Option(
-            help="For z. spherical: keeps z standard normal. linear: the paper's (1 - a) z' + a z'', which does not."
+            help="For z. spherical keeps z standard normal. linear, the paper's (1 - a) z' + a z'', does not."
         ),
     ] = "spherical",
-    data: Annotated[str, typer.Option(help="For path: images, any source of `spigan train --data`.")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="For path: the images, from any source that `spigan train --data` accepts.")
+    ] = "digits",
     resolution: Annotated[
         int | None, typer.Option(help="For path: size of the images (default: as stored).", min=1)
     ] = None,
@@ -111,7 +119,7 @@ def interpolate(
     batch: Batch = None,
     device: Device = None,
 ) -> None:
-    """Draw rows of images between images.
+    """Draw rows of interpolated images.
 
     By default, each row shows how the noise of one seed turns into an image, from h(0) to h(1).
 
@@ -126,7 +134,7 @@ def interpolate(
     if more and not seeds:
         raise ValueError(f"unexpected argument {more[0]}; did you mean --seeds {' '.join(map(str, more))}?")
     interpolation.check_suffix(out)
-    # One option that takes any number of values: click gives the first to the option and the rest to the argument.
+    # --seeds takes any number of values: click assigns the first to the option, and the rest to the argument.
     numbers = [*seeds, *(more or [])] if seeds else [0, 1, 2, 3]
     options: dict[str, Any] = {"model": model, "batch_size": batch, "device": device}
     columns = None
@@ -143,7 +151,7 @@ def interpolate(
 
 
 def _forward_rows(source: str, resolution: int | None, numbers: list[int], steps: int) -> Tensor:
-    """Return `forward_path` of the images with these numbers, each with the noise of that seed."""
+    """Return `forward_path` of the images with these numbers. Each number is also the seed of the image's noise."""
     from spigan.data import DataConfig, open_dataset
     from spigan.sampling.interpolation import forward_path
 

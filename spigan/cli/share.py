@@ -17,17 +17,17 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="onnx (needs the extra `export`) or pt2, for PyTorch (default: from --out).",
+            help="onnx (needs the extra `export`), or pt2 for PyTorch (default: inferred from --out).",
             callback=one_of("--format", ("onnx", "pt2")),
         ),
     ] = None,
-    t: Annotated[float, typer.Option(help="Time on the straight path: 1 is the clean image.")] = 1.0,
+    t: Annotated[float, typer.Option(help="Time on the straight path. 1 gives the clean image.")] = 1.0,
     batch: Annotated[int | None, typer.Option(help="Fix the batch size (default: any size).", min=1)] = None,
 ) -> None:
     """Export a model to one file that runs without spigan.
 
-    The exported model maps standard normal z to the images that `spigan sample` makes of the same z, in [0, 1]. Both
-    are float32.
+    The exported model maps standard normal z to images in [0, 1], both float32. The images are those that
+    `spigan sample` makes from the same z.
 
     \b
     Examples:
@@ -53,31 +53,31 @@ def export(
 
 
 def push(
-    model: Annotated[str, typer.Argument(help="A run folder, model/ or best/ in it, or a saved model.")],
+    model: Annotated[str, typer.Argument(help="A run folder, its model/ or best/ folder, or a saved model.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face hub: user/name.")],
     metrics: Annotated[
         Path | None,
-        typer.Option(help="JSON of `spigan evaluate --out` (default: what the run measured of these weights)."),
+        typer.Option(help="JSON file from `spigan evaluate --out` (default: the run's metrics of these weights)."),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="License of the weights, by its name on the hub: cc-by-4.0, ...")
+        str | None, typer.Option(help="License of the weights, as the hub names it, such as cc-by-4.0.")
     ] = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Visibility of a new repository (default: the hub's).")
     ] = None,
     branch: Annotated[str | None, typer.Option(help="Branch to push to, created if missing (default: main).")] = None,
-    message: Annotated[str, typer.Option(help="Message of the commit.")] = "Push model using spigan.",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Push model using spigan.",
     pull_request: Annotated[
         bool, typer.Option("--pull-request", help="Open a pull request instead of committing.")
     ] = False,
     local: Annotated[
-        Path | None, typer.Option(help="Write the files to this new or empty folder instead of uploading them.")
+        Path | None, typer.Option(help="Write the files to this new or empty folder, and do not upload them.")
     ] = None,
 ) -> None:
     """Upload a model to the Hugging Face hub.
 
-    Uploads the averaged weights and a model card with configuration, data, training, metrics and samples. The
-    discriminator, optimisers and checkpoints stay here. Log in first with `hf auth login`.
+    Uploads the averaged weights and a model card with the configuration, data, training, metrics and samples. Does not
+    upload the discriminator, the optimisers or the checkpoints. Log in first with `hf auth login`.
 
     \b
     Examples:

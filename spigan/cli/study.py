@@ -12,23 +12,23 @@ from spigan.cli.options import NoProgress
 
 
 def ablate(
-    grid: Annotated[
-        str, typer.Argument(help="A grid file (.toml or .json), or one that comes with spigan: table5, digits.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the study; each arm is a run folder in it.")] = Path("ablation"),
+    grid: Annotated[str, typer.Argument(help="A grid file (.toml or .json), or a bundled grid: table5, digits.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study. Each arm is a run folder inside it.")] = Path(
+        "ablation"
+    ),
     show: Annotated[
-        bool, typer.Option("--show", help="Print the grid file and exit: a template for your own.")
+        bool, typer.Option("--show", help="Print the grid file and exit. Use it as a template for your own.")
     ] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Train nothing; report on the runs in the folder.")
+        bool, typer.Option("--report-only", help="Report on the runs in the folder without training.")
     ] = False,
     quiet: NoProgress = False,
 ) -> None:
     """Train the arms of an ablation study and compare them (Table 5, Fig. 8).
 
-    The arms are trained one after another. Writes table.md, table.json and curve.png. Run the same command again after
-    an interruption: finished arms are kept, an interrupted one resumes exactly. The exit status is 0 if all arms
-    finished, 1 if one failed, 130 after Ctrl-C.
+    Trains the arms one after another, and writes table.md, table.json and curve.png. After an interruption, run the
+    same command again: finished arms are kept, and the interrupted arm resumes exactly. The exit status is 0 if all
+    arms finished, 1 if any failed, and 130 after Ctrl-C.
 
     \b
     Examples:

@@ -27,13 +27,14 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images: a folder, a zip, a parquet file or a folder of them, LMDB, tar shards, "
-            "cifar-10-python.tar.gz, or a hub id (default: the preset's).",
+            help="Images to train on: a folder, a zip file, a parquet file or a folder of them, an LMDB database, tar "
+            "shards, cifar-10-python.tar.gz, or a hub id (default: the preset's).",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder, new or empty (default: runs/NNNNN).", rich_help_panel=_WHAT)
+        Path | None,
+        typer.Option(help="Run folder, new or empty (default: the next free runs/NNNNN).", rich_help_panel=_WHAT),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json to start from instead of a preset.", rich_help_panel=_WHAT)
@@ -43,15 +44,18 @@ def train(
         typer.Option(help="Resume the run in this folder. Add --kimg to extend it.", rich_help_panel=_WHAT),
     ] = None,
     kimg: Annotated[
-        float | None, typer.Option(help="Length of the training in thousands of images.", rich_help_panel=_HOW)
+        float | None, typer.Option(help="Length of training in thousands of images.", rich_help_panel=_HOW)
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images per minibatch.", rich_help_panel=_HOW)] = None,
     intervals: Annotated[
         int | None,
-        typer.Option("-k", "--intervals", help="K: number of times per iteration.", rich_help_panel=_HOW),
+        typer.Option(
+            "-k", "--intervals", help="K, the number of times t_1, ..., t_K in each iteration.", rich_help_panel=_HOW
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the initial weights, noise and data order.", rich_help_panel=_HOW)
+        int | None,
+        typer.Option(help="Seed of the initial weights, the noise and the data order.", rich_help_panel=_HOW),
     ] = None,
     device: Device = None,
     changes: Annotated[
@@ -59,7 +63,7 @@ def train(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Change any other field of TrainConfig; repeat for several.",
+            help="Set any other field of TrainConfig. Repeat the option for several fields.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -70,7 +74,7 @@ def train(
 
     The run folder receives config.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN is the
     number of thousands of images seen), checkpoints/ and the exported model/. Ctrl-C saves a checkpoint; --resume
-    continues from it. With --set metric_features=... the run is also evaluated: metrics.jsonl and best/.
+    continues from it. With --set metric_features=..., the run is also evaluated, and gets metrics.jsonl and best/.
 
     \b
     Examples:
@@ -96,7 +100,7 @@ def train(
         trainer = Trainer.resume(resume, total_kimg=kimg, progress=not quiet)
     else:
         if preset is not None and config is not None:
-            raise ValueError("--preset and --config exclude each other: leave out one of them")
+            raise ValueError("--preset and --config cannot be combined: leave out one of them")
         given = {name: value for name, value in given.items() if value is not None}
         settings = train_config(preset or "digits", config, data, given, changes or [])
         if show:
@@ -112,7 +116,7 @@ def _refuse_beside_resume(others: dict[str, Any]) -> None:
 
 
 def _fit(trainer: Any) -> None:
-    """Train until the end or a signal, and say where the model is."""
+    """Train until the end or until a signal arrives, and print where the model is."""
     count, main = trainer.processes.count, trainer.processes.main
     where = f"{count} processes on {trainer.device.type}" if count > 1 else str(trainer.device)
     if main:
@@ -129,18 +133,18 @@ def _fit(trainer: Any) -> None:
 def train_config(
     preset: str, config: Path | None, data: str | None, given: dict[str, Any], changes: list[str]
 ) -> TrainConfig:
-    """Return the configuration that the command line describes: a preset or file, then named options, then --set.
+    """Return the configuration from the command line: a preset or file, changed by named options, then by --set.
 
     Args:
         preset: name of the preset, unless `config` is given.
         config: config.json to start from.
-        data: source of the images, or None for that of the preset or file.
-        given: fields set by options of their own.
-        changes: "FIELD=VALUE"; VALUE is JSON if it parses as such, else text.
+        data: source of the images. None keeps the source of the preset or file.
+        given: fields set by named options.
+        changes: list of "FIELD=VALUE". VALUE is parsed as JSON if possible; otherwise it is text.
 
     Raises:
-        ValueError: the fields make no valid configuration.
-        OSError: `config` cannot be read.
+        ValueError: if the fields do not make a valid configuration.
+        OSError: if `config` cannot be read.
     """
     from spigan.config import TrainConfig
     from spigan.files import read_json
@@ -161,7 +165,7 @@ def train_config(
 
 
 def _apply(fields: dict[str, Any], change: str) -> None:
-    """Set one field: "model.ode_steps=8"."""
+    """Set one field, as in "model.ode_steps=8"."""
     name, separator, text = change.partition("=")
     if not separator:
         raise ValueError(f"--set takes FIELD=VALUE, got {change!r}")
@@ -173,5 +177,5 @@ def _apply(fields: dict[str, Any], change: str) -> None:
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):
-            raise ValueError(f"--set {change}: {parent!r} has no fields of its own")
+            raise ValueError(f"--set {change}: {parent!r} has no fields")
     fields[leaf] = value

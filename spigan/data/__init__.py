@@ -4,11 +4,11 @@ How a stored image becomes pixels, for example a row of a parquet file:
 
 1. `open_dataset` (dataset.py) asks `find_source` (sources/find.py) for the `Source` that `DataConfig.source` names.
 2. `dataset[i]` calls `ImageReader.read` (decode.py), which calls `source.open(i)`. For parquet, that is
-   `RowGroupSource.open` or `RowSource.open` in sources/parquet.py: it reads the row's bytes.
-3. `open_image` (decode.py) reads the image's header, within limits.
-4. `ImageReader` checks the header, decodes the pixels and makes a square of the right size and channels.
+   `RowGroupSource.open` or `RowSource.open` (sources/parquet.py), which reads the bytes of the row.
+3. `open_image` (decode.py) reads the header of the image, within limits.
+4. `ImageReader` checks the header, decodes the pixels, and makes a square with the right size and channels.
 
-To train on images that are stored in another way, write a `Source` and register it: see `spigan.data.Source`.
+To train on images that are stored in some other way, write a `Source` and register it: see `spigan.data.Source`.
 """
 
 from spigan.data.batches import loader

@@ -1,4 +1,4 @@
-"""`loader`: shuffled batches without end, in an order that a resumed run continues exactly."""
+"""`loader`: an endless stream of shuffled batches, in an order that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from spigan.data.workers import load_batches
 
 
 class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
-    """Batches of indices without end: epoch after epoch of shuffled images. A batch may reach into the next epoch.
+    """Endless batches of indices: epoch after epoch of shuffled images. A batch may extend into the next epoch.
 
-    The permutation of an epoch depends on (seed, epoch) alone. So the batches after the first `start` images are the
-    same whether this process drew the earlier ones, another process did, or nobody.
+    The permutation of an epoch depends only on (seed, epoch). Therefore the batches after the first `start` images are
+    always the same, no matter whether and where the earlier batches were drawn.
 
     Args:
         count: number of images, at least 1.
-        batch_size: indices per batch, at least 1; may exceed `count`.
-        seed: not negative.
-        start: number of images used already, not negative.
-        part: which indices of each batch to yield; default: all.
+        batch_size: indices per batch, at least 1. It may exceed `count`.
+        seed: seed of the order, not negative.
+        start: number of images already used, not negative.
+        part: which indices of each batch to yield. Default: all.
     """
 
     def __init__(self, count: int, batch_size: int, *, seed: int, start: int = 0, part: slice = slice(None)) -> None:
@@ -39,7 +39,7 @@ class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Return the order of the images in `epoch` (from 0), int64 [count]."""
-        # RandomState is the only generator whose stream is promised never to change between versions (NumPy's NEP 19).
+        # RandomState is the only generator whose stream is guaranteed not to change between versions (NumPy's NEP 19).
         seeds = np.random.SeedSequence((self.seed, epoch))
         return np.random.RandomState(np.random.MT19937(seeds)).permutation(self.count)
 
@@ -66,18 +66,18 @@ def loader(
     part: slice = slice(None),
     num_workers: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield shuffled batches without end: uint8 [batch_size, C, H, W], in pinned memory if CUDA is available.
+    """Yield an endless stream of shuffled batches, uint8 [batch_size, C, H, W], in pinned memory if CUDA is available.
 
-    torch's global generator is not touched.
+    Torch's global random generator is not used.
 
     Args:
         dataset: the images.
         batch_size: images per batch, at least 1.
         seed: seed of the order, not negative.
-        start: number of images used already; the order continues after them.
-        part: which images of each batch to load; default: all.
-        num_workers: worker processes that decode; the number does not change the images. None: none for a cached
-            dataset, otherwise `dataset.workers`.
+        start: number of images already used. The order continues after them.
+        part: which images of each batch to load. Default: all.
+        num_workers: number of worker processes that decode images. It does not change the images. Default: 0 for a
+            cached data set, otherwise `dataset.workers`.
     """
     if num_workers is None:
         num_workers = 0 if dataset.cached else dataset.workers

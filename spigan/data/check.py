@@ -1,4 +1,4 @@
-"""`spigan data check`: decode every image of a source once and report what it holds."""
+"""`spigan data check`: decode every image of a source once, and report what the source contains."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _Size = tuple[int, int]
 
 
 def check(config: DataConfig, *, workers: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Decode every image of a source and report what it holds.
+    """Decode every image of a source, and report what the source contains.
 
     Args:
-        config: which images. If it has a resolution, they are also cropped and resized, as in training.
-        workers: worker processes; None: one per CPU core, 0: decode in this process.
-        progress: show a progress bar.
+        config: which images to check. If a resolution is set, they are also cropped and resized, as in training.
+        workers: number of worker processes. None: one per CPU core. 0: decode in this process.
+        progress: whether to show a progress bar.
 
     Returns:
         A report of plain JSON values:
 
         - "source", "split", "images": what was checked, and the number of images
         - "broken": [{index, error}]
-        - "width", "height": [least, most]
+        - "width", "height": [smallest, largest]
         - "sizes", "modes", "formats": the number of images for each, most frequent first, at most 20 sizes
-        - "duplicates": "groups" of images that are equal in every pixel, the number of "images" beyond the first of
-          each group, and "examples" (names, at most 5 of a group and 10 groups)
+        - "duplicates": the number of "groups" of identical images, the number of "images" beyond the first of each
+          group, and "examples" (names of at most 5 images of a group, for at most 10 groups)
         - "seconds", "workers", "images_per_second" of this call
-        - "images_per_second_core": images that one core decodes (and crops and resizes) in a second, without waiting
-          for the disk
+        - "images_per_second_core": images that one core decodes (and crops and resizes) per second, not counting the
+          time spent waiting for the disk
 
     Raises:
-        ValueError: whatever `open_dataset` raises, except for single images.
+        ValueError: if `open_dataset` would raise an error that is not about a single image.
     """
     source = find_source(config, progress)
     workers = available_cores() if workers is None else workers
@@ -74,7 +74,7 @@ def check(config: DataConfig, *, workers: int | None = None, progress: bool = Tr
 
 
 class _Tally:
-    """What is counted over all images."""
+    """Counts over all images."""
 
     def __init__(self, count: int) -> None:
         self.broken: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ class _Tally:
 
 
 class _Found(NamedTuple):
-    """Facts about an image: size as stored, Pillow's mode and format, digest of the pixels, CPU seconds to decode."""
+    """Facts about an image: stored size, Pillow's mode and format, digest of the pixels, CPU seconds to decode it."""
 
     size: _Size
     mode: str
@@ -118,7 +118,7 @@ def _tally(source: Source, config: DataConfig, workers: int, progress: bool) -> 
 
 
 class _Inspector:
-    """Decodes an image and notes what it is."""
+    """Decodes an image and records facts about it."""
 
     def __init__(self, source: Source, config: DataConfig) -> None:
         self.reader = ImageReader(source, config)
@@ -139,7 +139,7 @@ class _Inspector:
 
 
 def _equal(digests: np.ndarray, indices: np.ndarray) -> list[list[int]]:
-    """Group those of `indices` with equal digests: groups of two or more, in the order of their first."""
+    """Group the `indices` with equal digests. Return groups of two or more, ordered by their first index."""
     order = indices[np.argsort(digests[indices], kind="stable")]
     starts = np.flatnonzero(digests[order[1:]] != digests[order[:-1]]) + 1
     return sorted(group.tolist() for group in np.split(order, starts) if len(group) > 1)

@@ -28,15 +28,17 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
         "own splits. All other sources only have train.",
     )
     resolution: int | None = Field(
-        None, gt=0, description="Side of the square images in pixels. None: as stored; all images must then agree."
+        None,
+        gt=0,
+        description="Side of the square images in pixels. None: as stored; all images must then have the same size.",
     )
     channels: Literal[1, 3] | None = Field(
         None,
         description="1 (grey) or 3 (RGB): convert every image, with transparent areas on white. None: as stored; all "
-        "images must then agree, and none may have an alpha channel. Palette images count as RGB.",
+        "images must then have the same channels, without an alpha channel. Palette images count as RGB.",
     )
     resize: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = Field(
-        "lanczos", description="Pillow filter (antialiased) for images that are not of the resolution already."
+        "lanczos", description="Pillow filter (antialiased) for images that do not have the resolution already."
     )
     crop: Literal["center", "none"] = Field(
         "center",
@@ -46,7 +48,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     column: str | None = Field(
         None,
         description="Column of the images in parquet files and Hub datasets. In tar files: the extension of the "
-        "images, everything after the first dot of the member's name. None: the only one.",
+        "images, which is everything after the first dot of the member's name. None: the only one.",
     )
     cache: Literal["auto", "memory", "none"] = Field(
         "auto",

@@ -1,6 +1,6 @@
-"""`spigan data convert`: write the images of any source to parquet files of squares.
+"""`spigan data convert`: write the images of any source, as squares, to parquet files.
 
-It decodes every image once, in worker processes, and its memory does not grow with the size of the images.
+Every image is decoded once, in worker processes. Memory use does not grow with the size of the data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spigan.images import to_pil
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 
-_KEY = b"spigan.convert"  # in a file's metadata: its record, with the plan that it was made by
+_KEY = b"spigan.convert"  # key of a file's metadata that holds its record, including the plan it was made from
 
 
 def convert(
@@ -47,29 +47,29 @@ def convert(
 ) -> dict[str, Any]:
     """Write a source's images, as squares of one size, to parquet files that `open_dataset` reads as source `out`.
 
-    The files are called train-00000-of-00003.parquet and so on, with the name of the split first, as on the Hub. An
+    As on the Hub, the files are called train-00000-of-00003.parquet and so on, starting with the name of the split. An
     index, train-index.json, is written last. Each file is written completely or not at all, and does not depend on the
-    number of workers. After an interruption, the same call continues with the files that are missing. A file with a
-    broken image in it is only written if `skip_broken` is set.
+    number of workers. After an interruption, the same call continues with the missing files. A file that would contain
+    a broken image is only written if `skip_broken` is set.
 
     Args:
-        config: which images, and how they become squares. Its resolution and channels must be set.
-        out: folder to write to; it may hold other splits.
-        image_format: format of the stored images; png is lossless.
-        quality: quality of webp and jpeg, 1..100; default 95.
+        config: which images to convert, and how to turn them into squares. Its resolution and channels must be set.
+        out: folder to write to. It may hold other splits.
+        image_format: format of the stored images. png is lossless.
+        quality: quality for webp and jpeg, 1 to 100. Default: 95.
         shard_size: images per file.
-        workers: worker processes; None: one per CPU core, 0: convert in this process.
-        skip_broken: leave broken images out.
-        progress: show a progress bar.
+        workers: number of worker processes. None: one per CPU core. 0: convert in this process.
+        skip_broken: whether to leave out broken images.
+        progress: whether to show a progress bar.
 
     Returns:
         The contents of the index: "complete", "images" written, "broken" [{index, error}], "files" [{file, images,
         bytes}] and the options. Also "converted", the number of images that this call read, and the "seconds" it took.
 
     Raises:
-        OSError: a file could not be written, for example because the disk is full.
-        ValueError: an option is out of range, or `out` holds files of another conversion; and whatever `open_dataset`
-            raises, except for single images.
+        OSError: if a file cannot be written, for example because the disk is full.
+        ValueError: if an option is out of range, `out` holds files of another conversion, or `open_dataset` would raise
+            an error that is not about a single image.
     """
     _check_options(config, out, image_format, quality, shard_size)
     source = find_source(config, progress)
@@ -105,7 +105,7 @@ def _check_options(
 def _plan(
     config: DataConfig, source: Source, image_format: ImageFormat, quality: int | None, shard_size: int
 ) -> dict[str, Any]:
-    """Everything that a file's contents depend on. Files with another plan belong to another conversion."""
+    """Return everything that a file's contents depend on. Files with another plan belong to another conversion."""
     identity = hashlib.sha256()
     for part in source.identity():
         identity.update(part)
@@ -133,7 +133,11 @@ def _write_missing(
     skip_broken: bool,
     bar: tqdm[Any],
 ) -> list[dict[str, Any]]:
-    """Write the files that are not in `done`, and add their records to it; return the broken images of the others."""
+    """Write the files that are not in `done`, and add their records to it.
+
+    Returns:
+        The broken images of the files that were not written.
+    """
     count, size = plan["count"], plan["shard_size"]
     todo = {
         name: chunks(start, min(start + size, count))
@@ -148,7 +152,7 @@ def _write_missing(
         except OSError as error:
             raise OSError(
                 f"{out / name} could not be written: {error}. {len(done)} of {len(names)} files are finished and kept. "
-                "Make room, or make the folder writable, and repeat the call to continue"
+                "Free some space, or make the folder writable, and repeat the call to continue"
             ) from error
         if record["broken"] and not skip_broken:
             failed += record["broken"]
@@ -179,7 +183,7 @@ def _counted(batches: Iterable[tuple[range, Any]], bar: tqdm[Any]) -> Iterator[t
 
 
 class _Encoder:
-    """Encodes an image's square in the planned format."""
+    """Turns an image into a square and encodes it in the planned format."""
 
     def __init__(self, source: Source, config: DataConfig, plan: dict[str, Any]) -> None:
         self.reader = ImageReader(source, config)
@@ -188,7 +192,7 @@ class _Encoder:
         if self.kind != "png":
             self.options["quality"] = plan["quality"]
         if self.kind == "jpeg":
-            self.options["subsampling"] = 0  # 4:4:4, which keeps the resolution of colours
+            self.options["subsampling"] = 0  # 4:4:4, which keeps the full resolution of the colours
 
     def __call__(self, index: int) -> bytes:
         pixels, buffer = np.empty(self.shape, dtype=np.uint8), io.BytesIO()
@@ -198,7 +202,7 @@ class _Encoder:
 
 
 def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the records of the files that an earlier call finished; remove what an interrupted one was writing."""
+    """Return the records of the files that an earlier call finished. Remove the remains of an interrupted call."""
     import pyarrow
     from pyarrow import parquet
 
@@ -222,19 +226,21 @@ def _finished(out: Path, names: list[str], plan: dict[str, Any]) -> dict[str, di
 
 
 class _Discarded(Exception):
-    """The file is not to be kept."""
+    """The file must not be kept."""
 
 
 def _write(
     path: Path, batches: Iterable[tuple[range, list[bytes | str]]], plan: dict[str, Any], skip_broken: bool
 ) -> dict[str, Any]:
-    """Write a file, unless it is discarded because of broken images. Return its record, which it also holds itself.
+    """Write a file, unless it has broken images and `skip_broken` is not set. Return its record.
+
+    The record is also stored in the metadata of the file.
 
     Args:
-        path: the file.
-        batches: indices and, for each, the encoded image or an error message.
+        path: the file to write.
+        batches: indices, and for each index the encoded image or an error message.
         plan: see `_plan`.
-        skip_broken: keep the file in spite of broken images.
+        skip_broken: whether to keep the file in spite of broken images.
     """
     import datasets
     import pyarrow
@@ -245,7 +251,7 @@ def _write(
     group: list[dict[str, Any]] = []
     size = 0  # bytes in the group
     with contextlib.suppress(_Discarded), atomic_path(path) as scratch:
-        # The images are compressed already, and nobody needs their minimum and maximum.
+        # The images are already compressed, and their minimum and maximum would be useless.
         options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         with parquet.ParquetWriter(scratch, schema, **options) as file:
 

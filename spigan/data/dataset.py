@@ -1,7 +1,7 @@
-"""`open_dataset` and `ImageDataset`: uint8 squares of one size, every one of them checked when the data are opened.
+"""`open_dataset` and `ImageDataset`: square uint8 images of one size, all of them checked when the data are opened.
 
-Images stay uint8 until the training step. Every error about an image names it: "photos/a.png", "photos.zip!a.png" or
-"train.parquet row 17" (rows count from 0).
+Images stay uint8 until the training step. Every error about an image names the image: "photos/a.png",
+"photos.zip!a.png" or "train.parquet row 17" (rows are counted from 0).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from spigan.data.workers import available_cores
 
 
 class ImageDataset(torch.utils.data.Dataset[Tensor]):
-    """Square images of one size: `dataset[i]` is uint8 [C, H, W] in 0..255. Usually made by `open_dataset`.
+    """Square images of one size: `dataset[i]` is uint8 [C, H, W] in 0..255. Usually created by `open_dataset`.
 
     Args:
         source: where the images are stored.
-        config: how they become squares, and whether they are kept decoded.
-        progress: show a progress bar while they are checked, if that takes over 2 s.
+        config: how to turn the images into squares, and whether to keep them decoded.
+        progress: whether to show a progress bar while the images are checked, if that takes over 2 s.
 
     Attributes:
         name: short name of the source.
         resolution: H = W in pixels.
         channels: C, 1 or 3.
-        workers: processes in which `loader` decodes images that are not cached.
-        description: facts that a run records about its data; plain JSON values.
+        workers: number of processes in which `loader` decodes images that are not cached.
+        description: facts that a run records about its data, as plain JSON values.
 
     Raises:
-        ValueError: an image is damaged, has more than 8 bits per channel or several frames, is transparent or unlike
-            the others; the message names it.
+        ValueError: if an image is damaged, has more than 8 bits per channel or several frames, is transparent, or
+            differs from the others. The message names the image.
     """
 
     def __init__(self, source: Source, config: DataConfig, *, progress: bool = True) -> None:
@@ -53,7 +53,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         self.name = source_name(config)
         self.workers = min(8, available_cores()) if config.workers is None else config.workers
         self._reader = reader = ImageReader(source, config)
-        with reader.opened(0) as first:  # the first image sets what the configuration leaves open
+        with reader.opened(0) as first:  # the first image decides what the configuration leaves open
             self.resolution = reader.resolution = config.resolution or min(first.size)
             self.channels = reader.channels = config.channels or channels_of(first)
             # Threads compete for the GIL on tiny images: 50,000 CIFAR-10 PNGs took 3.9 s in a plain loop and 7 s in a
@@ -66,8 +66,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             width, height = self._for_all(
                 lambda index: reader.read(index, pixels[index]), threads, "decoding", progress
             )
-            del self._reader  # with the encoded images, which are not needed any more
-        else:  # a bad image must end a run at its start, not after hours
+            del self._reader  # and with it the encoded images, which are no longer needed
+        else:  # a bad image must stop a run at its start, not after hours
             width, height = self._for_all(reader.stored_size, threads, "checking", progress)
         self.description: dict[str, Any] = {
             "source": config.source,
@@ -83,15 +83,16 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
 
     @property
     def cached(self) -> bool:
-        """Whether all images are kept decoded in memory. Otherwise `dataset[i]` decodes."""
+        """Whether all decoded images are kept in memory. If not, `dataset[i]` decodes the image."""
         return self._images is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the data.
+        """SHA-256 (hex) of the data.
 
-        If cached: of count, shape and pixels. Otherwise: of the description and the source's `identity`, which for
-        files are names and sizes relative to the source, so that a moved folder keeps its fingerprint.
+        If the images are cached, it covers their count, shape and pixels. Otherwise it covers the description and the
+        source's `identity`. For files, the identity consists of sizes, and of names relative to the source, so that a
+        folder keeps its fingerprint when it is moved.
         """
         if self._images is not None:
             sha = hashlib.sha256(repr(tuple(self._images.shape)).encode())
@@ -114,9 +115,9 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         return (self[index] for index in range(self._count))
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """Return the images of `indices`, each in 0..N-1, as uint8 [B, C, H, W]. DataLoader calls this for a batch."""
+        """Return the images with these indices, each in 0..N-1, as uint8 [B, C, H, W]. DataLoader calls this."""
         if self._images is not None:
-            # Not images[indices]: 2.7 ms instead of 0.2 ms for 512 CIFAR-10 images (2 cores, PyTorch 2.13).
+            # Not images[indices], which takes 2.7 ms instead of 0.2 ms for 512 CIFAR-10 images (2 cores, PyTorch 2.13).
             return self._images.index_select(0, torch.tensor(indices, dtype=torch.int64))
         batch = np.empty((len(indices), self.channels, self.resolution, self.resolution), dtype=np.uint8)
         for pixels, index in zip(batch, indices, strict=True):
@@ -126,7 +127,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
     def _for_all(
         self, function: Callable[[int], tuple[int, int]], threads: int, what: str, progress: bool
     ) -> tuple[list[int], list[int]]:
-        """Call `function` for every index; return [least, most] of the widths and of the heights that it returns."""
+        """Call `function` for every index. Return [smallest, largest] for the widths and heights that it returns."""
         from tqdm import tqdm
 
         def some(start: int) -> list[tuple[int, int]]:  # one task per image would cost more than a small image
@@ -135,7 +136,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         width, height = [sys.maxsize, 0], [sys.maxsize, 0]
         starts = range(0, self._count, 64)
         with (
-            ThreadPoolExecutor(threads) as pool,  # starts no thread before it is used
+            ThreadPoolExecutor(threads) as pool,  # does not start threads before it is used
             tqdm(total=self._count, desc=f"{what} {self.name}", unit="img", delay=2, disable=not progress) as bar,
         ):
             for part in pool.map(some, starts) if threads > 1 else map(some, starts):
@@ -149,15 +150,15 @@ def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
     """Open the images that `config.source` names, and check all of them.
 
     Args:
-        config: which images, and how they become squares.
-        progress: show a progress bar if this takes over 2 s.
+        config: which images to open, and how to turn them into squares.
+        progress: whether to show a progress bar if this takes over 2 s.
 
     Raises:
-        FileNotFoundError: the source does not exist.
-        ModuleNotFoundError: a package that the source needs is not installed.
-        ValueError: anything else, with the name of the file: an unknown kind of source, a missing split or column, no
-            images at all, or an image that is damaged, has more than 8 bits per channel or several frames, is
-            transparent or unlike the others.
+        FileNotFoundError: if the source does not exist.
+        ModuleNotFoundError: if a package that the source needs is not installed.
+        ValueError: if the source is of an unknown kind, lacks the split or column, or has no images; or if an image is
+            damaged, has more than 8 bits per channel or several frames, is transparent, or differs from the others. The
+            message names the file.
     """
-    require("PIL.Image", "pillow")  # otherwise its absence would be reported as an error of the first image
+    require("PIL.Image", "pillow")  # otherwise a missing Pillow would be reported as an error of the first image
     return ImageDataset(find_source(config, progress), config, progress=progress)

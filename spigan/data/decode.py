@@ -1,4 +1,4 @@
-"""From a stored image to pixels: open it safely, check it, and make a square of it."""
+"""Turn a stored image into pixels: open it safely, check it, and make a square of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# The same kinds by Pillow's names. Pillow must never try others (EPS would start Ghostscript) on untrusted data.
+# Pillow's names for the same formats. Pillow must never try others on untrusted data (EPS would start Ghostscript).
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -28,9 +28,9 @@ class ImageReader:
 
     Attributes:
         source: where the images are stored.
-        config: how they become squares.
-        resolution: side of the squares in pixels. None: as stored; set it to require the same of all images.
-        channels: 1 or 3. None: as stored; set it to require the same of all images.
+        config: how to turn them into squares.
+        resolution: side of the squares in pixels. None: as stored. Set it to require the same size of all images.
+        channels: 1 or 3. None: as stored. Set it to require the same number of all images.
     """
 
     def __init__(self, source: Source, config: DataConfig) -> None:
@@ -43,7 +43,7 @@ class ImageReader:
         """Open image `index` and check its header. Its pixels are not decoded yet.
 
         Raises:
-            ValueError: the image is unsuitable or damaged, also if this shows within the `with` block.
+            ValueError: if the image is unsuitable or damaged, even if this is only found within the `with` block.
         """
         try:
             with self.source.open(index) as image:
@@ -58,7 +58,7 @@ class ImageReader:
             ) from error
 
     def read(self, index: int, out: np.ndarray) -> tuple[int, int]:
-        """Decode image `index` into `out`, uint8 [C, H, W]; return its width and height as stored."""
+        """Decode image `index` into `out`, uint8 [C, H, W]. Return its stored width and height."""
         with self.opened(index) as image:
             size = image.size
             pixels = np.asarray(self.square(image))
@@ -66,7 +66,7 @@ class ImageReader:
         return size
 
     def stored_size(self, index: int) -> tuple[int, int]:
-        """Width and height of image `index` as stored, without decoding it."""
+        """Return the stored width and height of image `index`, without decoding it."""
         with self.opened(index) as image:
             return image.size
 
@@ -97,7 +97,7 @@ class ImageReader:
         # A camera's MPO is a photograph, followed by a second view or a preview.
         if getattr(image, "is_animated", False) and image.format != "MPO":
             raise UnsuitableImage("holds several frames; expected one image: save the frames as files, or remove it")
-        # Pillow silently opens 16-bit RGB as 8-bit RGB; the decoder's raw mode ("RGB;16B") still tells.
+        # Pillow silently opens 16-bit RGB as 8-bit RGB, but the decoder's raw mode ("RGB;16B") reveals it.
         if image.mode[0] in "IF" or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
             raise UnsuitableImage(
                 "has more than 8 bits per channel; expected 8: convert it first and choose how to scale the values"
@@ -125,38 +125,38 @@ class ImageReader:
 
 
 def channels_of(image: Image.Image) -> int:
-    """Channels of an image as stored: 1 for grey, otherwise 3."""
+    """Return the number of channels of a stored image: 1 for grey, otherwise 3."""
     return 1 if image.mode in ("1", "L", "LA") else 3
 
 
 def open_image(file: Path | io.BytesIO) -> Image.Image:
-    """Open an encoded image from an untrusted file; only its header is read.
+    """Open an encoded image from an untrusted file. Only its header is read.
 
     Args:
         file: path of the file, or its contents.
 
     Raises:
-        UnsuitableImage: `file` is a pipe or a device.
-        Exception: whatever Pillow raises for a file that is not an image in one of `PILLOW_FORMATS`.
+        UnsuitableImage: if `file` is a pipe or a device.
+        Exception: if the file is not an image in one of `PILLOW_FORMATS`. Pillow raises many types of errors.
     """
     from PIL import Image
 
     if isinstance(file, Path):
-        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        if file.exists() and not file.is_file():  # opening a pipe would wait forever
             raise UnsuitableImage("is not a regular file: remove it")
         return Image.open(_File(file), formats=PILLOW_FORMATS)
     return Image.open(file, formats=PILLOW_FORMATS)
 
 
 def check_size(size: int, has: str = "has") -> None:
-    """Refuse an encoded image of `size` bytes if no image within `limits.MAX_PIXELS` needs that many."""
+    """Raise UnsuitableImage if an encoded image has more bytes than any image within `limits.MAX_PIXELS` needs."""
     most = 4 * limits.MAX_PIXELS
     if size > most:
         raise UnsuitableImage(f"{has} {size} bytes; at most {most} are accepted: make it smaller")
 
 
 class _File(io.BufferedReader):
-    """A file whose reads allocate no more than the file's size, whatever length a header claims."""
+    """A file whose reads never allocate more than the size of the file, no matter what length a header claims."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -166,5 +166,5 @@ class _File(io.BufferedReader):
         return super().read(size if size is None else min(size, self._size))
 
     def __del__(self) -> None:
-        if hasattr(self, "_size"):  # Pillow only closes files that it opened itself; this one it just drops
+        if hasattr(self, "_size"):  # Pillow only closes files that it opened itself; it just drops this one
             self.close()

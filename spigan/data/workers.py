@@ -1,4 +1,4 @@
-"""Worker processes that decode images: started safely, ended by the process that started them and by nobody else."""
+"""Worker processes that decode images. They start safely, and only the process that started them can end them."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def available_cores() -> int:
 
 
 def load_batches(dataset: torch.utils.data.Dataset[Any], *, num_workers: int, **options: Any) -> Iterator[Any]:
-    """Iterate over batches as `dataset.__getitems__` makes them. torch's global generator is not touched.
+    """Iterate over batches made by `dataset.__getitems__`, without using torch's global random generator.
 
     Args:
-        dataset: where the batches come from.
-        num_workers: worker processes; 0: load in this process.
+        dataset: the data set that makes the batches.
+        num_workers: number of worker processes. 0: load in this process.
         **options: other arguments of `torch.utils.data.DataLoader`.
     """
     batches = torch.utils.data.DataLoader(
         dataset,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        generator=torch.Generator(),  # without one, the workers' base seed is drawn from the global generator
+        generator=torch.Generator(),  # otherwise the workers' base seed would come from the global one
         worker_init_fn=_start_worker,
         **options,
     )
     if not hasattr(signal, "sigtimedwait"):
         return iter(batches)
-    # Workers inherit the mask, and so do the threads that libraries start in them before `_start_worker` runs.
+    # Workers inherit this mask, and so do threads that libraries start in a worker before `_start_worker` runs.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         return iter(batches)
@@ -51,14 +51,15 @@ def _unchanged(batch: Any) -> Any:  # a named function, because workers may have
 
 
 def _start_worker(worker: int) -> None:
-    """Prepare a worker process: only the process that started it may end it.
+    """Prepare a worker process, so that only the process that started it can end it.
 
-    Terminals, torchrun and batch systems send SIGINT and SIGTERM to the workers too. If they ended, the training
-    process could not finish its iteration before it stops. When the training process dies, DataLoader's own check ends
-    the worker's loop, but the worker then waits for ever for a reader of its last results: hence the thread.
+    Terminals, torchrun and batch systems also send SIGINT and SIGTERM to the workers. If the workers ended, the
+    training process could not finish its iteration before stopping. If the training process dies, DataLoader's own
+    check ends the worker's loop, but the worker would then wait forever for a reader of its last results. The thread
+    prevents this.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    wait_for_signal = getattr(signal, "sigtimedwait", None)  # Linux: only this tells who sent a signal
+    wait_for_signal = getattr(signal, "sigtimedwait", None)  # Linux only: this reveals who sent a signal
     if wait_for_signal is not None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     trainer, parent = multiprocessing.parent_process(), os.getppid()  # the parent may be a fork server
@@ -79,20 +80,20 @@ def _start_worker(worker: int) -> None:
 
 
 def chunks(start: int, stop: int) -> list[range]:
-    """Split the indices from `start` to `stop` into ranges of `limits.CHUNK`: the images per message from a worker."""
+    """Split the indices from `start` to `stop` into ranges of `limits.CHUNK`, one for each message from a worker."""
     return [range(first, min(first + limits.CHUNK, stop)) for first in range(start, stop, limits.CHUNK)]
 
 
 def map_chunks(function: Callable[[int], Any], parts: Sequence[range], num_workers: int) -> Iterator[list[Any]]:
-    """Yield [function(index) for every index] of each part, in order, computed in worker processes.
+    """Yield a list of the results function(index) for each part, in order, computed in worker processes.
 
-    If `function` raises ValueError, the result is the error's message, a str. So that the two can be told apart,
-    `function` itself must not return a str.
+    If `function` raises ValueError, the result is the error message, a str. `function` itself must not return a str,
+    so that results and errors can be told apart.
 
     Args:
-        function: called in the workers; it must survive pickling.
+        function: function to call in the workers. It must be picklable.
         parts: see `chunks`.
-        num_workers: worker processes; 0: compute in this process.
+        num_workers: number of worker processes. 0: compute in this process.
     """
     return load_batches(_Results(function), num_workers=num_workers, batch_sampler=parts)
 

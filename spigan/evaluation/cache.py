@@ -1,4 +1,4 @@
-"""The user's cache: features of reference images, which evaluations keep between runs as safetensors files."""
+"""The user's cache: features of reference images, which evaluations store as safetensors files and reuse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from spigan.files import atomic_path, shorten
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:
-    """Return `folder`, or if None $SPIGAN_CACHE, $XDG_CACHE_HOME/spigan or ~/.cache/spigan, whichever is set first."""
+    """Return the folder of the cache.
+
+    This is `folder` if given, else $SPIGAN_CACHE, else $XDG_CACHE_HOME/spigan, else ~/.cache/spigan.
+    """
     if folder is None:
         folder = os.environ.get("SPIGAN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spigan"
     return Path(folder).expanduser()
@@ -24,12 +27,12 @@ def cache_folder(folder: str | Path | None = None) -> Path:
 def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Return the tensors that `save` wrote, or None if the file is missing, damaged or has another key.
 
-    A damaged file causes a warning; its contents are then computed again.
+    A damaged file causes a warning, and its contents are computed again.
 
     Args:
-        path: file of the cache.
-        key: key that it was saved under.
-        shapes: shape of each tensor that it must hold; all values must be finite floats.
+        path: file in the cache.
+        key: key under which the file was saved.
+        shapes: shape of each tensor that the file must hold. All values must be finite floats.
     """
     if not path.is_file():
         return None
@@ -37,7 +40,7 @@ def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("key") != key:
                 return None
-            # Checked before anything is read: the header's shapes decide how much memory that takes.
+            # Check the header before reading anything, because its shapes decide how much memory reading takes.
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if found != shapes:
                 raise ValueError("it holds unexpected tensors")
@@ -52,12 +55,12 @@ def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
 
 
 def save(path: Path, key: str, tensors: dict[str, Tensor]) -> None:
-    """Keep tensors in the cache. If the file cannot be written, only warn: it costs time, nothing else."""
+    """Save tensors in the cache. If the file cannot be written, only warn, because a missing file only costs time."""
     try:
         with atomic_path(path) as scratch:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, scratch, {"key": key})
     except (SafetensorError, OSError) as error:
         warnings.warn(
-            f"{path} cannot be kept for later ({error}): set SPIGAN_CACHE to a folder that you may write to",
+            f"{path} cannot be cached ({error}): set SPIGAN_CACHE to a folder that you may write to",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
 """`evaluate`: measure a model against a data set, as `spigan evaluate` and training runs do.
 
-The reference images are a data set as `spigan.data` reads it, at the model's resolution. Samples are uint8, as they
+The reference images are a data set read by `spigan.data`, at the model's resolution. Samples are uint8, just as they
 would be saved. The result records everything that the metrics depend on.
 """
 
@@ -55,27 +55,28 @@ def evaluate(
     """Measure a model against reference images.
 
     Args:
-        model: as for `spigan.sample`.
-        data: the reference images; they are resized to the model's resolution.
-        features: the feature network that images are compared by; see `spigan.evaluation.features.load_features`.
+        model: the model, as for `spigan.sample`.
+        data: the reference images, which are resized to the model's resolution.
+        features: the feature network used to compare images; see `spigan.evaluation.features.load_features`.
         samples: number of images to sample.
-        seed: seed of the first image; image i has the seed `seed + i`.
-        batch_size: as for `spigan.Sampler`, like the next three.
-        dtype: as there.
-        device: as there.
-        backend: as there.
-        cache_dir: folder for the reference's statistics; default: see `spigan.evaluation.cache.cache_folder`.
-        progress: show progress bars.
+        seed: seed of the first image. Image i has the seed `seed + i`.
+        batch_size: as for `spigan.Sampler`.
+        dtype: as for `spigan.Sampler`.
+        device: as for `spigan.Sampler`.
+        backend: as for `spigan.Sampler`.
+        cache_dir: folder for the statistics of the reference. Default: see `spigan.evaluation.cache.cache_folder`.
+        progress: whether to show progress bars.
 
     Returns:
         The metrics and everything that they depend on, as plain JSON values; see docs/evaluation.md. "metrics" maps
-        names to floats: "FID", "KID" and "IS" with the Inception of 2015-12-05, otherwise "FD-<network>" and so on;
-        "precision", "recall", "density", "coverage". "nfe" and "seconds_per_100_images" (a median) are beside it.
+        names to floats: "FID", "KID" and "IS" with the Inception of 2015-12-05, otherwise "FD-<network>" and so on; and
+        "precision", "recall", "density" and "coverage". Next to "metrics" are "nfe" and "seconds_per_100_images" (a
+        median).
 
     Raises:
-        FileNotFoundError: the model, the data or the weights of the feature network do not exist.
-        ValueError: the images' channels or resolution are not the model's, there are too few images, or the feature
-            network is not usable.
+        FileNotFoundError: if the model, the data or the weights of the feature network do not exist.
+        ValueError: if the channels or resolution of the images differ from the model's, there are too few images, or
+            the feature network cannot be used.
     """
     sampler = Sampler(model, batch_size=batch_size, dtype=dtype, backend=backend, device=device, output="uint8")
     resolve_seeds(samples, seed)
@@ -107,7 +108,7 @@ def evaluate(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Format a result of `evaluate` for people: one line per metric, then what they were measured from."""
+    """Format a result of `evaluate` as text: one line per metric, followed by what was compared."""
     reference, settings = result["reference"], result["settings"]
     rows = [
         (name, f"{value:.5g}", f"+- {result['spread'][name]:.2g}" if name in result["spread"] else "")
@@ -127,16 +128,16 @@ def table(result: dict[str, Any]) -> str:
 
 
 def open_reference(data: DataConfig, model: SPIGAN, *, progress: bool = True) -> ImageDataset:
-    """Open the data set that a model is compared with, at the model's resolution.
+    """Open the data set to compare a model with, at the model's resolution.
 
     Raises:
-        ValueError: `data` asks for another resolution, or its images have other channels.
+        ValueError: if `data` sets a different resolution, or its images have different channels.
     """
     config = model.config
     if data.resolution not in (None, config.resolution):
         raise ValueError(
             f"data.resolution is {data.resolution}, but the model makes images of {config.resolution} x "
-            f"{config.resolution}: leave it out; images of another size are resized with the filter data.resize"
+            f"{config.resolution}: leave it out; images of other sizes are resized with the filter data.resize"
         )
     dataset = open_dataset(data.model_copy(update={"resolution": config.resolution}), progress=progress)
     if dataset.channels != config.img_channels:
@@ -151,12 +152,12 @@ def time_100_images(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> 
     """Count function evaluations per image, and time 100 images from noise to the CPU (the paper's Table 2).
 
     Args:
-        sampler: its model, dtype and backend are timed.
-        repeats: most calls to time, after one that warms up.
-        limit: seconds after which no further call begins.
+        sampler: sampler whose model, dtype and backend are timed.
+        repeats: largest number of calls to time, after a warm-up call.
+        limit: time in seconds after which no further call begins.
 
     Returns:
-        NFE and the median of the seconds.
+        The NFE and the median time in seconds.
     """
     timed = Sampler(sampler.model, batch_size=100, dtype=sampler.dtype, backend=sampler.backend, output="uint8")
     with count_evaluations(timed.model) as evaluations:
@@ -171,7 +172,7 @@ def time_100_images(sampler: Sampler, repeats: int = 5, limit: float = 10.0) -> 
 
 
 def describe_features(net: FeatureNet, dataset: ImageDataset) -> dict[str, Any]:
-    """Return what a result records about its feature network."""
+    """Return the facts that a result records about its feature network."""
     if net.resolution is None:
         resizing = "the network's own"
     elif net.resolution == dataset.resolution:

@@ -1,4 +1,4 @@
-"""`Evaluator`: compare images with a reference data set, whose statistics are computed once and cached."""
+"""`Evaluator`: compare images with a reference data set. Its statistics are computed once and cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spigan.data.workers import load_batches
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet
 
-_FORMAT = 1  # of cached features; raise it when a change of this code changes them
+_FORMAT = 1  # version of the cached features; increase it if a change of this code changes them
 _BATCH = 256  # reference images at a time
 _LEAST = metrics.NEIGHBOURS_COVERAGE + 1
 
@@ -31,8 +31,8 @@ class Measured:
     Attributes:
         values: metrics by name: Frechet distance, KID, Inception Score (if the network has class probabilities),
             precision, recall, density, coverage.
-        spread: standard deviations of the metrics that are means: over subsets (KID), over parts (Inception Score).
-        settings: numbers of images, neighbours, subsets and parts behind the values.
+        spread: standard deviations of the metrics that are means: over subsets (KID) or parts (Inception Score).
+        settings: numbers of images, neighbours, subsets and parts used for the values.
         warnings: reasons to doubt the values.
     """
 
@@ -44,7 +44,7 @@ class Measured:
 
 @dataclass
 class _Statistics:
-    """The reference's features, float32 [N, D], with their mean and covariance, float64 [D] and [D, D]."""
+    """Features of the reference, float32 [N, D], with their mean and covariance, float64 [D] and [D, D]."""
 
     features: Tensor
     mean: Tensor
@@ -52,16 +52,16 @@ class _Statistics:
 
 
 class Evaluator:
-    """Compares images with a reference data set. The reference's statistics are computed once and cached on disk.
+    """Compares images with a reference data set. Its statistics are computed once and cached on disk.
 
     Args:
         dataset: the reference images.
-        net: the feature network that images are compared by.
-        cache_dir: folder of the cache; default: see `spigan.evaluation.cache.cache_folder`.
-        progress: show progress bars.
+        net: the feature network used to compare images.
+        cache_dir: folder of the cache. Default: see `spigan.evaluation.cache.cache_folder`.
+        progress: whether to show progress bars.
 
     Raises:
-        ValueError: there are too few reference images.
+        ValueError: if there are too few reference images.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Evaluator:
 
     @property
     def distance(self) -> str:
-        """Name of the Frechet distance, the metric that decides which model is best: "FID" or "FD-<network>"."""
+        """Name of the Frechet distance, which decides which model is best: "FID" or "FD-<network>"."""
         return self.net.metric("FD")
 
     def check_count(self, count: int) -> None:
-        """Raise ValueError if `count` images are too few to be compared."""
+        """Raise ValueError if `count` images are too few for a comparison."""
         if count < _LEAST:
             raise ValueError(
                 f"samples is {count}; at least {_LEAST} are needed, and more than {self.net.dim} for a meaningful "
@@ -94,14 +94,14 @@ class Evaluator:
             )
 
     def doubts(self, count: int) -> list[str]:
-        """Return the reasons to doubt metrics of `count` images, as warnings to show."""
+        """Return warnings that explain why metrics of `count` images are doubtful; an empty list if they are not."""
         few = [f"{n} {what}" for n, what in ((count, "samples"), (len(self.dataset), "reference images"))
                if n <= self.net.dim]  # fmt: skip
         if not few:
             return []
         return [
             f"{' and '.join(few)} are not more than the {self.net.dim} features, so the covariance is singular and "
-            f"{self.distance} far too high: compare it only with values for the same numbers of images"
+            f"{self.distance} is far too high: compare it only with values for the same numbers of images"
         ]
 
     def measure(self, batches: Iterable[Tensor], count: int) -> Measured:
@@ -112,7 +112,7 @@ class Evaluator:
             count: total number of images.
 
         Raises:
-            ValueError: there are too few images, or not `count`, or their features are not finite.
+            ValueError: if there are too few images, their number is not `count`, or their features are not finite.
         """
         self.check_count(count)
         return self.compare(*self.features(batches, count))
@@ -150,7 +150,7 @@ class Evaluator:
 
     @cached_property
     def reference(self) -> _Statistics:
-        """The reference's statistics, from the cache if it has them, on the feature network's device."""
+        """Statistics of the reference, on the feature network's device. They come from the cache if possible."""
         path, key = self._file(), self._key()
         count, dim = len(self.dataset), self.net.dim
         found = cache.load(path, key, {"features": (count, dim), "mean": (dim,), "covariance": (dim, dim)})
@@ -163,7 +163,7 @@ class Evaluator:
         return _Statistics(**{name: tensor.to(self.net.device) for name, tensor in found.items()})
 
     def _neighbours(self, n: int) -> tuple[Tensor, Tensor]:
-        """Return n rows of the reference's features, random if it has more, and the distances to their neighbours."""
+        """Return n rows of the reference's features (random if it has more), and the distances to their neighbours."""
         features = self.reference.features
         if n < len(features):  # data sets may be sorted
             order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
@@ -189,10 +189,10 @@ class Evaluator:
         Args:
             batches: batches of images, uint8 [B, C, H, W].
             count: total number of images.
-            reference: whether the images are the reference, which needs no class probabilities.
+            reference: whether the images are the reference, which does not need class probabilities.
 
         Raises:
-            ValueError: there are not `count` images.
+            ValueError: if the number of images is not `count`.
         """
         from tqdm.auto import tqdm
 
@@ -220,7 +220,7 @@ class Evaluator:
         return features, probabilities
 
     def _identity(self) -> dict[str, Any]:
-        """Everything that the reference's features depend on."""
+        """Return everything that the reference's features depend on."""
         facts = {key: value for key, value in self.dataset.description.items() if key != "source"}
         return facts | {
             "format": _FORMAT,

@@ -1,9 +1,9 @@
-"""Feature networks: they map uint8 images to the [N, D] features that metrics compare, and to class probabilities.
+"""Feature networks, which map uint8 images to the [N, D] features that metrics compare, and to class probabilities.
 
 A specification names a feature network:
 
     inception                       the Inception of 2015-12-05, from the user's cache
-    inception=PATH                  the same file elsewhere
+    inception=PATH                  the same file in another place
     cifar10-resnet56=PATH           the CIFAR-10 ResNet-56, a safetensors file
     NAME=PATH, or PATH              any TorchScript network; NAME (default: the file's) names its metrics
 
@@ -43,23 +43,23 @@ Network = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class FeatureNet:
-    """A network whose features images are compared by. Made by `load_features`.
+    """A network whose features are used to compare images. Created by `load_features`.
 
     Args:
-        network: function of images (uint8 [N, 3, H, W] on `device`) and whether class probabilities are wanted. It
-            returns features [N, D], and class probabilities [N, classes] or None.
-        name: name that its metrics carry; None for FID's Inception.
-        sha256: sha256 of the file of weights.
-        source: specification that it was loaded by.
-        resolution: side in pixels that images are resized to first; None: images of any size are taken as they are.
-        device: device that it runs on.
+        network: function of the images (uint8 [N, 3, H, W] on `device`) and of a bool, whether to compute class
+            probabilities. It returns features [N, D], and class probabilities [N, classes] or None.
+        name: name that appears in the names of its metrics. None for FID's Inception.
+        sha256: SHA-256 of the file of weights.
+        source: the specification from which it was loaded.
+        resolution: side in pixels to which images are first resized. None: images of any size are used unchanged.
+        device: device on which it runs.
 
     Attributes:
         dim: number of features, D.
-        classes: number of classes; None if there are no class probabilities.
+        classes: number of classes. None if there are no class probabilities.
 
     Raises:
-        ValueError: the network cannot be applied to images, or its results have the wrong shape.
+        ValueError: if the network cannot be applied to images, or its results have the wrong shape.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class FeatureNet:
         self.classes = None if probabilities is None else probabilities.shape[1]
 
     def metric(self, kind: str) -> str:
-        """Return the name of a metric, whose kind is "FD", "KID" or "IS".
+        """Return the name of a metric of the kind "FD", "KID" or "IS".
 
-        It is "FID", "KID" or "IS" for FID's Inception, otherwise "FD-ResNet56" and so on.
+        For FID's Inception it is "FID", "KID" or "IS"; for other networks "FD-ResNet56" and so on.
         """
         return "FID" if kind == "FD" and not self._suffix else kind + self._suffix
 
@@ -87,15 +87,15 @@ class FeatureNet:
         """Compute the features of images.
 
         Args:
-            images: uint8 [N, C, H, W] on any device; C = 1 is repeated to 3.
-            resize: Pillow filter (antialiased) for images that are not of this network's `resolution`.
-            probabilities: also return class probabilities, if the network has any.
+            images: uint8 [N, C, H, W] on any device. Grey images are repeated to 3 channels.
+            resize: Pillow filter (antialiased) for images that do not have this network's `resolution`.
+            probabilities: whether to also return class probabilities, if the network has any.
 
         Returns:
             Features, float32 [N, D], and class probabilities, float32 [N, classes] or None, on this network's device.
 
         Raises:
-            ValueError: the images have another dtype or shape.
+            ValueError: if the images have any other dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
@@ -108,7 +108,7 @@ class FeatureNet:
         return features.float(), None if classes is None else classes.float()
 
     def _try(self) -> tuple[Tensor, Tensor | None]:
-        """Apply the network to two images of noise: a wrong network fails here, not after an hour of sampling."""
+        """Apply the network to two noise images, so that a wrong network fails now, not after an hour of sampling."""
         side = self.resolution or 32
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, side, side), dtype=np.uint8))
         try:
@@ -128,7 +128,7 @@ class FeatureNet:
 
 
 def resized(images: Tensor, resolution: int, resize: str) -> Tensor:
-    """Resize images, uint8 [N, C, H, W], to squares with Pillow, whose filters are antialiased."""
+    """Resize uint8 [N, C, H, W] images to squares with Pillow, whose filters are antialiased."""
     from PIL import Image
 
     def one(image: Image.Image) -> Tensor:
@@ -141,16 +141,16 @@ def resized(images: Tensor, resolution: int, resize: str) -> Tensor:
 def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: str | Path | None = None) -> FeatureNet:
     """Load the feature network that a specification names.
 
-    A TorchScript file is a program: only load files that you trust. torch's global generator is not touched.
+    A TorchScript file is a program: only load files that you trust. Torch's global random generator is not used.
 
     Args:
         spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "NAME=PATH" or "PATH"; see the top of this module.
-        device: device to run on.
-        cache_dir: folder with Inception's file, for "inception"; default: see `spigan.evaluation.cache.cache_folder`.
+        device: device on which to run.
+        cache_dir: folder that holds the file for "inception". Default: see `spigan.evaluation.cache.cache_folder`.
 
     Raises:
-        FileNotFoundError: the file does not exist; the message says where to get it.
-        ValueError: the file is damaged, of another kind, or holds another network than the name says.
+        FileNotFoundError: if the file does not exist. The message states where to get it.
+        ValueError: if the file is damaged, of the wrong kind, or holds a different network than its name promises.
     """
     name, separator, path = spec.partition("=")
     if not separator:
@@ -167,13 +167,13 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
     if not re.fullmatch(r"[\w.-]+", name or file.stem):
         raise ValueError(f"feature network {spec!r}: its name may only contain letters, digits, '.', '-' and '_'")
     if (name or file.stem).lower() in ("inception", "fid", INCEPTION_NAME.removesuffix(".pt")):
-        raise ValueError(f"{name or file.stem!r} would be taken for FID's network: use inception={path}")
+        raise ValueError(f"{name or file.stem!r} would be mistaken for FID's network: use inception={path}")
     script = _load_script(file, device)
     return FeatureNet(_script_network(script), name or file.stem, file_sha256(file), spec, None, device)
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 (hex) of a file."""
+    """Return the SHA-256 (hex) of a file."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -204,7 +204,7 @@ def _first_line(error: Exception) -> str:
 def _script_network(script: Any) -> Network:
     """Wrap a TorchScript network that maps uint8 [N, 3, H, W] to features [N, D], or to (features, probabilities).
 
-    If it takes `return_features`, as NVIDIA's feature networks do, that is set.
+    If it has the argument `return_features`, as NVIDIA's feature networks do, the argument is set.
     """
     takes = {argument.name for argument in script.forward.schema.arguments}
     options = {"return_features": True} if "return_features" in takes else {}
@@ -235,8 +235,8 @@ def _inception(spec: str, path: Path, device: torch.device) -> FeatureNet:
             "write NAME=PATH"
         )
     script = _load_script(path, device)
-    # The softmax without its bias, as the Inception Score was published. It is computed here from the features, because
-    # the network's own no_output_bias=True would compute those a second time.
+    # The Inception Score was published with a softmax without bias. It is computed here from the features, because the
+    # network's own no_output_bias=True would compute the features a second time.
     weight = script.state_dict()["output.weight"].float()  # [1008, 2048]
 
     def network(images: Tensor, probabilities: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,9 @@
-"""The metrics' formulas, on features: [N, D] tensors with one row per image, on any device.
+"""The formulas of the metrics, for features: [N, D] tensors with one row per image, on any device.
 
-Rows are compared in blocks, so that memory grows with N + D^2, never with N^2. The mean, the covariance, everything
-computed from them and the kernel of KID are float64. Distances between neighbours are float32, after the reference's
-mean is subtracted; this makes |x|^2 + |y|^2 - 2 x.y accurate enough, because neighbours are only compared by size.
+Rows are compared in blocks, so that memory grows with N + D^2, and never with N^2. The mean, the covariance, everything
+computed from them, and the kernel of KID are float64. Distances between neighbours are float32, computed after
+subtracting the reference's mean. This makes |x|^2 + |y|^2 - 2 x.y accurate enough, because distances are only compared
+with each other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NEIGHBOURS_MANIFOLD = 3
 NEIGHBOURS_COVERAGE = 5
 """k of density and coverage (Naeem et al. 2020, section 4.2)."""
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-"""Subsets of KID: their number as in Karras et al. 2020a, their size the largest in Binkowski et al. 2018."""
+"""Subsets of KID: the number used by Karras et al. 2020a, and the largest size used by Binkowski et al. 2018."""
 INCEPTION_SPLITS = 10
 """Parts over which the Inception Score is averaged (Salimans et al. 2016)."""
 
@@ -37,7 +38,7 @@ def check_features(features: Tensor, what: str = "features", least: int = 1) -> 
     """Return `features` if they are finite numbers [N, D] with N >= least.
 
     Raises:
-        ValueError: they are not; the message calls them `what`.
+        ValueError: if they are not. The message calls them `what`.
     """
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{what} must be floating-point [N, D], got {features.dtype} {list(features.shape)}")
@@ -77,11 +78,11 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     trace = covariance1.trace() + covariance2.trace()
     root = torch.linalg.svdvals(_factor(covariance1).T @ _factor(covariance2)).sum()
     distance = (mean1 - mean2).square().sum() + trace - 2.0 * root
-    return max(0.0, distance.item())  # rounding may leave -1e-13 of equal Gaussians
+    return max(0.0, distance.item())  # for equal Gaussians, rounding may give -1e-13
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """Return L with L L^T = covariance, with 0 for eigenvalues that are only rounding errors."""
+    """Return L with L L^T = covariance. Eigenvalues that are only rounding errors are set to 0."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0.0)
     return vectors * torch.where(values > noise, values, 0.0).sqrt()
@@ -96,13 +97,13 @@ def kernel_distance(
     """Return KID, the squared maximum mean discrepancy of features (Binkowski et al. 2018, section 4).
 
     The kernel is k(x, y) = (x.y / D + 1)^3. The estimate is unbiased, so it may be slightly below 0. The subsets are
-    drawn without replacement, from a generator that is seeded here.
+    drawn without replacement, from a separate random generator.
 
     Args:
         reference: features [N, D].
         samples: features [M, D].
         subsets: number of pairs of subsets to average over.
-        subset_size: rows per subset; at most N and M are used.
+        subset_size: number of rows per subset, limited to N and M.
         seed: seed of the subsets.
 
     Returns:
@@ -141,8 +142,8 @@ def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Es
     """Return the Inception Score, exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4).
 
     Args:
-        probabilities: class probabilities [N, classes] with N >= splits; rows sum to 1.
-        splits: number of consecutive parts that are scored separately.
+        probabilities: class probabilities [N, classes] with N >= splits. Rows sum to 1.
+        splits: number of consecutive parts to score separately.
 
     Returns:
         Mean and standard deviation over the parts.
@@ -151,7 +152,7 @@ def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Es
     scores = []
     for part in probabilities.tensor_split(splits):
         p = part.double()
-        # The mean divergence from the mean is the entropy of the mean minus the mean entropy; entr(0) is 0.
+        # The mean divergence from the mean equals the entropy of the mean minus the mean entropy. entr(0) is 0.
         scores.append((torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean()).exp())
     values = torch.stack(scores)
     return Estimate(values.mean().item(), values.std(correction=0).item())
@@ -161,7 +162,7 @@ def inception_score(probabilities: Tensor, splits: int = INCEPTION_SPLITS) -> Es
 
 
 class Neighbours(NamedTuple):
-    """Fractions in [0, 1]; density may exceed 1."""
+    """Metrics based on neighbours. All are fractions in [0, 1], except that density may exceed 1."""
 
     precision: float
     recall: float
@@ -175,10 +176,10 @@ def neighbour_distances(
     """Return the squared distances from every row to its k nearest other rows, in ascending order.
 
     Args:
-        features: [N, D], N > k.
-        centre: [D], subtracted from all rows; use the same one for everything that is compared.
+        features: [N, D] with N > k.
+        centre: [D], subtracted from all rows. Use the same centre for all features that are compared.
         k: number of neighbours.
-        progress: show a progress bar if this takes over 2 s.
+        progress: whether to show a progress bar if this takes over 2 s.
 
     Returns:
         float32 [N, k].
@@ -198,19 +199,19 @@ def neighbour_metrics(
 ) -> Neighbours:
     """Return improved precision and recall, density and coverage.
 
-    The manifold of a set is the union of balls around its rows, each reaching to the third nearest other row. Precision
-    is the fraction of samples within the reference's manifold, recall the fraction of reference rows within the
-    samples' manifold (Kynkäänniemi et al. 2019, eq. 1 to 3). For density and coverage, balls around reference rows
-    reach to the fifth nearest other row (k = 5). Density is the mean number of balls that a sample lies in, divided by
-    k; coverage is the fraction of balls with a sample in them (Naeem et al. 2020, eq. 4 and 6). Values can only be
-    compared for equal N and M, because the radii shrink as rows are added.
+    The manifold of a set is the union of balls around its rows, each of which reaches the third nearest other row.
+    Precision is the fraction of samples within the reference's manifold. Recall is the fraction of reference rows
+    within the samples' manifold (Kynkäänniemi et al. 2019, eq. 1 to 3). For density and coverage, the balls around
+    reference rows reach the fifth nearest other row (k = 5). Density is the mean number of balls that contain a sample,
+    divided by k. Coverage is the fraction of balls that contain at least one sample (Naeem et al. 2020, eq. 4 and 6).
+    Values can only be compared for equal N and M, because the radii shrink as rows are added.
 
     Args:
-        reference: [N, D], N > 5.
-        samples: [M, D], M > 3.
-        radii: `neighbour_distances(reference, centre)`.
+        reference: [N, D] with N > 5.
+        samples: [M, D] with M > 3.
+        radii: the result of `neighbour_distances(reference, centre)`.
         centre: [D], roughly the mean of the reference.
-        progress: show progress bars if this takes over 2 s.
+        progress: whether to show progress bars if this takes over 2 s.
     """
     check_features(reference, "reference", least=NEIGHBOURS_COVERAGE + 1)
     check_features(samples, "samples", least=NEIGHBOURS_MANIFOLD + 1)
@@ -238,7 +239,7 @@ def neighbour_metrics(
 def _squared_distances(x: Tensor, y: Tensor, centre: Tensor, title: str | None) -> Iterator[Tensor]:
     """Yield the squared distances from x [N, D] to y [M, D] in blocks, float32 [rows, M], which may be overwritten.
 
-    `title` is the title of a progress bar; None: no bar.
+    `title` is the title of a progress bar, or None for no bar.
     """
     from tqdm.auto import tqdm
 

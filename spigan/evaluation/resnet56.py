@@ -13,7 +13,7 @@ from spigan.models.pretrained import load_weights
 
 
 class _BatchNorm(nn.Module):
-    """nn.BatchNorm2d in eval mode, without its counter of batches."""
+    """nn.BatchNorm2d in eval mode, without the batch counter."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:  # every second pixel; channels of zeros on both sides
+        if self.padding:  # take every second pixel; pad the channels with zeros on both sides
             half = self.padding // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.padding - half))
         return F.relu(y + x)
@@ -69,18 +69,18 @@ class ResNet56(nn.Module):
 
 
 def load_resnet56(file: Path, device: torch.device) -> Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]:
-    """Load the weights from a safetensors file; return the network as `FeatureNet` takes it.
+    """Load the weights from a safetensors file, and return the network in the form that `FeatureNet` takes.
 
     Raises:
-        ValueError: the file is damaged, or holds other tensors.
+        ValueError: if the file is damaged, or holds unexpected tensors.
     """
-    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+    with torch.device("meta"):  # uses no memory and no random numbers for weights that will be replaced
         resnet = ResNet56()
     resnet = resnet.to_empty(device="cpu")
     load_weights(resnet, file)
     resnet = resnet.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    # On a CPU, the activations of 64 images stay in its cache: 666 images/s instead of 498 with 256 images (one thread
+    # On a CPU, the activations of 64 images stay in the cache: 666 images/s, instead of 498 with 256 images (one thread
     # of an AVX-512 server CPU, PyTorch 2.13, 2026-11-25).
     rows = 64 if device.type == "cpu" else 4096
 

@@ -1,5 +1,8 @@
-"""Discriminator: (image, time) -> logit. StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c), conditioned
-on the time: one network for every t (section 3.4.2 of the paper)."""
+"""Discriminator: (image, time) -> logit.
+
+This is StyleGAN2's residual network (Karras et al. 2020b, Fig. 7c), conditioned on the time, so that one network serves
+every t (section 3.4.2 of the paper).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
 
     Args:
         t: [N] times in [0, 1].
-        dim: length of the embedding, even.
+        dim: length of the embedding, an even number.
 
     Returns:
         [N, dim]: cosines, then sines.
@@ -31,7 +34,7 @@ def sinusoidal_embedding(t: Tensor, dim: int = 256) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of t and a two-layer MLP.
+    """Sinusoidal embedding of t, followed by a two-layer MLP.
 
     Args:
         dim: P, width of the embedding.
@@ -44,17 +47,19 @@ class TimeEmbedding(nn.Module):
         self.fc1 = Linear(dim, dim, activation="lrelu")
 
     def forward(self, t: Tensor) -> Tensor:
-        """[N] -> [N, P]."""
+        """Map [N] to [N, P]."""
         return self.fc1(self.fc0(sinusoidal_embedding(t, self.dim).to(self.fc0.weight.dtype)))
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions, the second with FIR downsampling, beside a 1x1 shortcut; the time is added after the first.
+    """Residual block: two 3x3 convolutions, the second with FIR downsampling, and a 1x1 shortcut.
+
+    The time embedding is added after the first convolution.
 
     Args:
-        in_channels: I.
-        out_channels: O.
-        time_dim: P; None for a block without time.
+        in_channels: I, number of input channels.
+        out_channels: O, number of output channels.
+        time_dim: P, width of the time embedding; None for a block without time.
     """
 
     resample_filter: Tensor
@@ -68,20 +73,20 @@ class DiscriminatorBlock(nn.Module):
         self.register_buffer("resample_filter", fir_filter(), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor | None) -> Tensor:
-        """x [N, I, H, W], time [N, P] -> [N, O, H/2, W/2]."""
+        """Map x [N, I, H, W] and time [N, P] to [N, O, H/2, W/2]."""
         shortcut = self.skip(downsample2d(x, self.resample_filter))
         x = self.conv0(x, None if self.time is None or time is None else self.time(time))
-        # Blur with two pixels of padding, then the stride-2 convolution without padding: centred, of size H/2.
+        # Blur with two pixels of padding, then convolve with stride 2 and no padding: centred, and of size H/2.
         x = self.conv1(fir_bias_act(x, filter=self.resample_filter, padding=(2, 2)))
         return (x + shortcut) * math.sqrt(0.5)
 
 
 def minibatch_std(x: Tensor, group_size: int) -> Tensor:
-    """Append one channel with the mean standard deviation over groups of images (Karras et al. 2018, section 3).
+    """Append one channel that holds the mean standard deviation over groups of images (Karras et al. 2018, section 3).
 
     Args:
         x: [N, C, H, W].
-        group_size: images in a group; if it does not divide N, the largest smaller number that does.
+        group_size: number of images in a group. If it does not divide N, the largest smaller number that does is used.
 
     Returns:
         [N, C + 1, H, W].
@@ -98,12 +103,13 @@ class Discriminator(nn.Module):
 
     Args:
         resolution: H = W of the image, a power of two from 8 to 1024.
-        img_channels: C.
-        channel_base: width at resolution r is min(channel_base / r, channel_max).
+        img_channels: C, number of image channels.
+        channel_base: the width at resolution r is min(channel_base / r, channel_max).
         channel_max: largest width.
-        time_conditioning: False for StyleGAN2's discriminator, which sees clean images only.
+        time_conditioning: whether to condition on the time. False for StyleGAN2's discriminator, which only sees clean
+            images.
         time_dim: width of the time embedding.
-        mbstd_group: images in a group of the minibatch standard deviation.
+        mbstd_group: number of images in a group of the minibatch standard deviation.
     """
 
     def __init__(
@@ -133,14 +139,14 @@ class Discriminator(nn.Module):
         self.out = Linear(widths[-1], 1)
 
     def forward(self, img: Tensor, t: float | Tensor = 1.0) -> Tensor:
-        """Return the logit that an image is a real one of time t.
+        """Return the logit that an image is a real image of time t.
 
         Args:
-            img: [N, C, H, W] in about [-1, 1].
-            t: time of all images (a number or a scalar tensor), or [N] times, in [0, 1].
+            img: [N, C, H, W] images, in about [-1, 1].
+            t: time in [0, 1] of all images (a number or a scalar tensor), or [N] times.
 
         Returns:
-            [N] logits in the parameters' dtype.
+            [N] logits, in the dtype of the parameters.
         """
         expected = (self.img_channels, self.resolution, self.resolution)
         if img.ndim != 4 or tuple(img.shape[1:]) != expected:

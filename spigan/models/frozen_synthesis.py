@@ -1,9 +1,10 @@
-"""The synthesis network without gradients: the same images in less time and memory.
+"""The synthesis network without gradients: the same images in less time and with less memory.
 
-Run one by one, each layer of `spigan.models.synthesis` passes over its input once more than it needs to, to scale it by
-the style. Here the last pass of every layer scales its result by the style of the next layer and computes ToRGB too.
-All styles come from one matrix product, and all demodulation factors from one for each shape of weights. What depends
-on the parameters alone, such as weights packed for a backend, stays in a `PreparedSynthesis` until a parameter changes.
+If the layers of `spigan.models.synthesis` run one by one, each of them needs an extra pass over its input, to scale it
+by the style. Here the last pass of every layer scales its result by the style of the next layer, and also computes
+ToRGB. All styles come from one matrix product, and the demodulation factors from one product for each shape of weights.
+Everything that depends only on the parameters, such as weights packed for a backend, is kept in a `PreparedSynthesis`
+until a parameter changes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _count_step(*_: object) -> None:
     _optimizer_steps[0] += 1
 
 
-# Fused optimizers change parameters without counting it in the tensors' versions.
+# Fused optimisers change parameters without increasing the versions of the tensors.
 register_optimizer_step_post_hook(_count_step)
 
 
@@ -44,9 +45,9 @@ def frozen_state(module: nn.Module) -> tuple[Any, ...] | None:
     """Return a value that changes whenever a tensor of `module` may have changed.
 
     Returns:
-        Address and version of each parameter and buffer, and the number of optimizer steps so far. None if these do not
-        reveal every change: for parameters that require gradients, inference tensors, fake tensors, and under the
-        transforms of torch.func.
+        The address and version of each parameter and buffer, and the number of optimiser steps so far. None if these do
+        not reveal every change: for parameters that require gradients, for inference tensors and fake tensors, and
+        under the transforms of torch.func.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(t.requires_grad or t.is_inference() or isinstance(t, FakeTensor) for t in tensors):
@@ -57,12 +58,12 @@ def frozen_state(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Return whether any of `modules` has a forward hook, which only a call of that module runs."""
+    """Return whether any of `modules` has a forward hook, which runs only if that module is called."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class Uncopied:
-    """Base of caches that belong to one object: a copy or an unpickled object starts with an empty one."""
+    """Base class of caches that belong to one object. A copied or unpickled object starts with an empty cache."""
 
     def __deepcopy__(self, memo: Any) -> Uncopied:
         return type(self)()
@@ -73,15 +74,15 @@ class Uncopied:
 
 @dataclass
 class PreparedSynthesis(Uncopied):
-    """What inference computes from a generator's parameters alone, kept while they stay as they are.
+    """Everything that inference computes from a generator's parameters alone, kept until the parameters change.
 
     Attributes:
         state: `frozen_state` of the generator for which the rest was computed; empty before the first call.
-        weights: weights of the layers by (layer, form, dtype).
+        weights: weights of the layers, by (layer, form, dtype).
         start: float32 [4, 4, O], the constant of the first block, channels last.
-        affine: weight and bias of all affine layers, float32, with their gains.
-        squared_sums: for float16's normalised weights (True) and the weights as they are (False): the indices of the
-            layers of each shape and their sums [L, O, I].
+        affine: weights and biases of all affine layers, float32, multiplied by their gains.
+        squared_sums: by whether the weights are normalised for float16 (True) or as stored (False): for each shape of
+            weights, the indices of the layers and their squared sums [L, O, I].
     """
 
     state: tuple[Any, ...] = ()
@@ -98,7 +99,7 @@ def inference_backend(generator: nn.Module, h: Tensor, dtype: torch.dtype, img_c
         generator: the module whose parameters `synthesize` would read.
         h: latent vectors.
         dtype: dtype of the convolutions.
-        img_channels: C.
+        img_channels: C, number of image channels.
 
     Returns:
         A kernel backend, or None if the layers must run one by one.
@@ -136,9 +137,9 @@ def synthesize(
         mode: noise mode; see `SynthesisLayer.noise_inputs`.
         sources: noise source of each layer.
         dtype: dtype of the convolutions.
-        backend: of `inference_backend`.
-        prepared: what is known of these parameters; this call adds to it.
-        kept: whether a later call will use `prepared` again, so that costlier packings of the weights pay.
+        backend: the result of `inference_backend`.
+        prepared: what earlier calls have computed from these parameters. This call adds to it.
+        kept: whether a later call will use `prepared` again, which makes costlier packings of the weights worthwhile.
 
     Returns:
         [N, C, H, W] in the dtype of h.
@@ -167,10 +168,10 @@ def synthesize(
             x,
             _packed_weight(prepared, index, layer, x, backend, kept),
             end,
-            style=None,  # the last layer has scaled x
+            style=None,  # the previous layer has already scaled x
             up=layer.up,
             padding=1,
-            filter=layer.resample_filter.float(),  # the module may have another dtype
+            filter=layer.resample_filter.float(),  # the module may have a different dtype
             keep=not last,
         )
         if rgb is not None:
@@ -181,7 +182,7 @@ def synthesize(
 
 
 def _layer_end(layer: SynthesisLayer, mode: str, source: Tensor | None, dtype: torch.dtype) -> LayerEnd:
-    """What follows the convolution, as far as it does not depend on the styles."""
+    """Return the operations after the convolution, without those that depend on the styles."""
     noise, strength, seed = layer.noise_inputs(mode, source)
     return LayerEnd(
         noise=wide(noise, dtype),
@@ -195,14 +196,14 @@ def _layer_end(layer: SynthesisLayer, mode: str, source: Tensor | None, dtype: t
 
 
 def _rgb_weight(block: SynthesisBlock, style: Tensor) -> Tensor:
-    """The modulated weights [N, C, O] of a block's ToRGB layer, whose style is [N, O]."""
+    """Return the modulated weights [N, C, O] of a block's ToRGB layer, whose style is [N, O]."""
     return block.torgb.weight[:, :, 0, 0].float() * style[:, None]
 
 
 def _packed_weight(
     prepared: PreparedSynthesis, index: int, layer: SynthesisLayer, x: Tensor, backend: str, kept: bool
 ) -> LayerWeight:
-    """Weight of a layer in the form that is fastest for x [N, H, W, I]."""
+    """Return the weight of a layer in the form that is fastest for x [N, H, W, I]."""
     dtype, side = x.dtype, layer.noise_const.shape[0]
     form = weight_form(
         backend, layer.weight.shape, (side, side), dtype, x.shape[0], layer.up, 1, layer.resample_filter, kept
@@ -219,7 +220,7 @@ def _packed_weight(
 def _styles(
     prepared: PreparedSynthesis, layers: list[SynthesisLayer], blocks: Sequence[SynthesisBlock], h: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Styles [N, I] of the layers and of the ToRGB layers, float32, from one matrix product."""
+    """Return the float32 styles [N, I] of the layers and of the ToRGB layers, computed in one matrix product."""
     affines = [*(layer.affine for layer in layers), *(block.torgb.affine for block in blocks)]
     widths = [affine.weight.shape[0] for affine in affines]
     if prepared.affine is None:
@@ -244,7 +245,7 @@ def _styles(
 def _demodulation(
     prepared: PreparedSynthesis, layers: list[SynthesisLayer], styles: list[Tensor], half: bool
 ) -> list[Tensor]:
-    """Demodulation factors [N, O] of all layers, from one matrix product for each shape of weights."""
+    """Return the demodulation factors [N, O] of all layers, with one matrix product for each shape of weights."""
     if half not in prepared.squared_sums:
         groups: dict[torch.Size, list[int]] = {}
         for index, layer in enumerate(layers):

@@ -1,5 +1,8 @@
-"""Generator: latent vector h -> image. StyleGAN2's synthesis network, skip architecture (Karras et al. 2020b, Fig. 7).
-The time t is not an input (section 3.4.1 of the paper)."""
+"""Generator: latent vector h -> image.
+
+This is StyleGAN2's synthesis network with the skip architecture (Karras et al. 2020b, Fig. 7). The time t is not an
+input (section 3.4.1 of the paper).
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ class Generator(nn.Module):
 
     Args:
         resolution: H = W of the image, a power of two from 8 to 1024.
-        img_channels: C.
+        img_channels: C, number of image channels.
         dim_h: D, length of the latent vector.
         channel_base: the width at resolution r is min(channel_base / r, channel_max).
         channel_max: largest width.
-        conv_clamp: bound on the absolute values of each layer (StyleGAN2-ADA uses 256 with float16); None: no bound.
+        conv_clamp: bound on the absolute values of each layer (StyleGAN2-ADA uses 256 with float16). None for no bound.
 
     Attributes:
         num_ws: number of layers that can have their own latent vector: 2 log2(resolution) - 2.
@@ -59,7 +62,7 @@ class Generator(nn.Module):
         return [getattr(self, f"b{res}") for res in self.block_resolutions]
 
     def draw_noise(self, n: int, device: torch.device | str | None = None) -> list[Tensor]:
-        """Draw the random noise of n images, the same numbers that `forward` would draw now.
+        """Draw the random noise of n images: the same numbers that a call of `forward` would draw now.
 
         Returns:
             float32 [n, 1, H, W] for each layer.
@@ -71,25 +74,25 @@ class Generator(nn.Module):
         return [self.block_resolutions[(index + 1) // 2] for index in range(self.num_ws - 1)]
 
     def _seeds(self, device: torch.device | str | None) -> Tensor:
-        # From 2**33: apart from the streams of `sample`'s small seeds and of the trainer's.
+        # From 2**33, so that these streams differ from those of `sample` (with small seeds) and of the trainer.
         return torch.randint(2**33, 2**63 - 1, (self.num_ws - 1,), device=device)
 
     def forward(self, h: Tensor, noise: str | list[Tensor] | None = None) -> Tensor:
         """Make the images of latent vectors.
 
-        Under `torch.autocast` the convolutions run in its dtype; the image is accumulated in the dtype of h.
+        Under `torch.autocast`, the convolutions run in autocast's dtype. The image is accumulated in the dtype of h.
 
         Args:
-            h: [N, D], or [N, num_ws, D] with one latent vector for each layer (ToRGB shares that of the next layer).
-            noise: per-pixel noise: "random" (drawn for each call), "const" (stored: the same image every time) or
-                "none"; or the noise itself, [N or 1, 1, H, W] for each layer, as `draw_noise` returns it. Default:
-                "random" in training mode, "const" in eval mode.
+            h: [N, D], or [N, num_ws, D] with one latent vector for each layer (ToRGB uses that of the next layer).
+            noise: per-pixel noise: "random" (drawn in each call), "const" (stored noise, which gives the same image
+                every time) or "none"; or the noise itself, [N or 1, 1, H, W] for each layer, as returned by
+                `draw_noise`. Default: "random" in training mode, "const" in eval mode.
 
         Returns:
-            [N, C, H, W], about [-1, 1].
+            [N, C, H, W] images, in about [-1, 1].
 
         Raises:
-            ValueError: h or the noise has the wrong shape, or there is no such noise mode.
+            ValueError: if h or the noise has the wrong shape, or the noise mode is unknown.
         """
         mode, sources = self._noise_sources(noise, h)
         if h.ndim not in (2, 3) or h.shape[-1] != self.dim_h or (h.ndim == 3 and h.shape[1] != self.num_ws):
@@ -100,9 +103,9 @@ class Generator(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             if mode == "random":
                 sources = [*self._seeds(h.device)]
-            # Not while compiling: a compiler would guard on the state and compile again when a parameter changes.
+            # Not while compiling: the compiler would guard on the state, and recompile when a parameter changes.
             if not torch.compiler.is_compiling() and self._prepared.state:
-                self._current()  # frees what is out of date
+                self._current()  # frees outdated tensors
             if (backend := inference_backend(self, h, dtype, self.img_channels)) is not None:
                 current = self._current()
                 prepared, kept = (PreparedSynthesis(), False) if current is None else (current, True)
@@ -110,7 +113,7 @@ class Generator(nn.Module):
             return self._run_blocks(h, mode, sources, dtype)
 
     def _noise_sources(self, noise: str | list[Tensor] | None, h: Tensor) -> tuple[str, list[Tensor | None]]:
-        """The noise mode and the source of each layer's noise; see `SynthesisLayer.noise_inputs`."""
+        """Return the noise mode and the source of each layer's noise; see `SynthesisLayer.noise_inputs`."""
         if isinstance(noise, list):
             shapes, sides = [tuple(x.shape) for x in noise], self._layer_sizes()
             if len(shapes) != len(sides) or any(
@@ -125,7 +128,7 @@ class Generator(nn.Module):
         return mode, [None] * (self.num_ws - 1)
 
     def _run_blocks(self, h: Tensor, mode: str, sources: list[Tensor | None], dtype: torch.dtype) -> Tensor:
-        """The definition: block by block, differentiable."""
+        """Run the network as it is defined: block by block, and differentiable."""
         latents = [h] * self.num_ws if h.ndim == 2 else list(h.unbind(1))
         x: Tensor | None = None
         img: Tensor | None = None
@@ -139,18 +142,18 @@ class Generator(nn.Module):
 
     @property
     def prepared(self) -> PreparedSynthesis:
-        """What inference keeps for the current parameters.
+        """What inference has precomputed from the current parameters.
 
-        The generator drops it when a parameter changes. Hold a reference for as long as a CUDA graph reads it.
+        The generator drops it when a parameter changes. Hold a reference as long as a CUDA graph reads it.
         """
         return self._prepared
 
     def forget(self) -> None:
-        """Drop `prepared`. Call this after changing frozen parameters in a way that leaves no trace (`.data`)."""
+        """Drop `prepared`. Call this after changing frozen parameters in a way that cannot be detected (`.data`)."""
         self._prepared = PreparedSynthesis()
 
     def _current(self) -> PreparedSynthesis | None:
-        """`prepared`, emptied if a tensor has changed; None while tensors may change unnoticed."""
+        """Return `prepared`, emptied if a tensor has changed; None while tensors may change undetected."""
         state = None if self.training else frozen_state(self)
         if state is None or state != self._prepared.state:
             self._prepared = PreparedSynthesis(state or ())

@@ -1,4 +1,4 @@
-"""The grid of samples that training, model cards and the demo show."""
+"""The grid of samples shown by training, model cards and the demo."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from spigan.ops import philox_normal
 
 
 def default_batch_size(resolution: int) -> int:
-    """Return a number of images at a time that needs moderate memory: 128 up to 128 pixels, 64 at 256, 4 at 1024."""
+    """Return a batch size that needs a moderate amount of memory: 128 up to 128 pixels, 64 at 256, 4 at 1024."""
     return max(1, min(128, 2**22 // resolution**2))
 
 
 def sample_grid(model: PretrainedModel, *, batch_size: int | None = None) -> Tensor:
-    """Draw the images of seeds 0, 1, ... as one grid: 8 x 8 images up to 64 pixels, else 4 x 4, small ones enlarged.
+    """Draw the images for seeds 0, 1, ... as one grid: 8 x 8 images up to 64 pixels, else 4 x 4. Enlarge small images.
 
     Args:
         model: a `spigan.SPIGAN`.
-        batch_size: images to evaluate at once; default: `default_batch_size`.
+        batch_size: number of images to evaluate at once. Default: `default_batch_size`.
 
     Returns:
         uint8 [C, H', W'] on the CPU.

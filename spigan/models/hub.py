@@ -1,7 +1,7 @@
-"""Publishing models: the folder that is pushed to the Hugging Face hub, and its model card.
+"""Publish models: write the folder that is pushed to the Hugging Face hub, with its model card.
 
-A push uploads config.json, model.safetensors (the averaged weights), samples.png and README.md, the card. It never
-uploads the discriminator, optimiser states or checkpoints, and of local paths it shows the last part at most.
+A push uploads config.json, model.safetensors (the averaged weights), samples.png, and README.md (the card). It never
+uploads the discriminator, optimiser states or checkpoints, and shows at most the last part of a local path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLES_NAME = "samples.png"
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "model_card.md"
 _TASK = "unconditional-image-generation"
 _DATA = {"source", "split", "count", "resolution", "channels", "resize", "crop", "xflip", "fingerprint"}
-# Fields of a run's configuration that say where and how it ran. They are private and may name local files.
+# Fields of a run's configuration that describe where and how it ran. They are private and may name local files.
 _PRIVATE = {"device", "metric_features", "metric_samples", "metric_ticks"}
 
 
@@ -42,7 +42,7 @@ def push_to_hub(
     commit_message: str = "Push model using spigan.",
     create_pr: bool = False,
 ) -> str:
-    """Upload a model with its card in one commit; see `spigan.SPIGAN.push_to_hub`."""
+    """Upload a model and its card in one commit; see `spigan.SPIGAN.push_to_hub`."""
     if create_pr and branch is not None:
         raise ValueError(f"a pull request targets the main branch: leave out create_pr or the branch {branch!r}")
     fields = describe(model, run=run, metrics=metrics, license=license)  # before anything is created on the hub
@@ -52,7 +52,7 @@ def push_to_hub(
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         _write(model, Path(scratch), repo_id, fields)
-        # Not upload_folder, which may make several commits: config.json and weights must change together.
+        # Not upload_folder, which may make several commits: config.json and the weights must change together.
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(file.name, file) for file in sorted(Path(scratch).iterdir())],
@@ -84,8 +84,8 @@ def write_folder(
         The folder.
 
     Raises:
-        FileExistsError: the folder is not empty.
-        FileNotFoundError, ValueError: as in `spigan.SPIGAN.push_to_hub`, or the hub does not allow the name.
+        FileExistsError: if the folder is not empty.
+        FileNotFoundError, ValueError: as for `spigan.SPIGAN.push_to_hub`, or if the hub does not allow the name.
     """
     validate_repo_id(repo_id)
     folder = Path(folder)
@@ -116,8 +116,8 @@ def card(
     Args:
         model: the model.
         repo_id: name on the hub, or another place where the model can be found.
-        data, training, metrics, license: as `describe` returns them.
-        samples: number of images in samples.png; 0 if there is no such file.
+        data, training, metrics, license: as returned by `describe`.
+        samples: number of images in samples.png, or 0 if there is no such file.
     """
     config = model.config
     name = (repo_id or "spigan model").rpartition("/")[2]
@@ -161,22 +161,22 @@ def describe(
     metrics: str | Path | None = None,
     license: str | None = None,
 ) -> dict[str, Any]:
-    """Collect what a card shows about data, training and metrics.
+    """Collect the facts that a card shows about data, training and metrics.
 
     Args:
         model: the model.
         run: folder of the training run.
-        metrics: JSON file of `spigan evaluate --out`; default: the metrics in the run's best/, if it holds the weights
-            of the model.
-        license: the hub's name of a licence, such as "cc-by-4.0".
+        metrics: JSON file written by `spigan evaluate --out`. Default: the metrics in the run's best/, if that holds
+            the weights of the model.
+        license: a licence, as the hub names it, such as "cc-by-4.0".
 
     Returns:
         Arguments for `card`.
 
     Raises:
-        FileNotFoundError: the run or one of its files does not exist.
-        ValueError: the run's files are damaged, the run trained another architecture, or the metrics are of other
-            weights.
+        FileNotFoundError: if the run or one of its files does not exist.
+        ValueError: if the run's files are damaged, the run trained a different architecture, or the metrics belong to
+            other weights.
     """
     fields: dict[str, Any] = {"license": license}
     if run is not None:
@@ -187,10 +187,10 @@ def describe(
 
 
 def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
-    """Data and training of a run, and the metrics that it measured for the weights of `model`, if any."""
+    """Return the data and training of a run, and the metrics that it measured for the weights of `model`, if any."""
     config = read_config(run)
     if config.model != model.config:
-        raise ValueError(f"{run} trained a model of another architecture than the one to push")
+        raise ValueError(f"{run} trained a model with a different architecture than the one to push")
     best = _best(run, model)
     rows = read_rows(run / "stats.jsonl", "iteration", "kimg", "seconds")
     stats = [row for row in rows if best is None or row["iteration"] <= best["iteration"]]
@@ -201,7 +201,7 @@ def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
         raise ValueError(f"{run / 'data.json'} lacks {', '.join(sorted(missing))}")
     data["source"] = _public(str(data["source"]))
     training: dict[str, Any] = {"config": settings}
-    if stats:  # there are none before the first tick
+    if stats:  # empty before the first tick
         training |= {"kimg": float(stats[-1]["kimg"]), "hours": stats[-1]["seconds"] / 3600}
     fields: dict[str, Any] = {"data": data, "training": training}
     if best is not None:
@@ -213,7 +213,7 @@ def _describe_run(run: Path, model: PretrainedModel) -> dict[str, Any]:
 
 
 def _best(run: Path, model: PretrainedModel) -> dict[str, Any] | None:
-    """The record of the run's best model if `model` has its weights."""
+    """Return the record of the run's best model if `model` has its weights, else None."""
     record = read_best(run)
     if record is None or weights_sha256(type(model).from_pretrained(run / "best")) != weights_sha256(model):
         return None
@@ -221,7 +221,7 @@ def _best(run: Path, model: PretrainedModel) -> dict[str, Any] | None:
 
 
 def _evaluation(path: Path, model: PretrainedModel) -> dict[str, Any]:
-    """Metrics that `spigan evaluate` wrote."""
+    """Return the metrics that `spigan evaluate` wrote."""
     result = read_json(path)
     try:
         sha, values, samples = result["model"]["sha256"], dict(result["metrics"]), result["samples"]["count"]
@@ -232,14 +232,16 @@ def _evaluation(path: Path, model: PretrainedModel) -> dict[str, Any]:
         if wrong := [name for name, value in values.items() if not isinstance(value, (int, float))]:
             raise ValueError(f"{shorten(wrong[0])} is not a number")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a file of `spigan evaluate --out`: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"{path} was not written by `spigan evaluate --out`: {type(error).__name__} {error}"
+        ) from error
     if sha != weights_sha256(model):
         raise ValueError(f"{path} holds metrics of other weights than the model's: evaluate this model")
     return {"values": values, "note": note, "reference": reference}
 
 
 def _public(source: str) -> str:
-    """A data source without the folders above it; names and hub ids stay as they are."""
+    """Return a data source without its parent folders. Names and hub ids are returned unchanged."""
     path = Path(source)
     if source.count("/") <= 1 and not path.is_absolute() and source[:1] not in "~." and not path.exists():
         return source

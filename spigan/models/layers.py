@@ -1,7 +1,7 @@
 """Layers with StyleGAN2's equalised learning rate.
 
-Parameters are stored with unit variance and scaled when used, so that Adam's steps have the same relative size in every
-layer (Karras et al. 2018, section 4.1).
+Parameters are stored with unit variance and scaled when they are used, so that Adam's steps have the same relative size
+in every layer (Karras et al. 2018, section 4.1).
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from torch.nn import functional as F
 from spigan.ops import fir_bias_act
 
 LRELU_SLOPE = 0.2
-LRELU_GAIN = math.sqrt(2.0)  # keeps the variance of a unit normal input
+LRELU_GAIN = math.sqrt(2.0)  # preserves the variance of a standard normal input
 
 
 def lrelu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2 with gain sqrt(2)."""
+    """Apply leaky ReLU with slope 0.2 and gain sqrt(2)."""
     return F.leaky_relu(x, LRELU_SLOPE) * LRELU_GAIN
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a network computes: autocast's if it is on, else that of its input.
+    """Return the dtype in which a network computes: autocast's dtype if autocast is on, else the dtype of its input.
 
-    The networks turn autocast off inside and cast by hand: autocast would also round styles, demodulation and the ODE.
+    The networks turn autocast off and cast explicitly, because autocast would also round styles, demodulation and the
+    ODE.
     """
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def normalize_2nd_moment(x: Tensor) -> Tensor:
-    """Scale every row of x [N, D] to a mean square of 1."""
+    """Scale every row of x [N, D] so that its mean square is 1."""
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
@@ -53,11 +54,11 @@ class Linear(nn.Module):
     """y = act(x W^T lr_multiplier / sqrt(in) + b lr_multiplier).
 
     Args:
-        in_features: I.
-        out_features: O.
+        in_features: I, number of inputs.
+        out_features: O, number of outputs.
         activation: "linear" or "lrelu".
         lr_multiplier: learning rate of this layer, relative to the optimiser's.
-        bias_init: initial value of the bias as it is added.
+        bias_init: initial value of the bias after scaling.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Linear(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, I] -> [N, O] in the dtype of x."""
+        """Map [N, I] to [N, O], in the dtype of x."""
         x = F.linear(x, (self.weight * self.weight_gain).to(x.dtype), (self.bias * self.bias_gain).to(x.dtype))
         return lrelu(x) if self.activation == "lrelu" else x
 
@@ -86,11 +87,11 @@ class Conv2d(nn.Module):
     """Convolution with equalised learning rate.
 
     Args:
-        in_channels: I.
-        out_channels: O.
-        kernel_size: k, odd.
+        in_channels: I, number of input channels.
+        out_channels: O, number of output channels.
+        kernel_size: k, an odd number.
         stride: stride of the convolution.
-        padding: zero padding; default: k // 2.
+        padding: zero padding. Default: k // 2.
         activation: "linear" or "lrelu".
         bias: whether to add a bias.
         lr_multiplier: learning rate of this layer, relative to the optimiser's.
@@ -119,7 +120,7 @@ class Conv2d(nn.Module):
         self.bias_gain = lr_multiplier
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """x [N, I, H, W], shift [N, O] (added to the bias) -> [N, O, H', W'] in the dtype of x."""
+        """Map x [N, I, H, W], with shift [N, O] added to the bias, to [N, O, H', W'], in the dtype of x."""
         bias = None if self.bias is None else self.bias * self.bias_gain
         if shift is not None:
             bias = shift if bias is None else bias + shift

@@ -1,4 +1,4 @@
-"""From the arguments `model` and `device` to a model: a bundled one, a folder, a run or a hub id."""
+"""Load the model that the arguments `model` and `device` name: a bundled model, a folder, a run or a hub id."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from spigan.models.spigan import SPIGAN
 
 BUNDLED_MODELS = ("digits", "cifar10-small")
-"""Names of the models that come with spigan, trained from the presets of the same names (docs/models.md). The first is
-the default of `sample`."""
+"""Names of the models bundled with spigan. They were trained from the presets of the same names (docs/models.md). The
+first is the default of `sample`."""
 
 Model = SPIGAN | str | Path | None
 
@@ -23,10 +23,10 @@ def _bundled_model(name: str) -> SPIGAN:
 
 
 def resolve_device(device: torch.device | str | None = None) -> torch.device:
-    """Return a device by name; None and "auto" mean cuda if available, else the CPU.
+    """Return the device with a name. None and "auto" mean cuda if available, else the CPU.
 
     Raises:
-        ValueError: the name is unknown, or there is no such device here.
+        ValueError: if the name is unknown, or this machine has no such device.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,28 +37,28 @@ def resolve_device(device: torch.device | str | None = None) -> torch.device:
     count = torch.cuda.device_count()
     if resolved.type == "cuda" and (resolved.index or 0) >= count:
         seen = f"sees {count or 'no'} CUDA device{'s' * (count > 1)}"
-        raise ValueError(f"device {str(device)!r} was asked for, but torch {torch.__version__} {seen}")
+        raise ValueError(f"device {str(device)!r} was requested, but torch {torch.__version__} {seen}")
     return resolved
 
 
 def load_model(model: Model = None, device: torch.device | str | None = None) -> SPIGAN:
-    """Return the model that an argument `model` names.
+    """Return the model that the argument `model` names.
 
     Args:
-        model: a SPIGAN; the name of a bundled model, which takes precedence over a folder of that name in the working
+        model: a SPIGAN; the name of a bundled model, which takes precedence over a folder with that name in the working
             directory (`./name` and a `Path` are always folders); a folder or hub id for `SPIGAN.from_pretrained`; a
-            run folder, for its exported model; None for the bundled digits.
-        device: device of the result; default: that of a SPIGAN, else cuda if available, else the CPU.
+            run folder, for its exported model; or None for the bundled digits.
+        device: device of the result. Default: the SPIGAN's own device, or cuda if available, else the CPU.
 
     Returns:
-        `model` itself if it is a SPIGAN on `device` already, else a model that does not require gradients.
+        `model` itself if it is a SPIGAN that is already on `device`. Otherwise a model that does not require gradients.
 
     Raises:
-        FileNotFoundError: there is no such model; the message lists the bundled ones.
+        FileNotFoundError: if there is no such model. The message lists the bundled models.
     """
     if isinstance(model, SPIGAN):
         here = next(model.parameters()).device
-        # An empty tensor tells which device "cuda" stands for at the moment.
+        # An empty tensor shows which device "cuda" currently stands for.
         if device is None or here == torch.empty(0, device=resolve_device(device)).device:
             return model
         return copy.deepcopy(model).to(resolve_device(device))

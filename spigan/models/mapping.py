@@ -1,6 +1,7 @@
 """Mapping networks: noise image z = i(0) -> latent vector h(t).
 
-`ODEMapping` is the paper's (section 3.3, eq. 6). `MLPMapping` is StyleGAN2's, for the baseline without time.
+`ODEMapping` is the paper's mapping network (section 3.3, eq. 6). `MLPMapping` is StyleGAN2's, for the baseline without
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from spigan.ops.rk4_mlp import integrate, mlp_vector_field
 
 Times = float | Sequence[float]
 
-_MAX_STEPS = 10_000  # of dopri5, which would never end if the weights have exploded
+_MAX_STEPS = 10_000  # for dopri5, which would never end with weights that have exploded
 
 
 def check_times(times: list[float]) -> None:
@@ -31,16 +32,17 @@ def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore
 
 
 class ImageEmbedding(nn.Module):
-    """o: noise image -> h(0). Stride-2 3x3 convolutions down to 4x4, one linear layer, second-moment normalisation.
+    """The network o: noise image -> h(0).
 
-    The paper gives the layer sizes in an appendix that is not available, so they are this project's choice. So is the
-    learning rate multiplier: without it, training makes h almost the same for every z (docs/experiments.md).
+    Stride-2 3x3 convolutions down to 4x4, then one linear layer and second-moment normalisation. The paper gives the
+    layer sizes in an appendix that is not available, so they are this project's choice. So is the learning rate
+    multiplier: without it, training makes h almost the same for every z (docs/experiments.md).
 
     Args:
         resolution: H = W of the image.
-        img_channels: C.
-        dim_h: D.
-        channels: width of the first convolution; each further one doubles it, up to D.
+        img_channels: C, number of image channels.
+        dim_h: D, length of h.
+        channels: width of the first convolution. Each further convolution doubles the width, up to D.
         lr_multiplier: learning rate, relative to the optimiser's.
     """
 
@@ -55,23 +57,23 @@ class ImageEmbedding(nn.Module):
         self.linear = Linear(width_in * 16, dim_h, lr_multiplier=lr_multiplier)
 
     def forward(self, z: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, D]."""
+        """Map [N, C, H, W] to [N, D]."""
         return normalize_2nd_moment(self.linear(self.convs(z).flatten(1)))
 
 
 class ODEMapping(nn.Module):
-    """h(0) = o(z), dh/dt = r(h, t): a neural ODE whose state at time t is the style of the image i(t).
+    """Neural ODE h(0) = o(z), dh/dt = r(h, t), whose state at time t is the style of the image i(t).
 
-    r has `layers` layers of width D with equalised learning rate, each y = W y + b + t u, and activations between them
-    (see `spigan.ops.rk4_mlp`).
+    r has `layers` layers of width D with equalised learning rate, each of which computes y = W y + b + t u, with
+    activations between them (see `spigan.ops.rk4_mlp`).
 
     Args:
         resolution, img_channels: shape of z.
-        dim_h: D.
-        layers: number L of layers of r.
-        steps: number of solver steps over [0, 1] (rk4, euler).
-        solver: "rk4", "euler" or "dopri5" (adaptive, from torchdiffeq; the whole batch shares one step size, so an
-            image depends on its neighbours, within `tolerance`).
+        dim_h: D, length of h.
+        layers: L, number of layers of r.
+        steps: number of solver steps over [0, 1] (for rk4 and euler).
+        solver: "rk4", "euler" or "dopri5". dopri5 is adaptive and comes from torchdiffeq. The whole batch shares one
+            step size, so an image depends on its neighbours, within `tolerance`.
         activation: "silu", "lrelu", "tanh" or "softplus".
         embed_channels: width of o's first convolution.
         lr_multiplier: learning rate of o and r, relative to the optimiser's (StyleGAN2's mapping uses 0.01).
@@ -99,20 +101,20 @@ class ODEMapping(nn.Module):
         self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier)
         self.steps, self.solver, self.activation = steps, solver, activation
         self.weight_gain = lr_multiplier / dim_h**0.5
-        # The weights of the time start with unit variance, not with 1 / D like those of the D other inputs. So the time
-        # moves h about as far as a change of z does; otherwise the generator learns late to tell the times apart.
+        # The weights of the time start with variance 1, whereas those of the D other inputs start with 1 / D. The time
+        # then moves h about as far as a change of z does. Otherwise the generator learns late to tell the times apart.
         self.bias_gain = self.time_gain = lr_multiplier
         self.tolerance = tolerance
 
     def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
-        """Return h at one time or several. The ODE is solved once from 0 through all of them.
+        """Return h at one or several times. The ODE is solved once, from 0 through all of them.
 
         Args:
             z: [N, C, H, W] noise images.
-            t: time in [0, 1], or K of them in any order; h(0) = o(z).
+            t: time in [0, 1], or K times in any order. h(0) = o(z).
 
         Returns:
-            [N, D] for a single time, [K, N, D] for K times.
+            [N, D] for a single time, or [K, N, D] for K times.
         """
         with torch.autocast(z.device.type, enabled=False):
             h0 = self.embed(z.to(self.weight.dtype))
@@ -156,9 +158,9 @@ class MLPMapping(nn.Module):
     """StyleGAN2's mapping network: normalised z through `layers` leaky ReLU layers, without time.
 
     Args:
-        dim_h: D, which is also the length of z.
+        dim_h: D, the length of both z and h.
         layers: number of layers.
-        lr_multiplier: learning rate relative to the optimiser's.
+        lr_multiplier: learning rate, relative to the optimiser's.
     """
 
     def __init__(self, *, dim_h: int, layers: int, lr_multiplier: float) -> None:
@@ -168,10 +170,10 @@ class MLPMapping(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
-        """[N, D] -> [N, D] for t = 1, [1, N, D] for t = [1.0].
+        """Map [N, D] to [N, D] for t = 1, or to [1, N, D] for t = [1.0].
 
         Raises:
-            ValueError: t is another time; this mapping makes clean images only.
+            ValueError: if t is any other time. This mapping only makes clean images.
         """
         times = [t] if isinstance(t, (int, float)) else list(t)
         if times != [1.0]:

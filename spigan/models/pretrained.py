@@ -24,14 +24,14 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
-# The revisions that git accepts. huggingface_hub makes a path in its cache of them, which must not lead out of it.
+# The revisions that git accepts. huggingface_hub uses them as paths in its cache, and they must not lead out of it.
 _REVISION = r"(?!.*(\.\.|//|/\.))[^\x00-\x20\x7f~^:?*\[\\/.][^\x00-\x20\x7f~^:?*\[\\]*"
 
 AnyModel = TypeVar("AnyModel", bound="PretrainedModel")
 
 
 class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
-    """A model that is saved as config.json and model.safetensors. `spigan.SPIGAN` is the one there is.
+    """A model that is saved as config.json and model.safetensors. `spigan.SPIGAN` is the only subclass.
 
     Args:
         config: the architecture.
@@ -42,12 +42,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
         self.config = config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Write config.json, model.safetensors and a model card, each of them whole or not at all.
+        """Write config.json, model.safetensors and a model card. Each file is written completely or not at all.
 
         Args:
-            save_directory: folder, created if it does not exist. An existing model card is kept.
-            **kwargs: push_to_hub=True also uploads the model, to `repo_id` (default: the name of the folder), with the
-                arguments of `push_to_hub`.
+            save_directory: folder to write to. Created if it does not exist. An existing model card is kept.
+            **kwargs: push_to_hub=True also uploads the model, to `repo_id` (default: the name of the folder). Other
+                arguments are passed to `push_to_hub`.
 
         Returns:
             Address of the commit if the model was uploaded, else None.
@@ -58,7 +58,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
         remove_stale(folder, ".saving-")
         with scratch_folder(folder, ".saving-") as scratch:
             super().save_pretrained(scratch)
-            # safetensors makes its file private. Give it the permissions of any new file, as the others have.
+            # safetensors makes its file private. Give it the same permissions as the other new files.
             (scratch / WEIGHTS_NAME).chmod((scratch / CONFIG_NAME).stat().st_mode)
             for file in scratch.iterdir():
                 if file.name != CARD_NAME or not (folder / file.name).exists():
@@ -86,20 +86,20 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
         """Load a model in eval mode from a folder or the Hugging Face hub.
 
         Args:
-            pretrained_model_name_or_path: folder with config.json and model.safetensors; or a hub id, "user/name" or
+            pretrained_model_name_or_path: folder with config.json and model.safetensors, or a hub id: "user/name" or
                 "user/name@revision".
-            device: device of the model; default: the CPU.
-            revision: branch, tag or commit on the hub; default: the main branch. Both files come from one commit.
-            cache_dir: where to keep downloads; default: what HF_HUB_CACHE and HF_HOME say.
-            token: default: the token of `hf auth login` or HF_TOKEN.
-            force_download: download again what is in the cache.
-            local_files_only: use the cache alone, as HF_HUB_OFFLINE=1 does. The cache is also used when the hub cannot
-                be reached.
+            device: device of the model. Default: the CPU.
+            revision: branch, tag or commit on the hub. Default: the main branch. Both files come from one commit.
+            cache_dir: where to keep downloads. Default: the folder set by HF_HUB_CACHE or HF_HOME.
+            token: access token. Default: the token from `hf auth login` or HF_TOKEN.
+            force_download: whether to download the files even if they are in the cache.
+            local_files_only: whether to use only the cache, as HF_HUB_OFFLINE=1 does. The cache is also used when the
+                hub cannot be reached.
 
         Raises:
-            FileNotFoundError: the folder or the repository lacks a file, or the cache does while offline.
-            ValueError: the configuration or the weights are damaged or do not fit together.
-            OSError: the hub has no such repository or revision, or refuses access.
+            FileNotFoundError: if the folder or the repository lacks a file, or if the cache lacks it while offline.
+            ValueError: if the configuration or the weights are damaged or do not fit together.
+            OSError: if the hub has no such repository or revision, or refuses access.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -117,7 +117,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
                 f"{pretrained_model_name_or_path} is not a saved spigan model: it lacks {' and '.join(missing)}"
             )
         config = _read_config(paths[CONFIG_NAME])
-        with torch.device("meta"):  # shapes only: an untrusted configuration may ask for more memory than there is
+        with torch.device("meta"):  # shapes only: an untrusted configuration may ask for more memory than is available
             expected = cls(config).state_dict()
         _check_header(expected, paths[WEIGHTS_NAME])
         model = cls(config)
@@ -126,7 +126,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
 
 
 def _download(model: str, revision: str | None, **options: Any) -> Path:
-    """Download the two files of a hub id and return the folder that holds them."""
+    """Download the two files of a model on the hub, and return the folder that holds them."""
     name, _, given = model.partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
@@ -134,7 +134,7 @@ def _download(model: str, revision: str | None, **options: Any) -> Path:
         raise ValueError(f"{model} names the revision {given!r}, but revision={revision!r} was given: leave out one")
     if not re.fullmatch(_REVISION, given or revision or "main"):
         raise ValueError(f"{given or revision!r} cannot be the name of a branch, tag or commit")
-    # A snapshot: if the files were downloaded one by one, the branch might change between them.
+    # Download a snapshot: if the files were downloaded one by one, the branch might change in between.
     with hub_connection():
         return Path(
             snapshot_download(
@@ -145,11 +145,11 @@ def _download(model: str, revision: str | None, **options: Any) -> Path:
 
 @contextmanager
 def hub_connection() -> Iterator[None]:
-    """Turn connection errors inside the block into OSError; those of HTTP libraries are not."""
+    """Turn connection errors inside the block into OSError, because those of the HTTP libraries are not OSErrors."""
     try:
         yield
     except Exception as error:
-        # By name: huggingface_hub uses httpx or httpx2, which are not dependencies of this package.
+        # Compare names, because huggingface_hub uses httpx or httpx2, which are not dependencies of this package.
         if isinstance(error, OSError) or not type(error).__module__.startswith("httpx"):
             raise
         raise OSError(f"the hub cannot be reached: {error or type(error).__name__}") from error
@@ -164,16 +164,16 @@ def _read_config(path: Path) -> ModelConfig:
 
 
 def load_weights(module: nn.Module, path: Path, prefix: str = "") -> None:
-    """Copy the tensors of a safetensors file into `module`, after checking from its header that all of them fit.
+    """Copy the tensors of a safetensors file into `module`, after checking in the file's header that all of them fit.
 
     Args:
-        module: receives the weights, in its own dtype.
-        path: safetensors file.
-        prefix: only names that start with it are read, without it.
+        module: the module that receives the weights, converted to its dtype.
+        path: the safetensors file.
+        prefix: only names that start with this prefix are read. The prefix is removed.
 
     Raises:
-        ValueError: the file is damaged, names are missing or unexpected, or a tensor has the wrong shape, is not of a
-            floating-point dtype or is not finite.
+        ValueError: if the file is damaged, names are missing or unexpected, or a tensor has the wrong shape, does not
+            have a floating-point dtype, or is not finite.
     """
     expected = module.state_dict()
     names = _check_header(expected, path, prefix)
@@ -214,7 +214,7 @@ def _check_header(expected: Mapping[str, Tensor], path: Path, prefix: str = "") 
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Return the sha256 (hex) of a model's tensors, which identifies its weights."""
+    """Return the SHA-256 (hex) of a model's tensors, which identifies its weights."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())

@@ -17,14 +17,14 @@ from spigan.ops.library import stage
 
 
 class SPIGAN(PretrainedModel):
-    """Noise z = i(0) -> h(t) -> image i(t), in one evaluation of the generator.
+    """Generates images: noise z = i(0) -> h(t) -> image i(t), in one evaluation of the generator.
 
     Args:
         config: the architecture.
 
     Attributes:
-        mapping: `ODEMapping` or `MLPMapping`; mapping(z, t) -> h.
-        generator: `Generator`; generator(h) -> image.
+        mapping: an `ODEMapping` or `MLPMapping`; mapping(z, t) -> h.
+        generator: a `Generator`; generator(h) -> image.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,15 +57,15 @@ class SPIGAN(PretrainedModel):
         )
 
     def forward(self, z: Tensor, t: Times = 1.0, noise: str | None = None) -> Tensor:
-        """Make images at one time or several.
+        """Make images at one or several times.
 
         Args:
             z: [N, *config.z_shape], standard normal.
             t: time in [0, 1] (1 is the clean image), or a list of K times.
-            noise: per-pixel noise of the generator; default: "random" in training mode, "const" in eval mode.
+            noise: per-pixel noise of the generator. Default: "random" in training mode, "const" in eval mode.
 
         Returns:
-            [N, C, H, W] for one time, [K, N, C, H, W] for a list; about [-1, 1].
+            [N, C, H, W] for one time, or [K, N, C, H, W] for a list of times, in about [-1, 1].
         """
         if z.ndim != len(self.config.z_shape) + 1 or tuple(z.shape[1:]) != self.config.z_shape:
             raise ValueError(f"z must have shape [N, {', '.join(map(str, self.config.z_shape))}], got {list(z.shape)}")
@@ -91,27 +91,28 @@ class SPIGAN(PretrainedModel):
     ) -> str:
         """Upload config.json, model.safetensors, a grid of samples and a model card to the Hugging Face hub.
 
-        The upload replaces a model card that was edited on the hub; the history of the repository keeps it.
+        If the model card was edited on the hub, the upload replaces it. The old card remains in the repository's
+        history.
 
         Args:
-            repo_id: "user/name", or "name" in your own namespace; created if it does not exist.
-            run: the training run; the card then describes its configuration, data, time and metrics.
-            metrics: JSON file of `spigan evaluate --out`; default: the metrics that the run measured for these weights,
-                if any.
-            license: the hub's name of a licence, such as "cc-by-4.0"; default: the card says that none was stated.
-            private: whether a new repository is private; default: what the settings of the namespace say.
-            token: default: the token of `hf auth login` or HF_TOKEN.
-            branch: created if it does not exist; default: the main branch.
-            commit_message: message of the one commit.
-            create_pr: open a pull request instead of committing.
+            repo_id: "user/name", or "name" in your own namespace. Created if it does not exist.
+            run: folder of the training run. The card then describes its configuration, data, time and metrics.
+            metrics: JSON file written by `spigan evaluate --out`. Default: the metrics that the run measured for these
+                weights, if any.
+            license: a licence, as the hub names it, such as "cc-by-4.0". Default: the card states that none was given.
+            private: whether a new repository is private. Default: the setting of the namespace.
+            token: access token. Default: the token from `hf auth login` or HF_TOKEN.
+            branch: branch to push to. Created if it does not exist. Default: the main branch.
+            commit_message: message of the commit.
+            create_pr: whether to open a pull request instead of committing.
 
         Returns:
-            Address of the commit or of the pull request.
+            Address of the commit or pull request.
 
         Raises:
-            FileNotFoundError, ValueError: the run or the metrics are missing, damaged or of another model. Nothing has
-                been uploaded then.
-            OSError: the hub cannot be reached or refuses access.
+            FileNotFoundError, ValueError: if the run or the metrics are missing, damaged, or belong to another model.
+                In this case nothing has been uploaded.
+            OSError: if the hub cannot be reached or refuses access.
         """
         return push_to_hub(
             self, repo_id, run=run, metrics=metrics, license=license, private=private, token=token, branch=branch,
@@ -119,5 +120,5 @@ class SPIGAN(PretrainedModel):
         )  # fmt: skip
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Return the README.md of a saved model: what is known without its training run."""
+        """Return the model card (README.md) of a saved model, without details of its training run."""
         return card(self)

@@ -1,5 +1,8 @@
-"""Layers and blocks of StyleGAN2's synthesis network, skip architecture (Karras et al. 2020b, Fig. 7), with
-StyleGAN2-ADA's parameter names and layout. `spigan.models.frozen_synthesis` runs them faster without gradients."""
+"""Layers and blocks of StyleGAN2's synthesis network with the skip architecture (Karras et al. 2020b, Fig. 7).
+
+Parameters have the names and layout of StyleGAN2-ADA. `spigan.models.frozen_synthesis` runs the layers faster when no
+gradients are needed.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from spigan.ops.upfirdn2d import fir_filter
 
 
 class SynthesisLayer(nn.Module):
-    """Modulated 3x3 convolution, noise, bias, leaky ReLU.
+    """Modulated 3x3 convolution, noise, bias and leaky ReLU.
 
     Args:
-        in_channels: I.
-        out_channels: O.
-        dim_h: D.
+        in_channels: I, number of input channels.
+        out_channels: O, number of output channels.
+        dim_h: D, length of the latent vector.
         resolution: height and width of the output.
         up: 1, or 2 to double the resolution.
         clamp: bound on the output's absolute value, or None.
@@ -56,7 +59,7 @@ class SynthesisLayer(nn.Module):
         return self.noise_const[None, None] if mode == "const" else source, self.noise_strength, None
 
     def forward(self, x: Tensor, h: Tensor, mode: str, source: Tensor | None) -> Tensor:
-        """x [N, I, H, W], h [N, D] -> [N, O, up H, up W]. For `mode` and `source` see `noise_inputs`."""
+        """Map x [N, I, H, W] and h [N, D] to [N, O, up H, up W]. For `mode` and `source`, see `noise_inputs`."""
         noise, strength, seed = self.noise_inputs(mode, source)
         return modulated_conv2d(
             x,
@@ -78,9 +81,9 @@ class ToRGB(nn.Module):
     """Modulated 1x1 convolution to the image's channels, without demodulation.
 
     Args:
-        in_channels: I.
-        img_channels: C.
-        dim_h: D.
+        in_channels: I, number of input channels.
+        img_channels: C, number of image channels.
+        dim_h: D, length of the latent vector.
         clamp: bound on the output's absolute value, or None.
     """
 
@@ -93,7 +96,7 @@ class ToRGB(nn.Module):
         self.weight_gain = 1.0 / math.sqrt(in_channels)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """x [N, I, H, W], h [N, D] -> [N, C, H, W]."""
+        """Map x [N, I, H, W] and h [N, D] to [N, C, H, W]."""
         style = self.affine(h) * self.weight_gain
         return modulated_conv2d(x, self.weight, style, demodulate=False, bias=self.bias, clamp=self.clamp)
 
@@ -104,10 +107,10 @@ class SynthesisBlock(nn.Module):
     The first block (4x4) starts from a learned constant and has one layer, `conv1`.
 
     Args:
-        in_channels: I; 0 for the first block.
-        out_channels: O.
-        img_channels: C.
-        dim_h: D.
+        in_channels: I, number of input channels; 0 for the first block.
+        out_channels: O, number of output channels.
+        img_channels: C, number of image channels.
+        dim_h: D, length of the latent vector.
         resolution: height and width of the output.
         clamp: bound on the layers' absolute values, or None.
     """
@@ -153,8 +156,8 @@ class SynthesisBlock(nn.Module):
         """Run the block.
 
         Args:
-            x: [N, I, H/2, W/2]; None in the first block.
-            img: [N, C, H/2, W/2]; None in the first block.
+            x: [N, I, H/2, W/2] features; None in the first block.
+            img: [N, C, H/2, W/2] image so far; None in the first block.
             h: yields the [N, D] latent vector of each layer.
             h_rgb: [N, D] latent vector of ToRGB.
             mode: noise mode of the layers; see `SynthesisLayer.noise_inputs`.

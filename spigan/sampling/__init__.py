@@ -1,4 +1,4 @@
-"""Images from a model: `sample` for a few, `Sampler` for many (section 3.6 of the paper)."""
+"""Sampling images from a model: `sample` for a few images, `Sampler` for many (section 3.6 of the paper)."""
 
 from spigan.models.grid import default_batch_size
 from spigan.models.load import BUNDLED_MODELS, Model, load_model, resolve_device

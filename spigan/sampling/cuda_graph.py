@@ -17,19 +17,19 @@ Evaluate = Callable[[Tensor], Tensor]
 
 
 def supports_cuda_graph(model: SPIGAN) -> bool:
-    """Return whether batches of `model` can be captured: it is on a GPU and its solver has fixed steps."""
-    # dopri5 reads its step sizes back from the device, which a graph cannot do.
+    """Return whether batches of `model` can be captured. It must be on a GPU, and its solver must have fixed steps."""
+    # dopri5 reads its step sizes back from the device, which is impossible inside a graph.
     adaptive = model.config.mapping == "ode" and model.config.ode_solver == "dopri5"
     return next(model.parameters()).device.type == "cuda" and not adaptive
 
 
 class GraphedBatches:
-    """Replays full batches of a sampler as a CUDA graph, and captures it again when the model has changed.
+    """Replays full batches of a sampler as a CUDA graph. Captures the graph again after the model has changed.
 
     Args:
-        model: the model; `supports_cuda_graph`.
-        evaluate: makes the images of a batch.
-        batch_size: B; a smaller batch is not replayed.
+        model: the model, for which `supports_cuda_graph` must be true.
+        evaluate: function that makes the images of a batch.
+        batch_size: B. Smaller batches are not replayed.
     """
 
     def __init__(self, model: SPIGAN, evaluate: Evaluate, batch_size: int) -> None:
@@ -37,10 +37,10 @@ class GraphedBatches:
         self._graph: BatchGraph | None = None
 
     def replay(self, seeds: Tensor) -> Tensor | None:
-        """Return the images of int64 [B] seeds on the CPU.
+        """Return the images of int64 [B] seeds, which are on the CPU.
 
-        None if no graph can make them: the batch is not full, the model has forward hooks, or its parameters may be
-        trained.
+        Return None if no graph can make the images, because the batch is not full, the model has forward hooks, or its
+        parameters may change undetected.
         """
         if len(seeds) < self._batch_size or has_forward_hooks(self._model.modules()):
             return None
@@ -61,7 +61,7 @@ class BatchGraph:
 
     Args:
         model: the model, on a GPU.
-        evaluate: makes the images of a batch.
+        evaluate: function that makes the images of a batch.
         batch_size: B.
         state: `frozen_state` of the model.
     """
@@ -79,8 +79,8 @@ class BatchGraph:
                     evaluate(self._seeds)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            # Without `stream`, all graphs of a process are captured on one stream of one device. "thread_local": what
-            # other threads allocate in the meantime, such as a loader's pinned memory, does not spoil the capture.
+            # Without `stream`, all graphs of a process are captured on one stream of one device. With "thread_local",
+            # allocations by other threads, such as a loader's pinned memory, do not break the capture.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._images = evaluate(self._seeds)
         # The generator drops these when it is called with other weights, but the graph still reads them.

@@ -24,10 +24,11 @@ from spigan.ops import use_backend
 FORMATS = ("onnx", "pt2")
 
 METADATA = "spigan.json"
-"""Name of the description in an exported file: a key of an ONNX model's metadata, an extra file of a pt2 archive."""
+"""Name of the description in an exported file: a key in the metadata of an ONNX model, or an extra file in a pt2
+archive."""
 
-_OPSET = 18  # the one that torch's exporter writes; any other needs a conversion, which might fail
-# Bytes. An ONNX file is a protobuf message of less than 2 GiB; 16 MiB are left for the graph.
+_OPSET = 18  # the version that torch's exporter writes; any other needs a conversion, which might fail
+# In bytes. An ONNX file is a protobuf message of less than 2 GiB; this leaves 16 MiB for the graph.
 ONNX_MAX_WEIGHTS = 2**31 - 2**24
 
 
@@ -47,27 +48,27 @@ def export_model(
 ) -> Path:
     """Write a program of plain operators that makes the images of `spigan.sample(z=z, t=t)`.
 
-    The input is z [N, *config.z_shape] float32, standard normal; the output is images [N, C, H, W] float32 in [0, 1].
-    The program computes in float32 with the stored per-pixel noise, so a z always gives the same image. The file also
-    holds a JSON object named `METADATA`: spigan's version, the model's config, z_shape, t and the range.
+    The input is z, float32 [N, *config.z_shape], standard normal. The output is images, float32 [N, C, H, W] in [0, 1].
+    The program computes in float32 with the stored per-pixel noise, so the same z always gives the same image. The file
+    also holds a JSON object named `METADATA`, with spigan's version, the model's config, z_shape, t and the range.
 
     Args:
         model: as in `spigan.sampling.load_model`. It is not changed.
-        path: the file, which is replaced whole or not at all.
-        format: "onnx" (opset 18; input "z", output "images") or "pt2" (read by `torch.export.load`); default: by the
-            suffix of `path`.
-        t: time in [0, 1]; 1 is the clean image.
-        batch_size: the only N that the program accepts; default: any N from 1.
+        path: the file to write. It is written completely or not at all.
+        format: "onnx" (opset 18; input "z", output "images") or "pt2" (read by `torch.export.load`). By default, the
+            suffix of `path` decides.
+        t: time in [0, 1]. 1 gives the clean image.
+        batch_size: the only N that the program accepts. Default: any N from 1.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: an argument is out of range, the solver is dopri5, or the weights are too large for an ONNX file
+        ValueError: if an argument is out of range, the solver is dopri5, or the weights are too large for an ONNX file
             (2 GiB).
-        ImportError: the format is "onnx" and the extra `export` is not installed.
+        ImportError: if the format is "onnx" and the extra `export` is not installed.
     """
-    path, t = Path(path), float(t)  # refuses several times, which the model itself would accept
+    path, t = Path(path), float(t)  # float refuses a list of times, which the model itself would accept
     format = format_of(path) if format is None else format
     if format not in FORMATS:
         raise ValueError(f'format must be "onnx" or "pt2", got {format!r}')
@@ -77,7 +78,7 @@ def export_model(
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     if format == "onnx":
         _check_onnx_packages()
-    # A copy: a program shares its weights with the traced model.
+    # Copy the model, because a program shares its weights with the traced model.
     network = copy.deepcopy(load_model(model, "cpu")).float().eval().requires_grad_(False)
     write = _write_onnx if format == "onnx" else _write_pt2
     # If the caller has autocast on, its casts would become part of the program.
@@ -89,7 +90,7 @@ def export_model(
 
 
 def format_of(path: Path) -> str:
-    """Return the format that the suffix of `path` names; raise ValueError if it names none."""
+    """Return the format for the suffix of `path`. Raise ValueError if the suffix is unknown."""
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         raise ValueError(f"{path}: cannot tell the format from the suffix; use .onnx or .pt2, or give the format")
@@ -107,7 +108,7 @@ def _check_onnx_packages() -> None:
 
 
 def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram:
-    """The program as one graph of PyTorch's own operators, on the CPU."""
+    """Return the program as one graph of PyTorch's own operators, on the CPU."""
     if network.config.mapping == "ode" and network.config.ode_solver == "dopri5":
         raise ValueError(
             'a model with the solver "dopri5" cannot be exported, because its steps depend on the values; set '
@@ -117,10 +118,10 @@ def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram
     z = torch.zeros(batch_size or 2, *network.config.z_shape)
     sizes = None if batch_size else {"z": {0: torch.export.Dim("batch", min=1)}}
     with use_backend("reference"), _quietly():
-        # With no decompositions this only inlines the blocks in which the networks turn autocast off.
+        # Without decompositions, this only inlines the blocks in which the networks turn autocast off.
         program = torch.export.export(_Sampler(network, t), (z,), dynamic_shapes=sizes).run_decompositions({})
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which would be stored
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine, which would be stored
     return program
 
 
@@ -151,7 +152,7 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
     tensors = [value.const_value for value in translated.model.graph.initializers.values()]
     weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     if weights > ONNX_MAX_WEIGHTS:
-        # ONNX can keep weights in a second file, but neither file is complete without the other.
+        # ONNX could store the weights in a second file, but neither file would be complete without the other.
         raise ValueError(
             f"an ONNX file holds at most {ONNX_MAX_WEIGHTS} bytes of weights, but this model has {weights}: "
             "export it as pt2"

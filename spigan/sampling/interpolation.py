@@ -1,8 +1,8 @@
-"""Interpolations: from h(0) to h(1), between two z, between two h(1), and the path that training follows (Figs. 9, 10,
-11 and 4 of the paper).
+"""Interpolations: from h(0) to h(1), between two z, between two h(1), and along the path that training uses.
 
-Every function returns rows of images, uint8 [R, S, C, H, W] on the CPU. `save_rows` makes a picture or an animation of
-them. The generator evaluates `Sampler.batch_size` images at a time, so only the result grows with the number of images.
+These are Figs. 9, 10, 11 and 4 of the paper. Every function returns rows of images, uint8 [R, S, C, H, W] on the CPU.
+`save_rows` writes them as a picture or an animation. The generator evaluates `Sampler.batch_size` images at a time, so
+only the memory for the result grows with the number of images.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from spigan.sde import VPSDE
 
 Mix = Literal["spherical", "linear"]
 Steps = int | Sequence[float]
-"""A number S of evenly spaced values from 0 to 1, as in `torch.linspace(0, 1, S)`; or the S values, in [0, 1]."""
+"""The number S of evenly spaced values from 0 to 1, as in `torch.linspace(0, 1, S)`; or S values in [0, 1]."""
 
 
 def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
-    """Go from noise to image: from h(0) to h(1) of a fixed z (Fig. 9).
+    """Go from noise to image: from h(0) to h(1) for a fixed z (Fig. 9).
 
-    The ODE is solved once through all the times. If they are close together, its steps are shorter than those of
-    `sample`; the last image then equals `sample`'s up to the solver's error.
+    The ODE is solved once, through all the times. If the times are close together, the solver takes shorter steps than
+    in `sample`, and the last image equals that of `sample` up to the error of the solver.
 
     Args:
-        seeds: R seeds of z.
+        seeds: R seeds, one for the z of each row.
         steps: number S of times 0, 1 / (S - 1), ..., 1; or a list of S times in [0, 1].
         model: as in `spigan.sample`.
-        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+        **options: options of `spigan.Sampler`: batch_size, dtype, backend, device.
 
     Returns:
         uint8 [R, S, C, H, W].
 
     Raises:
-        ValueError: the model has no time (mapping="mlp"), or an argument is out of range.
+        ValueError: if the model has no time (mapping="mlp"), or an argument is out of range.
     """
     sampler = _sampler(model, options)
     if sampler.model.config.mapping == "mlp":
@@ -58,23 +58,23 @@ def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = N
 def interpolate_z(
     seeds: Sequence[int], steps: Steps = 9, *, mix: Mix = "spherical", model: Model = None, **options: Any
 ) -> Tensor:
-    """Interpolate between the noise of one seed, z', and that of the next, z'' (Fig. 10).
+    """Interpolate between the noise z' of one seed and the noise z'' of the next (Fig. 10).
 
-    spherical: z = cos(a pi / 2) z' + sin(a pi / 2) z'', which is standard normal for every a, as z' and z'' are.
-    linear: z = (1 - a) z' + a z'', as the paper writes. Its variance (1 - a)^2 + a^2 drops to 1/2 in the middle.
+    spherical: z = cos(a pi / 2) z' + sin(a pi / 2) z''. Like z' and z'', it is standard normal for every a.
+    linear: z = (1 - a) z' + a z'', as in the paper. Its variance (1 - a)^2 + a^2 drops to 1/2 in the middle.
 
     Args:
-        seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: number S of values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
+        seeds: R + 1 seeds. Row i goes from the i-th seed to the next.
+        steps: number S of values a = 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
         mix: "spherical" or "linear".
         model: as in `spigan.sample`.
-        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+        **options: options of `spigan.Sampler`: batch_size, dtype, backend, device.
 
     Returns:
         uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     if mix not in ("spherical", "linear"):
         raise ValueError(f'mix must be "spherical" or "linear", got {mix!r}')
@@ -87,16 +87,16 @@ def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None
     """Interpolate between the latent vectors of one seed and the next (Fig. 11): h(1) = (1 - a) h(1)' + a h(1)''.
 
     Args:
-        seeds: R + 1 seeds; row i goes from the i-th to the next.
-        steps: number S of values of a: 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
+        seeds: R + 1 seeds. Row i goes from the i-th seed to the next.
+        steps: number S of values a = 0, 1 / (S - 1), ..., 1; or a list of S values in [0, 1].
         model: as in `spigan.sample`.
-        **options: of `spigan.Sampler`: batch_size, dtype, backend, device.
+        **options: options of `spigan.Sampler`: batch_size, dtype, backend, device.
 
     Returns:
         uint8 [R, S, C, H, W]. A row begins and ends with the images of its two seeds.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     sampler = _sampler(model, options)
     h = torch.cat([_latents(sampler, z) for z in _noise(sampler, _several(seeds)).split(sampler.batch_size)])
@@ -104,7 +104,7 @@ def interpolate_h(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None
 
 
 def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: VPSDE = VPSDE()) -> Tensor:
-    """Go from x_0 to x_T, along the SDE and along the straight path that the discriminator sees in training (Fig. 4).
+    """Go from x_0 to x_T along the SDE, and along the straight path that the discriminator sees in training (Fig. 4).
 
         SDE:            x_t = a(t) x_0 + s(t) e,                      t = 0, 1 / (S - 1), ..., 1
         straight path:  i(1 - t) = (1 - t) x_0 + t x_T,  x_T = x_1    (eq. 7)
@@ -113,22 +113,22 @@ def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: V
 
     Args:
         images: uint8 [N, C, H, W] clean images x_0.
-        seeds: N seeds of e.
-        steps: S.
+        seeds: N seeds, one for the noise e of each image.
+        steps: S, the number of images per row.
         sde: the forward process.
 
     Returns:
         uint8 [2 N, S, C, H, W], two rows for each image: first along the SDE, then along the straight path.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
     seeds = resolve_seeds(len(images), seeds)
     times = _weights(steps).tolist()
     noise = philox_normal(images.shape, seed=torch.tensor(seeds, dtype=torch.int64, device=images.device))
     clean = to_unit_range(images)
     diffused = torch.stack([a * clean + s * noise for a, s in map(sde.marginal, times)])
-    # The reference backend takes any number of times.
+    # The reference backend has no limit on the number of times.
     x_T, i = path_interpolate(
         images, [1.0 - t for t in reversed(times[:-1])], noise=noise, sde=sde, backend="reference"
     )
@@ -137,35 +137,35 @@ def forward_path(images: Tensor, seeds: Sequence[int], steps: int = 9, *, sde: V
 
 
 def linear(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Return (1 - a) first + a second for every a in `weights` [S]: [S, *first.shape]."""
+    """Return (1 - a) first + a second for every a in `weights` [S], as [S, *first.shape]."""
     a = weights.to(first).view(-1, *(1,) * first.ndim)
     return (1.0 - a) * first + a * second
 
 
 def spherical(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """Return cos(a pi / 2) first + sin(a pi / 2) second for every a in `weights` [S]: [S, *first.shape].
+    """Return cos(a pi / 2) first + sin(a pi / 2) second for every a in `weights` [S], as [S, *first.shape].
 
-    The result is standard normal if `first` and `second` are, and are independent.
+    The result is standard normal if `first` and `second` are standard normal and independent.
     """
     angle = weights.double().view(-1, *(1,) * first.ndim) * (math.pi / 2)
     return angle.cos().to(first) * first + angle.sin().to(first) * second
 
 
 def save_rows(rows: Tensor, out: str | Path, *, columns: int | None = None, frame_time: int = 80) -> Path:
-    """Write rows of images as a grid (.png), or as an animation that runs forwards and backwards (.gif, .webp).
+    """Write rows of images as a grid (.png), or as an animation that plays forwards and backwards (.gif, .webp).
 
     Args:
-        rows: uint8 [R, S, C, H, W].
-        out: the file.
-        columns: for an animation, which shows all rows at once: images side by side in a frame; default: about as many
-            as there are one above the other.
-        frame_time: for an animation: milliseconds for which each frame is shown.
+        rows: uint8 [R, S, C, H, W] images.
+        out: the file to write.
+        columns: for an animation, which shows all rows at once: how many images lie side by side in a frame. By
+            default, frames are about square.
+        frame_time: for an animation: how long each frame is shown, in milliseconds.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: the suffix is another one.
+        ValueError: if `out` has any other suffix.
     """
     out = Path(out)
     check_suffix(out)
@@ -187,7 +187,7 @@ def _sampler(model: Model, options: dict[str, Any]) -> Sampler:
 
 
 def _weights(steps: Steps) -> Tensor:
-    """float64 [S]: 0, 1 / (S - 1), ..., 1, or the given values."""
+    """Return float64 [S]: 0, 1 / (S - 1), ..., 1, or the given values."""
     if not isinstance(steps, int):
         if not steps or not all(0.0 <= weight <= 1.0 for weight in steps):
             raise ValueError(f"steps must be a number, or a non-empty list of values in [0, 1], got {steps}")
@@ -198,7 +198,7 @@ def _weights(steps: Steps) -> Tensor:
 
 
 def _several(seeds: Sequence[int]) -> list[int]:
-    """Return the seeds, at least two, of which no neighbours are equal."""
+    """Return the seeds, after checking that there are at least two, and that neighbours differ."""
     seeds = resolve_seeds(None, seeds)
     if len(seeds) < 2 or any(a == b for a, b in pairwise(seeds)):
         raise ValueError(f"at least two seeds are needed, each different from the one before it, got {seeds}")
@@ -206,7 +206,7 @@ def _several(seeds: Sequence[int]) -> list[int]:
 
 
 def _noise(sampler: Sampler, seeds: Sequence[int]) -> Tensor:
-    """z [R, *z_shape] of seeds, as `sample` draws it."""
+    """Return the noise z [R, *z_shape] of seeds, as `sample` draws it."""
     numbers = torch.tensor(resolve_seeds(None, seeds), dtype=torch.int64, device=sampler.device)
     if not len(numbers):
         raise ValueError("at least one seed is needed, got none")
@@ -214,7 +214,7 @@ def _noise(sampler: Sampler, seeds: Sequence[int]) -> Tensor:
 
 
 def _latents(sampler: Sampler, z: Tensor, t: float | list[float] = 1.0) -> Tensor:
-    """h [N, D] of z at one time, or [K, N, D] at K times."""
+    """Return the latent vectors h of z: [N, D] at one time, or [K, N, D] at K times."""
     with torch.inference_mode(), use_backend(sampler.backend):
         return sampler.model.mapping(z, t)
 
@@ -226,7 +226,7 @@ def _between(
     mix: Callable[[Tensor, Tensor, Tensor], Tensor],
     images_of: Callable[..., Tensor],
 ) -> Tensor:
-    """Rows of images between ends [R + 1, ...]. Only one batch of mixtures is in memory at a time."""
+    """Return rows of images between ends [R + 1, ...]. Only one batch of mixtures is in memory at a time."""
     parts = _weights(steps).split(sampler.batch_size)
     return torch.stack(
         [

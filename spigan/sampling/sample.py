@@ -1,4 +1,4 @@
-"""`sample`: a few images in one call. The samplers behind it are kept with their model."""
+"""`sample`, which draws a few images in one call. The samplers that it uses are kept with their model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OutputType = Literal["pt", "np", "pil"]
 
-MAX_SAMPLERS = 8  # kept for each model; each may hold a CUDA graph and its memory
+MAX_SAMPLERS = 8  # samplers kept for each model; each of them may hold a CUDA graph and its memory
 
 
 def sample(
@@ -44,29 +44,29 @@ def sample(
 ) -> Tensor | np.ndarray | list[Image] | list[list[Image]]:
     """Draw images.
 
-    Image i depends on its own seed and the weights alone, up to rounding: not on n, batch_size, its neighbours or the
-    device.
+    Up to rounding, image i depends only on its own seed and the weights. It does not depend on n, batch_size, its
+    neighbours or the device.
 
     Args:
-        n: number of images; default: 16, or the number of seeds or z.
+        n: number of images. Default: 16, or the number of seeds or of noise images in z.
         model: a SPIGAN; a folder (a saved model or a training run); a hub id; the name of a bundled model, "digits" or
-            "cifar10-small"; None for the digits.
-        seed: an int s, image i uses the seed s + i; or a list of ints, one for each image.
+            "cifar10-small"; or None for the digits.
+        seed: an int s, so that image i uses the seed s + i; or a list of ints, one for each image.
         z: [N, *model.config.z_shape] noise to use instead of drawing it from seeds.
-        t: time in [0, 1] on the straight path, 1 is the clean image; or a list of K times.
-        batch_size: number of images to evaluate at once; default: by resolution.
-        device: default: the device of a SPIGAN, else cuda if available, else the CPU.
+        t: time in [0, 1] on the straight path (1 is the clean image), or a list of K times.
+        batch_size: number of images to evaluate at once. The default depends on the resolution.
+        device: device of the model. Default: the SPIGAN's own device, or cuda if available, else the CPU.
         dtype: dtype of the convolutions: float32 (default), bfloat16 or float16.
-        output_type: "pt": float32 tensor [N, C, H, W] in [0, 1]; "np": float32 array [N, H, W, C] in [0, 1]; "pil":
-            list of N Pillow images. If t is a list, there is a leading axis (or list) of K.
-        backend: backend of all operations; default: see `spigan.ops.use_backend`.
+        output_type: "pt" for a float32 tensor [N, C, H, W] in [0, 1], "np" for a float32 array [N, H, W, C] in [0, 1],
+            or "pil" for a list of N Pillow images. If t is a list, there is a leading axis (or list) of length K.
+        backend: backend of all operations. Default: see `spigan.ops.use_backend`.
 
     Returns:
-        The images, as `output_type` says.
+        The images, in the form given by `output_type`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type.
-        BackendUnavailable: a backend was asked for by name and cannot run.
+        ValueError, TypeError: if an argument is out of range or has the wrong type.
+        BackendUnavailable: if a backend was requested by name and cannot run.
     """
     if output_type not in ("pt", "np", "pil"):
         raise ValueError(f'output_type must be "pt", "np" or "pil", got {output_type!r}')
@@ -75,7 +75,7 @@ def sample(
         source: Sequence[int] | Tensor = resolve_seeds(n, seed)
     else:
         source = _check_noise(n, seed, z)
-    if batch_size is None:  # no larger than needed: only a full batch is a CUDA graph
+    if batch_size is None:  # no larger than needed, because only a full batch runs as a CUDA graph
         times = 1 if isinstance(t, (int, float)) else max(1, len(t))
         batch_size = min(max(1, len(source)), max(1, default_batch_size(network.config.resolution) // times))
     sampler = kept_sampler(
@@ -99,27 +99,27 @@ def _converted(images: Tensor, output_type: OutputType) -> Tensor | np.ndarray |
 
 
 def _check_noise(n: int | None, seed: int | Sequence[int], z: Tensor) -> Tensor:
-    """Return z, which must agree with the other arguments."""
+    """Return z, after checking that it agrees with the other arguments."""
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a torch.Tensor, got {type(z).__name__}")
     if n is not None and n != len(z):
-        raise ValueError(f"n is {n}, but z holds {len(z)}: leave out n")
+        raise ValueError(f"n is {n}, but z holds noise for {len(z)} images: leave out n")
     if not isinstance(seed, int):
         raise ValueError("z was given, so the seeds would not be used: leave out one of them")
     return z
 
 
 class KeptSamplers(Uncopied, OrderedDict[tuple[Any, ...], Sampler]):
-    """The samplers that `sample` keeps with a model, by their options; the one used last comes last."""
+    """The samplers that `sample` keeps with a model, by their options. The most recently used one comes last."""
 
 
 _lock = threading.Lock()
 
 
 def kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
-    """Return the sampler of `model` with these options of `Sampler`.
+    """Return a sampler of `model` with these options of `Sampler`.
 
-    It is kept as an attribute of the model, so that both are freed together.
+    The sampler is kept as an attribute of the model, so that both are freed together.
     """
     key = (*options.values(), backends.requested(options["backend"])[0], next(model.parameters()).device)
     with _lock:
@@ -134,10 +134,10 @@ def kept_sampler(model: SPIGAN, **options: Any) -> Sampler:
 
 @contextlib.contextmanager
 def count_evaluations(model: SPIGAN) -> Iterator[list[int]]:
-    """Count the images that the generator evaluates inside the block. NFE is the count over the number of images.
+    """Count the images that the generator evaluates inside the block. NFE is this count per image drawn.
 
     Yields:
-        A list whose one element is the count so far.
+        A list whose only element is the count so far.
     """
     count = [0]
 

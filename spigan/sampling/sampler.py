@@ -1,4 +1,4 @@
-"""`Sampler` (section 3.6 of the paper): z ~ N(0, I) -> h(1) -> image, one evaluation of the generator per image."""
+"""`Sampler` (section 3.6 of the paper): z ~ N(0, I) -> h(1) -> image, with one generator evaluation per image."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from spigan.sampling.seeds import resolve_seeds
 
 
 class Sampler:
-    """Draws images of one model in batches, and prepares everything only once.
+    """Draws images from one model in batches, and prepares everything only once.
 
-    Image i depends on its own seed and the weights alone, up to rounding: not on its neighbours, the batch size or the
-    device. As long as the model's parameters are frozen (`model.requires_grad_(False)`, as in the models that spigan
-    loads) and unchanged, packed weights and demodulation sums are kept, and on a GPU a whole batch, from seeds to
-    pixels, is one CUDA graph. If the parameters require gradients, each batch prepares them again.
+    Up to rounding, image i depends only on its own seed and the weights. It does not depend on its neighbours, the
+    batch size or the device. As long as the model's parameters are frozen (`model.requires_grad_(False)`, as in the
+    models that spigan loads) and unchanged, packed weights and demodulation sums are kept, and on a GPU a whole batch,
+    from seeds to pixels, is one CUDA graph. If the parameters require gradients, they are prepared again for each
+    batch.
 
     Use a sampler from one thread at a time.
 
     Args:
         model: a SPIGAN; a folder (a saved model or a training run); a hub id; the name of a bundled model, "digits" or
-            "cifar10-small"; None for the digits.
-        batch_size: number of images to evaluate at once, at all K times; default: by resolution and K. It sets how much
-            memory is needed, whatever the number of images.
+            "cifar10-small"; or None for the digits.
+        batch_size: number of images to evaluate at once, at all K times. The default depends on the resolution and K.
+            The memory needed depends on the batch size, not on the number of images.
         dtype: dtype of the convolutions: float32 (default), bfloat16 or float16.
-        backend: backend of all operations; default: the one in effect now, see `spigan.ops.use_backend`.
-        device: default: the device of a SPIGAN, else cuda if available, else the CPU.
-        t: time in [0, 1] on the straight path, 1 is the clean image; or a list of K times.
+        backend: backend of all operations. Default: the backend currently in effect; see `spigan.ops.use_backend`.
+        device: device of the model. Default: the SPIGAN's own device, or cuda if available, else the CPU.
+        t: time in [0, 1] on the straight path (1 is the clean image), or a list of K times.
         output: "float" for float32 in [0, 1], or "uint8".
-        cuda_graph: False: never use CUDA graphs, so that a profiler sees the stages.
+        cuda_graph: whether to use CUDA graphs. Set this to False if a profiler is to see the stages.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type.
-        FileNotFoundError: there is no such model.
+        ValueError, TypeError: if an argument is out of range or has the wrong type.
+        FileNotFoundError: if there is no such model.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Sampler:
 
         Args:
             seeds: integers in [0, 2^63), one for each image.
-            to: device of the result; default: the sampler's. "cpu" from a GPU gives pinned memory.
+            to: device of the result. Default: the sampler's device. With "cpu", images from a GPU are in pinned memory.
 
         Returns:
             [N, C, H, W], or [K, N, C, H, W] if t is a list.
@@ -96,7 +97,7 @@ class Sampler:
         return self._collect(_check_floats("z", z), to)
 
     def of_latents(self, h: Tensor, *, to: torch.device | str | None = None) -> Tensor:
-        """Make the images of latent vectors, whatever their times.
+        """Make the images of latent vectors, of any time.
 
         Args:
             h: [N, D], or [N, num_ws, D] with one latent vector for each layer of the generator.
@@ -108,7 +109,7 @@ class Sampler:
         return self._collect(_check_floats("h", h), to, latents=True)
 
     def stream(self, seeds: Sequence[int] | Tensor, *, to: torch.device | str | None = None) -> Iterator[Tensor]:
-        """Draw the images batch by batch, for more of them than fit into memory.
+        """Draw the images batch by batch, so that they need not all fit into memory.
 
         Yields:
             [B, C, H, W], or [K, B, C, H, W] if t is a list.
@@ -117,7 +118,10 @@ class Sampler:
             yield self._copy(images, self._empty(self._times() + images.shape[-4:-3], to))
 
     def refresh(self) -> None:
-        """Prepare again in the next call. Call this after changing weights in a way that leaves no trace (`.data`)."""
+        """Prepare the weights again in the next call.
+
+        Call this after changing the weights in a way that cannot be detected (`.data`).
+        """
         if self._graphed is not None:
             self._graphed.forget()
         self.model.generator.forget()
@@ -132,11 +136,11 @@ class Sampler:
         return result
 
     def _times(self) -> tuple[int, ...]:
-        """The leading axis of the images if there are several times."""
+        """Return the leading axis of the images, which exists only if there are several times."""
         return () if isinstance(self.t, (int, float)) else (len(self.t),)
 
     def _empty(self, shape: tuple[int, ...], to: torch.device | str | None) -> Tensor:
-        """Memory for images [*shape, C, H, W]."""
+        """Allocate memory for images [*shape, C, H, W]."""
         config = self.model.config
         device = self.device if to is None else torch.device(to)
         return torch.empty(
@@ -147,7 +151,7 @@ class Sampler:
         )
 
     def _copy(self, images: Tensor, result: Tensor) -> Tensor:
-        """Copy `images` into `result`, which, unlike an inference tensor, can be trained on."""
+        """Copy `images` into `result`. Unlike an inference tensor, the result can be used in training."""
         result.copy_(images, non_blocking=True)
         if result.device != images.device:
             torch.cuda.current_stream(self.device).synchronize()
@@ -163,7 +167,7 @@ class Sampler:
                 part = source[start : start + self.batch_size]
                 if not isinstance(part, Tensor):
                     part = torch.tensor(part, dtype=torch.int64, device="cpu")
-                # Entered for each batch: the caller's code between batches must not run under these settings.
+                # Entered for each batch, because the caller's code between batches must not run with these settings.
                 with torch.inference_mode(), self._autocast(), use_backend(self.backend):
                     images = self._synthesize(part.to(self.device)) if latents else self._images_of(part)
                 yield images
@@ -173,7 +177,7 @@ class Sampler:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _images_of(self, source: Tensor) -> Tensor:
-        """Images of seeds, int64 [B], or of z, by the CUDA graph if there is one for them."""
+        """Return the images of int64 [B] seeds, or of z. Use a CUDA graph if possible."""
         if self._graphed is not None and source.dtype == torch.int64:
             images = self._graphed.replay(source)
             if images is not None:
@@ -181,7 +185,7 @@ class Sampler:
         return self._evaluate(source.to(self.device))
 
     def _evaluate(self, source: Tensor) -> Tensor:
-        """Images of seeds, int64 [B], or of z."""
+        """Return the images of int64 [B] seeds, or of z."""
         z = source
         if source.dtype == torch.int64:
             with stage("noise"):
@@ -189,7 +193,7 @@ class Sampler:
         return self._convert(self.model(z, self.t, noise="const"))
 
     def _synthesize(self, h: Tensor) -> Tensor:
-        """Images of h."""
+        """Return the images of h."""
         with stage("synthesis"):
             images = self.model.generator(h, "const")
         return self._convert(images)
@@ -208,7 +212,7 @@ def _check_seeds(seeds: Sequence[int] | Tensor) -> list[int]:
 
 
 def _check_floats(name: str, value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point():  # integers would be taken for seeds
+    if not isinstance(value, Tensor) or not value.is_floating_point():  # integers would be treated as seeds
         given = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a tensor of floats, got {given}")
     return value

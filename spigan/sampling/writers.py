@@ -1,4 +1,4 @@
-"""Write images while the next batch is computed: to a folder of PNGs, one grid, an npz or a parquet file."""
+"""Write images to a folder of PNGs, a grid, an npz file or a parquet file, while the next batch is computed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def format_of(out: Path) -> Format:
     """Return the format for the suffix of a path.
 
     Raises:
-        ValueError: the suffix is unknown.
+        ValueError: if the suffix is unknown.
     """
     formats = {".png": Format.grid, ".npz": Format.npz, ".parquet": Format.parquet, "": Format.png}
     if out.suffix.lower() not in formats and not out.is_dir():
@@ -48,23 +48,24 @@ def format_of(out: Path) -> Format:
 def image_writer(
     fmt: Format, out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]
 ) -> AbstractContextManager[Add]:
-    """Return a context manager whose value takes batches of images, in the order of their seeds.
+    """Return a context manager that yields a function, which takes batches of images in the order of their seeds.
 
-    A batch is uint8 [K, B, C, H, W] on the CPU. The files are complete when the block ends; if it fails, no incomplete
-    file is left behind. Memory does not grow with the number of images, except for a grid.
+    A batch is uint8 [K, B, C, H, W] on the CPU. The files are complete when the block ends. If the block fails, it does
+    not leave an incomplete file behind. Memory use does not grow with the number of images, except for a grid.
 
     Args:
-        fmt: png: one file for each image, named by its seed (and time if there are several); grid: one PNG, with a row
-            for each image if there are several times; npz: `images` uint8 [N, H, W, C], or [K, N, H, W, C] for several
-            times, `seeds` [N] and `t` [K]; parquet: one row for each image with `image` {bytes: PNG, path}, `seed` and
-            `t`, as `datasets.load_dataset("parquet", ...)` reads images.
+        fmt: format of the files. png: one file for each image, named after its seed (and its time if there are
+            several). grid: one PNG, with a row for each image if there are several times. npz: `images` uint8
+            [N, H, W, C], or [K, N, H, W, C] for several times, `seeds` [N] and `t` [K]. parquet: one row for each
+            image, with `image` {bytes: PNG, path}, `seed` and `t`, which `datasets.load_dataset("parquet", ...)` can
+            read.
         out: folder (png) or file.
         seeds: N seeds.
         times: K times.
         shape: (C, H, W).
 
     Raises:
-        ValueError: `out` is a folder but must be a file, or the other way round.
+        ValueError: if `out` is a folder but must be a file, or vice versa.
     """
     if fmt is Format.png and out.is_file():
         raise ValueError(f"{out} is a file; --format png needs a folder")
@@ -80,7 +81,7 @@ def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: 
     if len(set(names)) < len(names):  # two decimals are not enough
         names = [repr(float(moment)) for moment in times]
     if len(set(names)) < len(names):
-        raise ValueError(f"times must differ to write a file for each, got {list(times)}")
+        raise ValueError(f"times must differ, because each is written to its own file, got {list(times)}")
 
     def save(images: Tensor, part: Sequence[int]) -> None:
         for name, row in zip(names, images, strict=True):
@@ -106,7 +107,7 @@ def _png_folder(out: Path, seeds: Sequence[int], times: Sequence[float], shape: 
 def _encoders() -> Iterator[Callable[..., Future[Any]]]:
     """Yield the `submit` of a pool of threads, which blocks while the queue is long.
 
-    Threads are enough: Pillow encodes without holding the interpreter's lock.
+    Threads are sufficient, because Pillow releases the interpreter's lock while it encodes.
     """
     threads = os.cpu_count() or 1
     waiting: deque[Future[Any]] = deque()
@@ -140,10 +141,11 @@ def _grid(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[
 def _npz(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tuple[int, int, int]) -> Iterator[Add]:
     channels, height, width = shape
     size = (len(times), len(seeds), height, width, channels)
-    # First into an unnamed file, which does not outlive a kill and can be written in any order: the times come first.
+    # Images are first written to an unnamed file, which disappears if the process is killed. It can be written in any
+    # order, which is needed because the leading axis holds the times.
     with atomic_path(out) as scratch, tempfile.TemporaryFile(dir=out.parent) as file:
         array: Any = np.memmap(file, np.uint8, "w+", shape=size) if 0 not in size else np.empty(size, np.uint8)
-        # A full disk raises an error here. While writing to mapped memory it would kill the process.
+        # If the disk is full, this raises an error. Writing to mapped memory would kill the process instead.
         if hasattr(os, "posix_fallocate") and array.size:
             os.posix_fallocate(file.fileno(), 0, array.size)
         start = 0

@@ -1,1 +1,1 @@
-"""Training: Algorithm 1, its updates, state and statistics, and the run folder."""
+"""Training: Algorithm 1 with its updates, state and statistics, and the run folder."""

@@ -12,7 +12,7 @@ from spigan.training.processes import Processes
 from spigan.training.state import TrainState
 from spigan.training.updates import Updates
 
-# Training noise comes from Philox streams above 2^32, so that no sample of a (small) seed repeats it.
+# Training noise comes from Philox streams above 2^32, so that sampling with a (small) seed never repeats it.
 NOISE_STREAM = 2**32
 
 
@@ -21,7 +21,7 @@ class Algorithm1:
 
     Args:
         config: how to train.
-        state: what is trained; changed in place.
+        state: the state to train, which is changed in place.
         processes: the processes that share each minibatch.
 
     Attributes:
@@ -37,7 +37,7 @@ class Algorithm1:
         """Run lines 3 to 14 of Algorithm 1 once: even iterations update D, odd ones the mapping network and G.
 
         Args:
-            images: uint8 [N, C, H, W] clean images; this process's rows of the minibatch.
+            images: uint8 [N, C, H, W] clean images, this process's rows of the minibatch.
         """
         config, state, update = self.config, self.state, self.update
         x_0, flips = self._minibatch(images)  # line 3
@@ -63,7 +63,7 @@ class Algorithm1:
         state.iteration += 1  # line 14
 
     def _minibatch(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the images on the device, and which of them to mirror: bool [N], None for none."""
+        """Return the images on the device, and which of them to mirror: bool [N], or None to mirror none."""
         images = images.to(self.processes.device, non_blocking=True)
         if not self.config.xflip:
             return images, None
@@ -83,15 +83,15 @@ class Algorithm1:
         return self.processes.rows().randn(len(x_T), self.config.model.dim_h, device=x_T.device)
 
     def _turns(self) -> list[slice]:
-        """Return the times of each update in turn: one t_k after the other, or all of them jointly."""
+        """Return the times of each update: one t_k after another, or all of them jointly."""
         k = self.config.intervals
         return [slice(0, k)] if self.config.updates == "joint" else [slice(j, j + 1) for j in range(k)]
 
     def _due(self, weight: float, interval: int) -> bool:
         """Return whether a lazy penalty is due in this iteration.
 
-        Counted in iterations, not in updates: a count of updates would meet the same t_k every time where K divides
-        the interval, and with K = 2 no clean image would ever be regularised.
+        The interval counts iterations, not updates. If it counted updates and K divided it, the penalty would always
+        fall on the same t_k, and with K = 2 would never regularise a clean image.
         """
         return weight > 0 and self.state.iteration // 2 % interval == 0
 

@@ -1,6 +1,7 @@
-"""Checkpoints: safetensors files with all tensors of a run, and its counters as JSON in the metadata.
+"""Checkpoints: safetensors files with all tensors of a run, and with its counters as JSON in the metadata.
 
-A file is written beside its final name and then renamed, so a kill at any moment leaves the last good one.
+A checkpoint is written to a temporary file, which is then renamed. If the process is killed, the last good checkpoint
+remains.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, if any."""
+    """Return the newest checkpoint of a run, or None if there is none."""
     return next(reversed(checkpoints(run_dir)), None)
 
 
 def remove_scratch(run_dir: Path) -> None:
-    """Delete the unfinished files of a process that was killed while it wrote them."""
+    """Delete unfinished files, left by a process that was killed while writing them."""
     patterns = (
         *("checkpoints/.checkpoint-*", ".samples-*", ".reals.png-*", ".*.jsonl-*", ".*.json-*", "failed/.*-*"),
         *("best/.metrics.json-*", "best/.saving-*", "model/.saving-*"),
@@ -53,10 +54,10 @@ def remove_scratch(run_dir: Path) -> None:
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and JSON-serialisable counters, whole or not at all.
+    """Write tensors and JSON-serialisable counters to a file. The file is written completely or not at all.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk.
+        OSError: if the file cannot be written, for example because the disk is full.
     """
     metadata = {"format": "pt", "spigan_checkpoint": str(FORMAT), "state": json.dumps(state)}
     with atomic_path(path) as scratch:
@@ -70,7 +71,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and counters that `save_checkpoint` wrote.
 
     Raises:
-        ValueError: the file is damaged, or not a checkpoint of this format.
+        ValueError: if the file is damaged, or is not a checkpoint of this format.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,12 +97,12 @@ def counter(state: dict[str, Any], name: str) -> int:
     """Return a count from the counters of a checkpoint.
 
     Raises:
-        KeyError: it is missing.
-        ValueError: it is not a count.
+        KeyError: if the counter is missing.
+        ValueError: if the counter is not a non-negative integer.
     """
     value = state[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise ValueError(f"{name} must be a count, got {shorten(repr(value))}")
+        raise ValueError(f"{name} must be a non-negative integer, got {shorten(repr(value))}")
     return value
 
 
@@ -109,20 +110,20 @@ def seconds(state: dict[str, Any], name: str) -> float:
     """Return a duration in seconds from the counters of a checkpoint.
 
     Raises:
-        KeyError: it is missing.
-        ValueError: it is not a duration.
+        KeyError: if the counter is missing.
+        ValueError: if the counter is not a duration.
     """
     value = state[name]
     if not isinstance(value, (int, float)) or not 0 <= value <= 1e12 or math.isnan(value):
-        raise ValueError(f"{name} must be seconds, got {shorten(repr(value))}")
+        raise ValueError(f"{name} must be a number of seconds, got {shorten(repr(value))}")
     return float(value)
 
 
 def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
-    """Return the values of a list that a checkpoint holds as one tensor; an empty list if it holds none.
+    """Return the values of a list that a checkpoint stores as one tensor, or an empty list if it has no such tensor.
 
     Raises:
-        ValueError: the tensor is not a list of floats.
+        ValueError: if the tensor is not a one-dimensional tensor of floats.
     """
     values = tensors.get(name, torch.empty(0))
     if values.ndim != 1 or not values.is_floating_point():
@@ -131,7 +132,7 @@ def series(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
 
 
 def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless `tensors` has all names of `expected`, with the same shapes and dtypes."""
+    """Raise ValueError unless `tensors` has all names in `expected`, with the same shapes and dtypes."""
     problems = [f"it lacks {name!r}" for name in expected if name not in tensors]
     problems += [
         f"{name} is {found.dtype} {list(found.shape)}, expected {tensor.dtype} {list(tensor.shape)}"
@@ -143,18 +144,18 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> No
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state dict with `prefix` before every name."""
+    """Return a module's state dict with `prefix.` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load what `module_tensors` returned.
+    """Load the tensors that `module_tensors` returned.
 
     Raises:
-        ValueError: names, shapes or dtypes differ.
+        ValueError: if names, shapes or dtypes differ from those expected.
     """
     start = prefix + "."
-    check_tensors(module_tensors(prefix, module), tensors)  # load_state_dict would cast
+    check_tensors(module_tensors(prefix, module), tensors)  # load_state_dict would cast dtypes
     try:
         module.load_state_dict({k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)})
     except RuntimeError as error:
@@ -162,16 +163,16 @@ def load_module(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> N
 
 
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return an optimiser's state by names of the form `prefix.<parameter index>.<name>`."""
+    """Return an optimiser's state, with names of the form `prefix.<parameter index>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{prefix}.{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
 
 
 def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned into an Adam, which keeps its hyperparameters.
+    """Load the state that `optimizer_tensors` returned into an Adam optimiser, which keeps its hyperparameters.
 
     Raises:
-        ValueError: names, shapes or dtypes differ.
+        ValueError: if names, shapes or dtypes differ from those expected.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix + ".")}
@@ -179,7 +180,7 @@ def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[
     state: dict[int, dict[str, Tensor]] = {}
     for index, parameter in enumerate(parameters):
         start = f"{prefix}.{index}."
-        if any(key.startswith(start) for key in found):  # otherwise it has not had a step yet
+        if any(key.startswith(start) for key in found):  # otherwise the parameter has had no step yet
             expected[start + "step"] = torch.zeros((), dtype=torch.float32)
             expected |= {start + name: parameter for name in ("exp_avg", "exp_avg_sq")}
     check_tensors(expected, found)
@@ -187,7 +188,7 @@ def load_optimizer(prefix: str, optimizer: torch.optim.Optimizer, tensors: dict[
         raise ValueError(f"the checkpoint does not fit the run's configuration: {unknown[0]} belongs to no parameter")
     for key, tensor in found.items():
         number, name = key.removeprefix(prefix + ".").split(".")
-        if tensor.ndim:  # a moment: the fused optimiser relies on it having the memory layout of its parameter
+        if tensor.ndim:  # a moment; the fused optimiser needs it in the memory layout of its parameter
             tensor = torch.empty_like(parameters[int(number)]).copy_(tensor)
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

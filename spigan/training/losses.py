@@ -1,7 +1,7 @@
-"""Losses of adversarial training: non-saturating logistic loss, R1 and path length.
+"""Losses of adversarial training: non-saturating logistic loss, R1 penalty and path length.
 
-The appendix with the paper's objective (B.5) is not available. These are StyleGAN2's losses; R1 is taken at the real
-interpolations i(t).
+The appendix with the paper's objective (B.5) is not available. These are StyleGAN2's losses, with R1 evaluated at the
+real interpolations i(t).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def path_lengths(images: Tensor, h: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
     Args:
         images: [N, C, H, W], computed from `h`.
         h: [N, num_ws, D], a latent for each layer.
-        rows: the rows of the joint minibatch that the images are.
+        rows: which rows of the joint minibatch the images are.
 
     Returns:
-        [N].
+        [N] path lengths.
     """
     y = rows.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
     (gradient,) = torch.autograd.grad((images * y).sum(), h, create_graph=True)

@@ -1,4 +1,4 @@
-"""Metrics of the averaged model during a training run, and the best model so far."""
+"""Metrics of the averaged model during training, and the best model so far."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from spigan.training.statistics import StatsLog
 
 
 class RunMetrics:
-    """Measures the averaged model against the training images, without touching the run's random state.
+    """Measures the averaged model against the training images, without changing the run's random state.
 
     Args:
-        config: of the run; its `metric_features` is set.
+        config: configuration of the run. Its `metric_features` must be set.
         dataset: the training images, which are not mirrored here.
-        processes: the processes that train; each measures on its device, and draws its share of the samples.
-        progress: show progress bars, and print each distance.
+        processes: the processes that train together. Each draws its share of the samples, on its own device.
+        progress: whether to show progress bars and print each distance.
 
     Raises:
-        FileNotFoundError, ValueError: the feature network cannot be loaded, or there are too few images.
+        FileNotFoundError, ValueError: if the feature network cannot be loaded, or there are too few images.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset, processes: Processes, progress: bool) -> None:
@@ -52,17 +52,17 @@ class RunMetrics:
 
     @property
     def distance(self) -> str:
-        """Name of the Frechet distance, by which the best model is chosen."""
+        """Name of the Frechet distance that decides which model is best."""
         return self._evaluator.distance
 
     def measure(self, model: SPIGAN) -> dict[str, float]:
-        """Return metrics of the images of seeds 0, 1, ..., drawn in float32; they depend on the weights alone.
+        """Return the metrics of the float32 images for seeds 0, 1, ... They depend only on the weights.
 
-        Every process must call this; all but the main one get an empty dict.
+        Every process must call this. All except the main process get an empty dict.
         """
-        # Sampling and metrics have generators of their own; a TorchScript network may not.
+        # Sampling and metrics have their own random generators, but a TorchScript network may use the global one.
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            # All shares have one size, so the last ones may draw some images more than are counted.
+            # All shares have the same size, so the last processes may draw a few images that are not counted.
             share = -(-self.samples // self._processes.count)
             images = draw(Sampler(model, output="uint8"), share, seed=self._processes.rank * share)
             features, probabilities = self._evaluator.features(images, share)
@@ -74,13 +74,13 @@ class RunMetrics:
             return self._evaluator.compare(features, probabilities).values
 
     def update(self, snapshots: Snapshots, log: StatsLog | None, stop: StopSignals) -> bool:
-        """Measure the averaged model unless the log has this iteration already, and keep the model if it is the best.
+        """Measure the averaged model, and keep it if it is the best. Skip this if the log has the iteration already.
 
-        A signal ends the measurement; a resumed run then does it.
+        A signal ends the measurement. It is repeated when the run resumes.
 
         Args:
-            snapshots: of the run; they hold its state, and save it if a signal comes.
-            log: where to write the metrics, in the main process.
+            snapshots: snapshots of the run. They hold its state, and save it if a signal arrives.
+            log: where to write the metrics. None except in the main process.
             stop: signals.
 
         Returns:
@@ -90,18 +90,18 @@ class RunMetrics:
         rows = read_metrics(snapshots.run_dir) if self._processes.main else []
         if self._processes.any(bool(rows) and rows[-1]["iteration"] == state.iteration):
             return False
-        dumped = state.dump()  # does not change meanwhile, except the random state, which is a copy
+        dumped = state.dump()  # stays the same meanwhile; the random state, which may change, is a copy
         measure = partial(self.measure, state.ema)
         with stop.backed(partial(snapshots.write, *dumped)):
-            # With several processes, one that stopped would leave the others waiting.
+            # With several processes, a process that stopped would leave the others waiting.
             values = measure() if self._processes.count > 1 else stop.attempt(measure)
-        if values is None:  # abandoned anywhere, perhaps while the random state was being put back
+        if values is None:  # abandoned at any point, perhaps while the random state was being restored
             snapshots.write(*dumped)
             return False
         return self._processes.any(log is not None and self._keep(values, snapshots, log))
 
     def _keep(self, values: dict[str, float], snapshots: Snapshots, log: StatsLog) -> bool:
-        """Log the metrics, and keep the model if it is the best; return whether the best is of this iteration."""
+        """Log the metrics, and keep the model if it is the best. Return whether it is the best."""
         state, run_dir = snapshots.state, snapshots.run_dir
         counts = {"iteration": state.iteration, "kimg": state.images_seen / 1000, "seconds": round(state.elapsed, 3)}
         row = counts | values
@@ -111,15 +111,15 @@ class RunMetrics:
         if self._progress:
             distance = f"{self.distance} {values[self.distance]:.4g}"
             tqdm.write(f"{row['kimg']:.1f} kimg: {distance}{', the best so far' if better else ''}")
-        best = read_best(run_dir)  # of this iteration also if an attempt that was killed has kept it
+        best = read_best(run_dir)  # an earlier attempt, killed since, may have kept the model of this iteration
         return best is not None and best["iteration"] == state.iteration
 
 
 def keep_best(run_dir: Path, model: SPIGAN, row: dict[str, Any], distance: str) -> bool:
-    """Write `model` to best/ if row[distance] is lower than that of the model there; return whether it is.
+    """Write `model` to best/ if row[distance] is lower than for the model there. Return whether it was written.
 
-    The record is written last. After a kill between the two the row is missing, so a resumed run measures again and
-    writes both.
+    The record is written last. If the process is killed between the two, the record is missing, and the resumed run
+    measures again and writes both.
     """
     folder = run_dir / "best"
     best = read_best(run_dir)

@@ -1,9 +1,9 @@
-"""Train one model in several processes, each on its share of every minibatch, through Hugging Face accelerate.
+"""Train one model in several processes, using Hugging Face accelerate. Each process takes a share of every minibatch.
 
 A launcher (torchrun or accelerate launch) starts the processes and sets WORLD_SIZE, RANK and LOCAL_RANK. If WORLD_SIZE
-is unset or 1, accelerate is not imported. Every process draws the random numbers of the whole minibatch and keeps those
-of its own images. All generators therefore stay in step, and the result does not depend on the number of processes, up
-to rounding.
+is unset or 1, accelerate is not imported. Every process draws the random numbers for the whole minibatch and keeps
+those for its own images. All random generators therefore stay in step, and up to rounding the result does not depend on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch import Tensor, nn
 
 from spigan.ops import philox_normal
 
-# Variables in which the launchers that accelerate supports pass the number of processes.
+# Environment variables that hold the number of processes, for the launchers that accelerate supports.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# How long processes wait for one that is measuring or saving. If a process has ended, gloo notices at once; with NCCL
-# the launcher notices and ends the others.
+# How long processes wait for a process that is measuring or saving. If a process has ended, gloo notices at once. With
+# NCCL, the launcher notices and ends the others.
 _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """This process's rows of the joint minibatch: those of the images rank, rank + processes, ...
+    """This process's rows of the joint minibatch: the rows of images rank, rank + processes, ...
 
-    Images are dealt out in turn because the groups of the minibatch standard deviation are strided; the groups of a
-    process are then groups of the joint minibatch.
+    Images are dealt out in turn, because the groups of the minibatch standard deviation are strided. This way, the
+    groups of a process are also groups of the joint minibatch.
 
     Attributes:
         processes: number of processes.
-        rank: number of this process.
-        times: number of rows of each image, side by side.
+        rank: index of this process.
+        times: number of rows per image, which lie side by side.
     """
 
     processes: int = 1
@@ -47,37 +47,37 @@ class Rows:
     times: int = 1
 
     def joint(self, n: int) -> int:
-        """Return the number of rows of all processes, if this one has n."""
+        """Return the number of rows of all processes together, given that this process has n."""
         return n * self.processes
 
     def own(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Return this process's rows of a joint tensor, which lie along `dim` (not negative)."""
+        """Return this process's rows of a joint tensor, along dimension `dim` (which must not be negative)."""
         if self.processes == 1:
             return x
         parts = x.unflatten(dim, (-1, self.processes, self.times))
         return parts.select(dim + 1, self.rank).flatten(dim, dim + 1)
 
     def rand(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
-        """Draw as `torch.rand(*shape, **options)`, where `dim` counts this process's rows.
+        """Draw like `torch.rand(*shape, **options)`, where dimension `dim` holds this process's rows.
 
-        The numbers of all rows are drawn, so that every process's generator advances alike.
+        The numbers for all rows are drawn, so that the random generator of every process advances in step.
         """
         return self.own(torch.rand(self._joint_shape(shape, dim), **options), dim)
 
     def randn(self, *shape: int, dim: int = 0, **options: Any) -> Tensor:
-        """Draw as `torch.randn(*shape, **options)`; see `rand`."""
+        """Draw like `torch.randn(*shape, **options)`; see `rand`."""
         return self.own(torch.randn(self._joint_shape(shape, dim), **options), dim)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Draw as `torch.randn_like(x)`, where dimension 0 counts this process's rows; see `rand`."""
+        """Draw like `torch.randn_like(x)`, where dimension 0 holds this process's rows; see `rand`."""
         joint = x.new_empty_strided(self._joint_shape(x.shape, 0), x.stride())
         return self.own(torch.randn_like(joint))
 
     def philox_normal(self, shape: Sequence[int], *, seed: int, offset: int, device: torch.device) -> Tensor | None:
-        """Draw as `ops.philox_normal`; None for a single process, for which an operation draws the same itself."""
+        """Draw like `ops.philox_normal`. A single process gets None: its operations draw the same noise themselves."""
         if self.processes == 1:
             return None
-        # Dealt out in turn, the rows of a process do not lie side by side in the stream.
+        # The rows of a process are not contiguous in the stream, because images are dealt out in turn.
         return self.own(philox_normal(self._joint_shape(shape, 0), seed=seed, offset=offset, device=device))
 
     def _joint_shape(self, shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -88,9 +88,9 @@ ALL_ROWS = Rows()
 
 
 class Processes:
-    """The processes that train together, as seen from one of them.
+    """The processes that train together, seen from one of them.
 
-    With a single process all methods return at once and nothing is communicated.
+    With a single process, all methods return at once, without any communication.
 
     Args:
         device: device of the run. With several processes it must be "cpu", or "cuda" without an index.
@@ -98,12 +98,12 @@ class Processes:
     Attributes:
         count: number of processes.
         rank: index of this process, from 0.
-        main: whether this process prints and writes files. True for rank 0.
-        device: device of this process. With several processes, each takes its own GPU.
+        main: whether this process prints and writes files. True only for rank 0.
+        device: device of this process. With several processes on GPUs, each takes its own GPU.
 
     Raises:
-        ImportError: there are several processes, but accelerate is not installed.
-        ValueError: the launcher's environment variables are incomplete, the processes cannot share `device`, or
+        ImportError: if there are several processes, but accelerate is not installed.
+        ValueError: if the launcher's environment variables are incomplete, the processes cannot share `device`, or
             accelerate is already running with another number of processes or device.
     """
 
@@ -150,15 +150,15 @@ class Processes:
         self.rank, self.device = state.process_index, state.device
 
     def _close_at_exit(self) -> None:
-        """Have the process group closed when the program ends, however it ends, if gloo carries it.
+        """Close a gloo process group when the program ends, however it ends.
 
-        After a collective has returned, gloo's thread may still hold its tensors. If it drops them while the
-        interpreter shuts down, it waits for the GIL, which ends the thread in the middle of a C++ destructor, and the
+        After a collective has returned, gloo's thread may still hold its tensors. If the thread drops them while the
+        interpreter shuts down, it waits for the GIL. That ends the thread in the middle of a C++ destructor, and the
         process aborts with "terminate called without an active exception" (pytorch issue 190489). Closing the group
-        joins gloo's threads, and needs no other process, so that it is safe after an error too.
+        joins gloo's threads. It does not need the other processes, so it is safe after an error too.
 
-        Closing an NCCL group is different: it waits for the other processes of the machine, so one that has failed
-        could hang there. NCCL does not have the problem, and its group is left to `close`.
+        Closing an NCCL group is different: it waits for the other processes on the machine, so a process that has
+        failed could hang there. NCCL does not have the problem, and its group is left to `close`.
         """
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             atexit.register(self.close)
@@ -178,42 +178,42 @@ class Processes:
         return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def wait(self) -> None:
-        """Wait until every process has called this. Raises ConnectionError if one has ended."""
+        """Wait until every process has called this. Raise ConnectionError if a process has ended."""
         self.any(False)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenate [N, ...] of every process, of the same shape, to [processes N, ...] in the order of ranks."""
+        """Concatenate the [N, ...] tensors of all processes to [processes N, ...], in order of rank."""
         return x if self.count == 1 else self._call("gather", x.contiguous())
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients that are means over this process's images by means over the joint minibatch."""
+        """Replace gradients averaged over this process's images with gradients averaged over the joint minibatch."""
         if self.count == 1:
             return
-        # One message after all backward passes. Hooks that average during the backward pass, as in
-        # DistributedDataParallel, support neither R1's second derivatives nor several passes per step.
+        # All gradients are sent in one message, after all backward passes. DistributedDataParallel's hooks, which
+        # average during the backward pass, support neither R1's second derivatives nor several passes per step.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
 
     def close(self) -> None:
-        """End the communication at the end of a program. Calling it again does nothing.
+        """End the communication between the processes. Calling it again does nothing.
 
-        On the CPU this happens at exit by itself, unless the program had started torch.distributed before. On GPUs
+        On the CPU this happens automatically at exit, unless the program itself had started torch.distributed. On GPUs,
         call it in every process after the last `Trainer.fit`; otherwise torch prints a warning at exit.
         """
         if self.count > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def check_agreement(self, facts: Mapping[str, int | str | Tensor]) -> None:
-        """Check that every process trains the same model on the same data, before their gradients are averaged.
+        """Check that all processes train the same model on the same data, before their gradients are averaged.
 
         Args:
-            facts: what must be equal, by name. Texts are compared by their CRC-32, tensors by the exact sum of their
-                bytes.
+            facts: values that must be equal, by name. Texts are compared by their CRC-32, and tensors by the exact sum
+                of their bytes.
 
         Raises:
-            ValueError: the processes differ.
+            ValueError: if the processes differ.
         """
         if self.count == 1:
             return

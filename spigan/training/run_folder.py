@@ -1,4 +1,4 @@
-"""The run folder: its name, whether it can be used, and errors of writing to it."""
+"""The run folder: its name, whether it can be used, and errors when writing to it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def next_run_dir(parent: Path = Path("runs")) -> Path:
 def unused(run_dir: Path) -> bool:
     """Return whether a run can begin in a folder.
 
-    It can if the folder is missing or empty, or holds only the files of a run that was killed while it began.
+    It can if the folder is missing or empty, or holds only the files of a run that was killed while starting.
     """
     ours = re.compile(r"data\.json|\.(config|data)\.json-.{8}")
     return not run_dir.is_dir() or all(ours.fullmatch(path.name) for path in run_dir.iterdir())
 
 
 def check_writable(run_dir: Path) -> None:
-    """Raise OSError unless files can be made in the folder, or a folder of that name."""
+    """Raise OSError unless files can be created in the folder, or the folder itself can be created."""
     folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -43,11 +43,11 @@ def check_writable(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def writing(run_dir: Path, what: str) -> Iterator[None]:
-    """Extend an OSError of the block by what has been saved and how to resume.
+    """If the block raises OSError, add to the message what has been saved and how to resume.
 
     Args:
-        run_dir: the run.
-        what: names what the block writes.
+        run_dir: folder of the run.
+        what: description of what the block writes.
     """
     try:
         yield

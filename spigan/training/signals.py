@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: training stops after the iteration, and its state is saved within seconds."""
+"""Handling of SIGINT and SIGTERM: training stops after the current iteration, and saves its state within seconds."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from typing import TypeVar
 T = TypeVar("T")
 
 GRACE = 3.0
-"""Seconds between a signal and the moment when the state is saved while work is still running."""
+"""Seconds after a signal at which the state is saved even though work is still running."""
 
 SLOW = 1.0
-"""Seconds of an iteration. Once one takes as long, each gets a copy of the state, in case a signal comes during it."""
+"""Seconds. Once an iteration has taken this long, the state is copied before each iteration, in case a signal arrives
+during it."""
 
 
 class _Abandoned(BaseException):
-    """Ends `StopSignals.attempt`. Not an Exception, so that no `except Exception` on the way swallows it."""
+    """Ends `StopSignals.attempt`. It is not an Exception, so that no `except Exception` swallows it."""
 
 
 class StopSignals:
     """Notes SIGINT and SIGTERM inside a `with` block, so that training can stop between iterations.
 
-    A SIGINT after either of them raises KeyboardInterrupt. Only the main thread may set signal handlers; in another
-    thread signals are not noted.
+    A SIGINT after the first signal raises KeyboardInterrupt. Only the main thread may set signal handlers; in any other
+    thread, signals are not noted.
 
-    The state is to be on disk within 10 seconds of a signal, also while a long iteration or measurement runs. So work
-    that may last gets a function that saves the state as it was before (`backed`, `iteration`); a thread calls it if
-    the work still runs `GRACE` seconds after the signal.
+    The state must be on disk within 10 seconds of a signal, even while a long iteration or measurement is running.
+    Therefore long work comes with a function that saves the state from before the work (`backed`, `iteration`). A
+    thread calls it if the work is still running `GRACE` seconds after the signal.
     """
 
     def __init__(self) -> None:
@@ -49,8 +50,8 @@ class StopSignals:
             return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self._undo.callback(signal.signal, number, signal.signal(number, self._handle))
-        # Python calls handlers only when the main thread returns to Python code, which may take long in C++. The
-        # signal's number is written to this socket at once.
+        # Python calls handlers only once the main thread is back in Python code, and C++ code may take a long time. The
+        # number of the signal is written to this socket immediately.
         here, there = socket.socketpair()
         there.setblocking(False)
         self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False))
@@ -73,11 +74,11 @@ class StopSignals:
         self._undo.close()
 
     def is_set(self) -> bool:
-        """Return whether a signal has come."""
+        """Return whether a signal has arrived."""
         return self._noted.is_set()
 
     def attempt(self, function: Callable[[], T]) -> T | None:
-        """Return `function()`, or None if a signal has come or comes before it ends; it is then abandoned."""
+        """Return `function()`. If a signal has arrived, or arrives during the call, abandon it and return None."""
         try:
             try:
                 self._attempting = True
@@ -89,20 +90,20 @@ class StopSignals:
 
     @contextlib.contextmanager
     def backed(self, save: Callable[[], object] | None) -> Iterator[None]:
-        """Run a block that may last long; if it still runs `GRACE` seconds after a signal, a thread calls `save`."""
+        """Run a long block. If it is still running `GRACE` seconds after a signal, a thread calls `save`."""
         self._save = save
         try:
             yield
         finally:
-            with self._lock:  # wait for a `save` that is running
+            with self._lock:  # waits for a running `save`
                 self._save = None
 
     @contextlib.contextmanager
     def iteration(self, copy: Callable[[], Callable[[], object] | None]) -> Iterator[None]:
-        """Run an iteration as the block, backed by a copy of the state once an iteration has taken `SLOW` seconds.
+        """Run one iteration as the block. Once an iteration has taken `SLOW` seconds, back it with a copy of the state.
 
         Args:
-            copy: copies the state, and returns a function that saves the copy, or None if none is needed.
+            copy: copies the state and returns a function that saves the copy, or None if no copy is needed.
         """
         began = time.perf_counter()
         with self.backed(copy() if self._slowest >= SLOW else None):
@@ -113,13 +114,13 @@ class StopSignals:
         if self.is_set():
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            return  # a batch system may send SIGTERM to all processes, and torchrun passes on its own
+            return  # a batch system may send SIGTERM to all processes, and torchrun forwards its own as well
         self._noted.set()
         if self._attempting:
             raise _Abandoned
 
     def _watch(self, wakeup: socket.socket) -> None:
-        """Call `save` after a signal; runs in a thread."""
+        """Wait for a signal and call `save`. Runs in a thread."""
         while received := wakeup.recv(1):
             if received[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
@@ -130,5 +131,5 @@ class StopSignals:
                 if save is not None:
                     try:
                         save()
-                    except OSError as error:  # reported here, since the block may never end
+                    except OSError as error:  # reported here, because the block may never end
                         print(f"The state could not be saved yet: {error}", file=sys.stderr, flush=True)

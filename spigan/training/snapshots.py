@@ -1,4 +1,4 @@
-"""Snapshots of a run: checkpoints, the exported model, pictures, and the state in which it diverged."""
+"""Snapshots of a run: checkpoints, the exported model, pictures, and the state after a divergence."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from spigan.training.statistics import Diverged
 
 
 def read_checkpoint(path: Path, config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint, and check that it holds a model of this configuration.
+    """Read a checkpoint, and check that its model fits the configuration.
 
-    Done before such a model is built: an untrusted configuration may ask for more memory than the machine has.
+    The check comes before the model is built, because an untrusted configuration may ask for more memory than the
+    machine has.
 
     Raises:
-        ValueError: the checkpoint is damaged, or holds another model.
+        ValueError: if the checkpoint is damaged, or its model does not fit the configuration.
     """
     tensors, counters = checkpoint.load_checkpoint(path)
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         expected = checkpoint.module_tensors("ema", SPIGAN(config.model))
     try:
         checkpoint.check_tensors(expected, tensors)
@@ -49,9 +50,9 @@ class Snapshots:
 
     Args:
         run_dir: the run's folder.
-        config: of the run.
-        state: what is saved and loaded.
-        processes: the processes that train.
+        config: configuration of the run.
+        state: the state to save and load.
+        processes: the processes that train together.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, state: TrainState, processes: Processes) -> None:
@@ -62,7 +63,7 @@ class Snapshots:
         """Load the content of a checkpoint into the state.
 
         Raises:
-            ValueError: it lacks something, or a value does not fit.
+            ValueError: if something is missing from the checkpoint, or a value does not fit.
         """
         try:
             self.state.load(tensors, counters)
@@ -75,11 +76,11 @@ class Snapshots:
     def take(self, stop: StopSignals | None = None) -> None:
         """Write the exported model, a grid of samples and the checkpoint, and delete old checkpoints.
 
-        The checkpoint, from which a run resumes, is written last, when all else is complete. After a signal it is
-        written first, and the grid, which may take long, is left out. Every process must call this.
+        The checkpoint, from which a run resumes, is written last, when everything else is complete. After a signal it
+        is written first, and the grid, which may take a while, is left out. Every process must call this.
 
         Raises:
-            OSError: the disk is full, for instance; the message tells what is safe.
+            OSError: if a file cannot be written, for example because the disk is full. The message states what is safe.
         """
         dumped = self.state.dump()
         if not self.processes.main:
@@ -95,10 +96,11 @@ class Snapshots:
         self._rotate()
 
     def write(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Write a checkpoint in the main process, unless that of the iteration has just been written.
+        """Write a checkpoint in the main process, unless the last one written is from the same iteration.
 
         Raises:
-            OSError: the disk is full, for instance; the message tells what is safe.
+            OSError: if the file cannot be written, for example because the disk is full. The message states what is
+                safe.
         """
         iteration = counters["iteration"]
         if self.processes.main and self._saved != iteration:
@@ -107,9 +109,9 @@ class Snapshots:
             self._saved = iteration
 
     def backup(self) -> Callable[[], None] | None:
-        """Return a function that saves the state as it is now, from a copy; None if it is saved already.
+        """Copy the state, and return a function that saves the copy. Return None if the state is saved already.
 
-        Also None if several processes train: a copy would cost them a message in every iteration.
+        Also return None if several processes train, because a copy would cost them a message in every iteration.
         """
         if self._saved == self.state.iteration or self.processes.count > 1:
             return None
@@ -119,35 +121,35 @@ class Snapshots:
 
     @contextlib.contextmanager
     def diagnosing(self) -> Iterator[None]:
-        """If the block finds that training has diverged, save the state for a diagnosis.
+        """If the block finds that training has diverged, save the state for diagnosis.
 
-        It goes to failed/, apart from the checkpoints, together with the gradients.
+        The state is saved in failed/, apart from the checkpoints, together with the gradients.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
+            FloatingPointError: if training has diverged. The message states where, and what to change.
         """
         try:
             yield
         except Diverged as error:
-            if not self.processes.main:  # gradients are joint, so the main process comes here too
+            if not self.processes.main:  # gradients are joint, so the main process gets here too
                 raise FloatingPointError(str(error)) from None
             failed, good = self.run_dir / "failed", checkpoint.newest_checkpoint(self.run_dir)
             try:
                 self._write_failed(failed, str(error))
                 saved = f"The current state, with gradients, is in {failed}"
-            except OSError as problem:  # the divergence is what matters
+            except OSError as problem:  # do not hide the divergence, which matters more
                 saved = f"The current state could not be saved ({problem})"
             raise FloatingPointError(
-                f"{error}, in {self.run_dir / 'config.json'}, and resume from the last good checkpoint, {good}, by "
+                f"{error}, in {self.run_dir / 'config.json'}, and resume from the last good checkpoint, {good}, with "
                 f"`spigan train --resume {self.run_dir}`; unchanged, it would diverge again. {saved}"
             ) from None
 
     def sample_grid(self) -> Tensor:
-        """Return a uint8 [C, H, W] grid of the averaged model's images of seeds 0, 1, ..., enlarged."""
+        """Return an enlarged uint8 [C, H, W] grid of the averaged model's images for seeds 0, 1, ..."""
         return sample_grid(self.state.ema, batch_size=self.config.batch_gpu or self.config.batch)
 
     def write_reals(self, dataset: ImageDataset) -> None:
-        """Write reals.png, a grid of images spread over the dataset, in the main process."""
+        """Write reals.png, a grid of images from across the dataset, in the main process."""
         if not self.processes.main:
             return
         side = grid_side(self.config.model.resolution)
@@ -158,7 +160,7 @@ class Snapshots:
             save_png(grid, self.run_dir / "reals.png")
 
     def _rotate(self) -> None:
-        """Delete all but the newest checkpoints and that of the best model."""
+        """Delete all checkpoints except the newest ones and the best model's."""
         best = read_best(self.run_dir)
         kept = best and checkpoint.checkpoint_path(self.run_dir, int(best["iteration"]))
         with writing(self.run_dir, f"checkpoints in {self.run_dir}"):

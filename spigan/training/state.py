@@ -1,4 +1,4 @@
-"""Everything that training depends on, and that a checkpoint therefore holds."""
+"""The training state: everything that training depends on, and that a checkpoint therefore holds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spigan.training.statistics import Statistics
 
 
 class RandomState:
-    """The state of torch's global generators, of the CPU and of a CUDA device.
+    """The state of torch's global random generators: the CPU's, and that of a CUDA device.
 
     Args:
         device: device of the run.
@@ -30,17 +30,17 @@ class RandomState:
         self.device = device
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the current states by device type."""
+        """Return the current states, by device type."""
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def load(self, states: dict[str, Tensor]) -> None:
-        """Restore states; without one of a CUDA device (a run that moved there) its generator stays as it is.
+        """Restore the states. If there is none for the CUDA device (the run moved there), its generator is unchanged.
 
         Raises:
-            RuntimeError: a tensor is not a generator's state.
+            RuntimeError: if a tensor is not the state of a generator.
         """
         torch.set_rng_state(states["cpu"])
         if self.device.type == "cuda" and "cuda" in states:
@@ -51,24 +51,24 @@ class RandomState:
 class TrainState:
     """The state of a training run.
 
-    The fields are listed here alone. A checkpoint holds each under its name in a form that depends on its type (see
-    `dump`): modules, optimisers, tensors, lists and statistics as tensors, numbers as counters.
+    The fields are listed only here. A checkpoint holds each field under its name, in a form that depends on its type
+    (see `dump`): modules, optimisers, tensors, lists and statistics as tensors, and numbers as counters.
 
     Attributes:
-        model: mapping network and generator that are trained.
-        ema: average of their weights.
+        model: the mapping network and the generator that are being trained.
+        ema: the average of their weights.
         discriminator: the discriminator.
-        augment: augmentation of what the discriminator sees; ADA's p is part of it.
-        optimizer_g, optimizer_d: Adam of `model` and `discriminator`.
+        augment: augmentation of the images that the discriminator sees, including ADA's p.
+        optimizer_g, optimizer_d: Adam optimisers of `model` and `discriminator`.
         pl_mean: running mean of path lengths.
-        statistics: what has been recorded since the last tick.
+        statistics: the scalars recorded since the last tick.
         ada_signs: mean signs of D(real) since ADA's p last moved.
         iteration: iterations so far, of both kinds.
-        images_seen: images shown to the discriminator so far; each counts once, whatever K.
+        images_seen: images shown to the discriminator so far. Each counts once, whatever K is.
         images_drawn: images taken from the loader so far, by both kinds of iterations.
-        noise_offset: Philox numbers of noise used so far.
-        elapsed: seconds of training.
-        rng: torch's global generators.
+        noise_offset: number of Philox noise values used so far.
+        elapsed: training time in seconds.
+        rng: the states of torch's global random generators.
     """
 
     model: SPIGAN
@@ -104,10 +104,10 @@ class TrainState:
         self.statistics.record(self.iteration, **values)
 
     def dump(self, *, joint: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the content of a checkpoint: tensors and counters. Tensors are not copied, but for the random state.
+        """Return the content of a checkpoint: tensors and counters. Only the random state is copied.
 
         Args:
-            joint: average the statistics over all processes, each of which must then call this.
+            joint: average the statistics over all processes. Every process must then call this.
         """
         tensors: dict[str, Tensor] = {}
         counters: dict[str, Any] = {}
@@ -131,11 +131,11 @@ class TrainState:
         return tensors, counters
 
     def load(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """Restore what `dump` returned.
+        """Restore the state that `dump` returned.
 
         Raises:
-            KeyError: a counter is missing.
-            ValueError, RuntimeError: a value does not fit.
+            KeyError: if a counter is missing.
+            ValueError, RuntimeError: if a value does not fit its field.
         """
         for name, value in self.items():
             below = {key.removeprefix(f"{name}."): key for key in tensors if key.startswith(f"{name}.")}
@@ -162,18 +162,18 @@ class TrainState:
                     setattr(self, name, checkpoint.seconds(counters, name))
 
     def check_agreement(self, processes: Processes, texts: dict[str, str]) -> None:
-        """Check that all processes train with the same texts and are in the same state.
+        """Check that all processes have the same descriptions of the run and the same state.
 
         Args:
-            processes: the processes; each must call this.
+            processes: the processes. Each of them must call this.
             texts: descriptions of the run, such as its configuration, by name.
 
         Raises:
-            ValueError: they differ; the message names what does.
+            ValueError: if they differ. The message names what differs.
         """
         if processes.count == 1:
             return
-        # In two messages: only where lengths agree can statistics be averaged.
+        # In two steps: statistics can only be averaged if their lengths agree.
         processes.check_agreement({**texts, "statistics": str(self.statistics.lengths()), **self.counters()})
         processes.check_agreement(self.dump()[0])
 
@@ -189,7 +189,7 @@ class TrainState:
 
 
 def new_state(config: TrainConfig, processes: Processes) -> TrainState:
-    """Return the state in which a run begins. Seeds torch's global generators."""
+    """Return the initial state of a run. Seeds torch's global random generators."""
     device, widths = processes.device, {"channel_base": config.model.channel_base}
     widths["channel_max"] = config.model.channel_max
     torch.manual_seed(config.seed)
@@ -198,7 +198,7 @@ def new_state(config: TrainConfig, processes: Processes) -> TrainState:
         config.model.resolution,
         config.model.img_channels,
         **widths,
-        # StyleGAN2's own mapping comes with StyleGAN2's own discriminator.
+        # StyleGAN2's mapping network goes with StyleGAN2's discriminator, which has no time.
         time_conditioning=config.model.mapping == "ode",
         mbstd_group=_mbstd_group(config, processes),
     )
@@ -225,18 +225,18 @@ def new_state(config: TrainConfig, processes: Processes) -> TrainState:
 def adam(parameters: Iterator[nn.Parameter], lr: float, beta2: float, interval: int | None) -> torch.optim.Adam:
     """Return Adam with betas (0, beta2).
 
-    Betas and learning rate are corrected for a lazy penalty that takes a step of its own every `interval` steps
-    (Karras et al. 2020b, appendix B, "lazy regularization"); None for no penalty.
+    The betas and the learning rate are corrected for a lazy penalty that takes an extra step every `interval` steps
+    (Karras et al. 2020b, appendix B, "lazy regularization"). `interval` is None if there is no penalty.
     """
     ratio = 1.0 if interval is None else interval / (interval + 1)
     return torch.optim.Adam(parameters, lr=lr * ratio, betas=(0.0, beta2**ratio), eps=1e-8, fused=True)
 
 
 def images_at_a_time(config: TrainConfig, processes: Processes) -> int:
-    """Return the number of images that a process computes at once.
+    """Return the number of images that a process computes at a time.
 
     Raises:
-        ValueError: the minibatch cannot be divided evenly.
+        ValueError: if the minibatch cannot be divided evenly.
     """
     share, rest = divmod(config.batch, processes.count * (config.batch_gpu or 1))
     if rest:
@@ -248,9 +248,9 @@ def images_at_a_time(config: TrainConfig, processes: Processes) -> int:
 
 
 def _mbstd_group(config: TrainConfig, processes: Processes) -> int:
-    """Return the largest group up to `mbstd_group` that divides the images at a time.
+    """Return the largest group size up to `mbstd_group` that divides the number of images computed at a time.
 
-    So every group is of one time, also where `interleave` stacks several.
+    This way, all images of a group have the same time, even if `interleave` stacks several times.
     """
     at_a_time = images_at_a_time(config, processes)
     groups = range(min(config.mbstd_group, at_a_time), 0, -1)

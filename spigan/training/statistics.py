@@ -1,4 +1,4 @@
-"""Statistics of a run: means of each tick, the search for divergence in them, and the files that keep them."""
+"""Statistics of a run: their means over each tick, the check for divergence, and the files that record them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from spigan.training.run_folder import writing
 
 
 class Diverged(FloatingPointError):
-    """Training has diverged; the message says where, and what to change."""
+    """Training has diverged. The message states where, and what to change."""
 
 
 class Statistics:
-    """Records scalars, and finds divergence in them.
+    """Records scalars, and detects divergence from them.
 
     Args:
-        config: of the run.
-        processes: the processes that train.
+        config: configuration of the run.
+        processes: the processes that train together.
     """
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
@@ -46,7 +46,7 @@ class Statistics:
             self._unchecked.append((iteration, name, kept))
 
     def check(self) -> None:
-        """Raise `Diverged` if a recorded scalar is not finite, or a gradient's norm exceeds `grad_norm_limit`."""
+        """Raise `Diverged` if a recorded scalar is not finite, or the norm of a gradient exceeds `grad_norm_limit`."""
         values = torch.stack([value for *_, value in self._unchecked]).tolist() if self._unchecked else []
         for (iteration, name, _), value in zip(self._unchecked, values, strict=True):
             limit = self._config.grad_norm_limit if name.startswith("grad_norm_") else None
@@ -57,7 +57,7 @@ class Statistics:
         self._unchecked.clear()
 
     def check_weights(self, modules: Mapping[str, nn.Module], iteration: int) -> None:
-        """Raise `Diverged` if a recorded scalar shows it (see `check`), or a parameter of a module is not finite."""
+        """Raise `Diverged` if `check` does, or if a parameter of a module is not finite."""
         self.check()
         for name, module in modules.items():
             if not all(parameter.isfinite().all() for parameter in module.parameters()):
@@ -68,7 +68,7 @@ class Statistics:
         return Diverged(divergence(what, value, iteration, kimg, limit, self._config.precision == "bf16"))
 
     def take_means(self) -> dict[str, float]:
-        """Return the means over all processes since the last call, and begin anew; every process must call this."""
+        """Return the means over all processes since the last call, and start over. Every process must call this."""
         series = {name: torch.stack(values) for name, values in self._values.items()}
         self._values.clear()
         return {name: self._processes.mean(values.mean()).item() for name, values in series.items()}
@@ -78,29 +78,30 @@ class Statistics:
         return {name: torch.stack(values).tolist() for name, values in self._values.items()}
 
     def lengths(self) -> dict[str, int]:
-        """Return how many scalars of each name are recorded."""
+        """Return the number of recorded scalars, by name."""
         return {name: len(values) for name, values in self._values.items()}
 
     def tensors(self, *, joint: bool) -> dict[str, Tensor]:
-        """Return the recorded scalars by name, each a series of float64.
+        """Return the recorded scalars by name, each as a float64 series.
 
         Args:
-            joint: average them over all processes, each of which must then call this; otherwise this process's.
+            joint: average them over all processes. Every process must then call this. If False, return the scalars of
+                this process.
         """
         own = {name: torch.stack(values) for name, values in self._values.items()}
         return {name: self._processes.mean(values) for name, values in own.items()} if joint else own
 
     def load(self, series: Mapping[str, list[Tensor]]) -> None:
-        """Restore what `tensors` returned."""
+        """Restore the scalars that `tensors` returned."""
         self._values = {name: values for name, values in series.items() if values}
 
 
 class Clock:
-    """Measures seconds of training and images a second.
+    """Measures the training time in seconds, and the images per second.
 
     Args:
-        seconds: of training in earlier sessions.
-        images: seen so far.
+        seconds: training time in earlier sessions.
+        images: number of images seen so far.
     """
 
     def __init__(self, seconds: float, images: int) -> None:
@@ -108,14 +109,14 @@ class Clock:
         self._began, self._tick_began, self._tick_images = now - seconds, now, images
 
     def seconds(self) -> float:
-        """Return the seconds of training, those of earlier sessions included and pauses left out."""
+        """Return the training time in seconds, including earlier sessions and excluding pauses."""
         return time.perf_counter() - self._began
 
     def tick(self, images: int) -> float:
-        """Return the images a second since the last tick, and begin a new one.
+        """Return the images per second since the last tick, and begin a new tick.
 
         Args:
-            images: seen so far.
+            images: number of images seen so far.
         """
         now = time.perf_counter()
         rate = (images - self._tick_images) / (now - self._tick_began)
@@ -124,7 +125,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time that a block takes."""
+        """Exclude the time that the block takes."""
         began = time.perf_counter()
         yield
         paused = time.perf_counter() - began
@@ -132,11 +133,11 @@ class Clock:
 
 
 class StatsLog:
-    """Writes stats.jsonl (one JSON object a tick), metrics.jsonl (one a measurement) and TensorBoard events of them.
+    """Writes stats.jsonl (one JSON object per tick), metrics.jsonl (one per measurement), and TensorBoard events.
 
     Args:
         run_dir: the run's folder.
-        iteration: where the run begins or resumes; rows that an earlier attempt wrote beyond it are dropped.
+        iteration: the iteration at which the run begins or resumes. Later rows, from an earlier attempt, are dropped.
     """
 
     def __init__(self, run_dir: Path, iteration: int) -> None:
@@ -152,12 +153,12 @@ class StatsLog:
             self._events = SummaryWriter(str(run_dir), purge_step=iteration + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one tick; `row` holds at least "iteration"."""
+        """Append one tick. `row` contains at least "iteration"."""
         with writing(self.run_dir, f"statistics in {self.run_dir}"):
             self._append(self.path, row, "")
 
     def write_metrics(self, row: dict[str, Any]) -> None:
-        """Append one measurement; `row` holds "iteration", "kimg", "seconds" and the metrics."""
+        """Append one measurement. `row` contains "iteration", "kimg", "seconds" and the metrics."""
         with writing(self.run_dir, f"metrics in {self.run_dir}"):
             self._append(self.metrics_path, row, "metrics/")
 
@@ -176,7 +177,7 @@ class StatsLog:
         self._events.close()
 
 
-_SUSPECTS = {  # names recorded in an update: (the update, what to change)
+_SUSPECTS = {  # names of the scalars recorded in an update: (the update, what to change)
     ("loss_d", "real_logit", "fake_logit", "real_sign", "grad_norm_d"): (
         "the discriminator's step",
         "lower lr_d, raise r1_gamma",
@@ -188,14 +189,14 @@ _SUSPECTS = {  # names recorded in an update: (the update, what to change)
 
 
 def divergence(what: str, value: float | None, iteration: int, kimg: float, limit: float | None, bf16: bool) -> str:
-    """Describe a divergence: which number, where, and what to change.
+    """Describe a divergence: which number diverged, where, and what to change.
 
     Args:
         what: name of a statistic, or another description.
         value: its value, if it is a single number.
-        iteration: when it was recorded.
-        kimg: thousands of images seen before.
-        limit: the limit that it exceeds; None if it is not finite.
+        iteration: the iteration in which it was recorded.
+        kimg: thousands of images seen by then.
+        limit: the limit that the value exceeds, or None if the value is not finite.
         bf16: whether convolutions run in bfloat16.
     """
     step, advice = next(

@@ -1,4 +1,4 @@
-"""The trainer: builds or resumes a run, and trains until it ends."""
+"""The trainer, which starts or resumes a run and trains until the run ends."""
 
 from __future__ import annotations
 
@@ -33,43 +33,43 @@ from spigan.training.statistics import Clock, StatsLog
 
 
 class Trainer:
-    """Trains a SPIGAN and keeps a run folder.
+    """Trains a SPIGAN and writes a run folder.
 
     The folder holds config.json, data.json, stats.jsonl, TensorBoard events, reals.png, samples-NNNNNN.png (NNNNNN:
-    kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. With `config.metric_features`
-    it also holds metrics.jsonl and best/, the averaged weights with the lowest Frechet distance; after a divergence,
-    failed/. Construction seeds torch's global generators, from which training draws.
+    kimg), checkpoints/ and model/, the averaged weights for `SPIGAN.from_pretrained`. If `config.metric_features` is
+    set, it also holds metrics.jsonl and best/, the averaged weights with the lowest Frechet distance. If training
+    diverges, it also holds failed/. The constructor seeds torch's global random generators, which training uses.
 
-    Started by torchrun or accelerate launch, each process trains on its share of every minibatch; see
-    `spigan.training.processes`. Every process calls the same methods; only the main one prints and writes files.
+    If torchrun or accelerate launch started several processes, each of them trains on its share of every minibatch; see
+    `spigan.training.processes`. Every process calls the same methods. Only the main process prints and writes files.
 
     Args:
         config: what to train and how.
-        run_dir: folder of the run, new or empty; default: the next free runs/NNNNN.
-        progress: show a progress bar.
+        run_dir: folder of the run, new or empty. Default: the next free runs/NNNNN.
+        progress: whether to show a progress bar.
 
     Raises:
-        FileExistsError: the folder is in use.
-        OSError: the folder cannot be written.
-        ValueError: configuration, images and processes do not fit together.
+        FileExistsError: if the folder is in use.
+        OSError: if the folder cannot be written.
+        ValueError: if the configuration, the images and the processes do not fit together.
 
     Attributes:
         processes: the processes that train together.
-        state: everything that training depends on; a `spigan.training.state.TrainState`.
-        model: the generator side that is trained.
-        ema: average of its weights; samples come from it.
+        state: everything that training depends on, a `spigan.training.state.TrainState`.
+        model: the model (mapping network and generator) that is being trained.
+        ema: the average of its weights, from which samples are drawn.
         discriminator: the discriminator.
         iteration: iterations so far, of both kinds.
-        images_seen: images shown to the discriminator so far (each counts once, whatever K).
-        interrupted: whether `fit` was stopped by a signal.
-        metrics: measures the averaged model, if `config.metric_features` is set.
+        images_seen: images shown to the discriminator so far. Each counts once, whatever K is.
+        interrupted: whether a signal stopped `fit`.
+        metrics: measures the averaged model. None unless `config.metric_features` is set.
     """
 
     def __init__(self, config: TrainConfig, run_dir: str | Path | None = None, *, progress: bool = True) -> None:
         self.run_dir = next_run_dir() if run_dir is None else Path(run_dir)
         if not unused(self.run_dir):
             raise FileExistsError(
-                f"{self.run_dir} exists and is not empty: choose another folder, or resume its run by "
+                f"{self.run_dir} exists and is not empty: choose another folder, or resume its run with "
                 f"`spigan train --resume {self.run_dir}`"
             )
         check_writable(self.run_dir)
@@ -79,24 +79,25 @@ class Trainer:
             with writing(self.run_dir, f"the run's configuration in {self.run_dir}"):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 write_text(self.run_dir / "data.json", json.dumps(self._data_record(), indent=2) + "\n")
-                # Last: this file makes the folder a run.
+                # Written last, because this file makes the folder a run.
                 write_text(self.run_dir / "config.json", config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
-        """Resume a run from its newest checkpoint, exactly: on a CPU bit for bit as if it had never stopped.
+        """Resume a run exactly from its newest checkpoint. On a CPU the result is bit for bit that of an unbroken run.
 
-        A run that was killed before its first checkpoint starts again.
+        A run that was killed before its first checkpoint starts from the beginning.
 
         Args:
             run_dir: folder of the run.
-            total_kimg: new length of the run; default: the configured one.
-            progress: show a progress bar.
+            total_kimg: new length of the run. Default: the configured length.
+            progress: whether to show a progress bar.
 
         Raises:
-            FileNotFoundError: there is no run, or its checkpoints are gone.
-            OSError: the folder cannot be written.
-            ValueError: the checkpoint is damaged or of another run, or the images are not those the run began with.
+            FileNotFoundError: if there is no run in the folder, or its checkpoints are gone.
+            OSError: if the folder cannot be written.
+            ValueError: if the checkpoint is damaged or belongs to another run, or if the images have changed since the
+                run began.
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
@@ -104,7 +105,7 @@ class Trainer:
             config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
-        if newest is None and (run_dir / "stats.jsonl").exists():  # made after the first checkpoint
+        if newest is None and (run_dir / "stats.jsonl").exists():  # written after the first checkpoint
             raise FileNotFoundError(
                 f"{run_dir} holds no checkpoint to resume from: start the run again in a new folder"
             )
@@ -117,8 +118,8 @@ class Trainer:
             remove_scratch(run_dir)
         if record.get("fingerprint") != trainer.dataset.fingerprint:
             raise ValueError(
-                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (data.json there): "
-                "an exact resume is not possible; restore them, or start a new run"
+                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (see data.json): "
+                "an exact resume is not possible. Restore the images, or start a new run"
             )
         if saved is not None:
             trainer.snapshots.load(*saved)
@@ -130,17 +131,17 @@ class Trainer:
     def _build(self, config: TrainConfig, progress: bool) -> None:
         self.config, self.processes = config, Processes(resolve_device(config.device))
         self.device, self.progress, self.interrupted = self.processes.device, progress and self.processes.main, False
-        images_at_a_time(config, self.processes)  # raises before anything takes long
+        images_at_a_time(config, self.processes)  # raises before anything slow happens
         self.dataset = open_dataset(
             config.data.model_copy(update={"resolution": config.model.resolution}), progress=self.progress
         )
         if self.dataset.channels != config.model.img_channels:
             raise ValueError(
-                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), the model makes "
-                f"{config.model.img_channels}: set data.channels to convert them, or model.img_channels"
+                f"{config.data.source!r} has images of {self.dataset.channels} channel(s), but the model "
+                f"makes {config.model.img_channels}: set data.channels to convert them, or model.img_channels"
             )
         for op in backends.operations():
-            backends.choose(op, None, self.device)  # reports a backend that cannot run before anything is written
+            backends.choose(op, None, self.device)  # before anything is written: raises if a backend cannot run
         self.metrics: RunMetrics | None = None
         if config.metric_features is not None:
             self.metrics = RunMetrics(config, self.dataset, self.processes, self.progress)
@@ -154,12 +155,12 @@ class Trainer:
 
     @property
     def model(self) -> SPIGAN:
-        """The generator side that is trained."""
+        """The model (mapping network and generator) that is being trained."""
         return self.state.model
 
     @property
     def ema(self) -> SPIGAN:
-        """Average of the model's weights."""
+        """The model with averaged weights."""
         return self.state.ema
 
     @property
@@ -178,26 +179,28 @@ class Trainer:
         return self.state.images_seen
 
     def train_iteration(self, images: Tensor) -> None:
-        """Run one iteration of Algorithm 1: even ones update the discriminator, odd ones mapping network and generator.
+        """Run one iteration of Algorithm 1.
+
+        Even iterations update the discriminator, odd ones the mapping network and the generator.
 
         Args:
-            images: uint8 [N, C, H, W] clean images; with several processes this one's rows of the minibatch.
+            images: uint8 [N, C, H, W] clean images; with several processes, this process's rows of the minibatch.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
+            FloatingPointError: if training has diverged. The message states where, and what to change.
         """
         with self.snapshots.diagnosing():
             self.algorithm.iteration(images)
 
     def fit(self) -> SPIGAN:
-        """Train until `total_kimg` images have been seen, or until Ctrl-C or SIGTERM, which save a checkpoint first.
+        """Train until `total_kimg` thousand images have been seen. Ctrl-C and SIGTERM end it after saving a checkpoint.
 
         Returns:
             The averaged model, in eval mode.
 
         Raises:
-            FloatingPointError: training has diverged; the message says where, and what to change.
-            OSError: the disk is full, for instance; the message tells what is safe.
+            FloatingPointError: if training has diverged. The message states where, and what to change.
+            OSError: if a file cannot be written, for example because the disk is full. The message states what is safe.
         """
         state, total = self.state, math.ceil(self.config.total_kimg * 1000)
         batches = image_loader(
@@ -213,9 +216,9 @@ class Trainer:
         log = StatsLog(self.run_dir, state.iteration) if self.processes.main else None
         bar = tqdm(total=total, initial=state.images_seen, unit="img", disable=not self.progress, dynamic_ncols=True)
         with bar, StopSignals() as stop, self.snapshots.diagnosing():
-            self._measure(log, stop)  # if a signal ended it in an earlier session
+            self._measure(log, stop)  # if a signal cut the measurement short in an earlier session
             clock = Clock(state.elapsed, state.images_seen)
-            # The last generator iteration belongs to the last images seen.
+            # The last images seen still get their generator iteration.
             while (state.images_seen < total or state.iteration % 2) and not self.processes.any(stop.is_set()):
                 state.elapsed = clock.seconds()
                 with stop.iteration(self.snapshots.backup):
@@ -231,7 +234,8 @@ class Trainer:
                     log.write(row)
                 bar.set_postfix(D=f"{row['loss_d']:.3f}", G=f"{row['loss_g']:.3f}")
                 with clock.paused():
-                    # Before the checkpoint: one that exists has its metrics, and a resumed run does not repeat them.
+                    # Measure before saving: an existing checkpoint then has its metrics, and a resumed run does not
+                    # repeat them.
                     best = self._measure(log, stop)
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)
@@ -240,7 +244,7 @@ class Trainer:
         return self.ema
 
     def _finish(self, log: StatsLog | None, stop: StopSignals) -> None:
-        """Save the end of a session."""
+        """Save the state at the end of a session."""
         self.interrupted = self.processes.any(stop.is_set())
         self.snapshot(stop)
         if log is not None:
@@ -248,19 +252,20 @@ class Trainer:
         if self.interrupted and self.processes.main:
             tqdm.write(f"Stopped and saved at {self.images_seen / 1000:.1f} kimg. Resume with:")
             tqdm.write(f"  spigan train --resume {self.run_dir}")
-        self.processes.wait()  # until the files are written: a launcher ends all processes when the first has ended
+        # Until the files are written: a launcher ends all processes once the first has ended.
+        self.processes.wait()
 
     def _tick(self) -> int | None:
-        """Return the number of the tick that the last iteration completed, None if it completed none.
+        """Return the number of the tick that the last iteration completed, or None if it did not complete one.
 
-        A tick ends with a generator iteration, so that both losses have been measured.
+        A tick ends with a generator iteration, so that both losses have been recorded.
         """
         images, seen = self.config.tick_kimg * 1000, self.images_seen
         tick, before = (int(count // images) for count in (seen, seen - self.config.batch))
         return tick if self.iteration and self.iteration % 2 == 0 and tick != before else None
 
     def _row(self, images_per_sec: float) -> dict[str, Any]:
-        """Return a row of statistics, the means since the last one."""
+        """Return a row of statistics, with means since the last row."""
         state = self.state
         state.statistics.check_weights(state.modules(), state.iteration)
         return {
@@ -273,7 +278,7 @@ class Trainer:
         }
 
     def _measure(self, log: StatsLog | None, stop: StopSignals) -> bool:
-        """Measure the averaged model if metrics are due; return whether it is the best so far."""
+        """Measure the averaged model if metrics are due. Return whether it is the best model so far."""
         tick = self._tick()
         if self.metrics is None or tick is None or tick % self.config.metric_ticks:
             return False
@@ -283,11 +288,11 @@ class Trainer:
         """Save the exported model, a grid of samples and a checkpoint. Every process must call this.
 
         Args:
-            stop: after a signal the checkpoint is saved first, and the grid is left out.
+            stop: signals. After a signal, the checkpoint is saved first, and the grid is left out.
 
         Raises:
-            FloatingPointError: training has diverged; good checkpoints are not replaced.
-            OSError: the disk is full, for instance; the message tells what is safe.
+            FloatingPointError: if training has diverged. Good checkpoints are not replaced.
+            OSError: if a file cannot be written, for example because the disk is full. The message states what is safe.
         """
         with self.snapshots.diagnosing():
             self.state.statistics.check_weights(self.state.modules(), self.iteration)
@@ -295,11 +300,11 @@ class Trainer:
         self.snapshots.take(stop)
 
     def sample_grid(self) -> Tensor:
-        """Return a uint8 [C, H, W] grid of the averaged model's images of seeds 0, 1, ..., enlarged."""
+        """Return an enlarged uint8 [C, H, W] grid of the averaged model's images for seeds 0, 1, ..."""
         return self.snapshots.sample_grid()
 
     def _check_agreement(self) -> None:
-        """Raise ValueError unless all processes do the same run and are in the same state."""
+        """Raise ValueError unless all processes train the same run and are in the same state."""
         texts = {
             "configuration": self.config.model_dump_json(),
             "run folder": str(self.run_dir),

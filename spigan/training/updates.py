@@ -17,18 +17,18 @@ ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras 
 
 
 class Updates:
-    """Updates the networks of a training state by minibatches of N images at k times each.
+    """Updates the networks of a training state with minibatches of N images at k times each.
 
     Gradients are those of the joint minibatch of all processes, accumulated over `batch_gpu` images at a time.
 
     Args:
         config: how to train.
-        state: what is trained; changed in place.
+        state: the state to train, which is changed in place.
         processes: the processes that share each minibatch.
 
     Attributes:
-        check_every_step: look for divergence before each optimiser step. On a GPU that would mean waiting for it, so
-            there it is found at the end of a tick.
+        check_every_step: whether to check for divergence before each optimiser step. On a GPU the check would have to
+            wait for the device, so divergence is only found at the end of a tick.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
@@ -39,7 +39,7 @@ class Updates:
     # ---- Updates ----
 
     def solve(self, z: Tensor, times: list[float]) -> Tensor:
-        """Return the latents h(t_k) [k, N, D] that the mapping network makes of z."""
+        """Return the latents h(t_k) [k, N, D] that the mapping network makes from z."""
         h: Tensor = self.state.model.mapping(z, times)
         return h
 
@@ -47,9 +47,9 @@ class Updates:
         """Update the discriminator.
 
         Args:
-            real: [k, N, C, H, W] points i(t_k) of the paths.
+            real: [k, N, C, H, W] points i(t_k) on the paths.
             h: [k, N, D] latents h(t_k).
-            times: t_k.
+            times: the times t_k.
 
         Returns:
             Mean sign of the logits of the real images.
@@ -74,11 +74,11 @@ class Updates:
         return torch.stack(signs).sum()
 
     def r1(self, real: Tensor, times: list[float]) -> None:
-        """Update the discriminator by the lazy R1 penalty, weighted by the number of updates it stands for.
+        """Update the discriminator with the lazy R1 penalty, weighted by the number of updates it stands for.
 
         Args:
-            real: [k, N, C, H, W] points i(t_k) of the paths.
-            times: t_k.
+            real: [k, N, C, H, W] points i(t_k) on the paths.
+            times: the times t_k.
         """
         state = self.state
         state.optimizer_d.zero_grad(set_to_none=True)
@@ -95,7 +95,7 @@ class Updates:
 
         Args:
             z: [N, ...] inputs of the mapping network.
-            times: t_k.
+            times: the times t_k.
         """
         state = self.state
         state.discriminator.requires_grad_(False)
@@ -108,14 +108,14 @@ class Updates:
         self._step(state.optimizer_g, "g")
 
     def path_length(self, z: Tensor, times: list[float]) -> None:
-        """Update mapping network and generator by the lazy path-length penalty.
+        """Update the mapping network and the generator with the lazy path-length penalty.
 
-        It is the squared distance of path lengths from their running mean (Karras et al. 2020b, section 3.2), on
-        N / pl_batch_shrink images.
+        The penalty is the squared distance of the path lengths from their running mean (Karras et al. 2020b, section
+        3.2), computed on N / pl_batch_shrink images.
 
         Args:
             z: [N, ...] inputs of the mapping network.
-            times: t_k.
+            times: the times t_k.
         """
         state = self.state
         state.optimizer_g.zero_grad(set_to_none=True)
@@ -136,8 +136,8 @@ class Updates:
         """Every `ADA_INTERVAL` calls, move ADA's p by the mean sign of D(real) over the images since the last move.
 
         Args:
-            signs: what each call of `discriminator` in this iteration returned.
-            images: number of images of the joint minibatch.
+            signs: the results of all calls of `discriminator` in this iteration.
+            images: number of images in the joint minibatch.
         """
         state, sign = self.state, torch.stack(signs).mean()
         state.record(real_sign=sign)
@@ -145,7 +145,7 @@ class Updates:
             return
         state.ada_signs.append(self.processes.mean(sign))
         if len(state.ada_signs) == ADA_INTERVAL:
-            mean = torch.stack(state.ada_signs).mean().clamp(-1.0, 1.0)  # rounding may exceed 1 by a bit
+            mean = torch.stack(state.ada_signs).mean().clamp(-1.0, 1.0)  # rounding may take it slightly above 1
             state.augment.adapt(mean.item(), ADA_INTERVAL * images)
             state.ada_signs.clear()
 
@@ -166,17 +166,17 @@ class Updates:
         for kept, newest in zip(ema.buffers(), model.buffers(), strict=True):
             kept.copy_(newest)
 
-    # ---- Their parts ----
+    # ---- Parts of the updates ----
 
     def _parts(self, *tensors: Tensor, dim: int) -> Iterator[tuple[Tensor, ...]]:
-        """Split a minibatch into parts of `batch_gpu` images, whose gradients accumulate."""
+        """Split a minibatch into parts of `batch_gpu` images, whose gradients are accumulated."""
         return zip(*(tensor.split(self._at_a_time, dim=dim) for tensor in tensors), strict=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _generate(self, h: Tensor, times: list[float]) -> Tensor:
-        """Return images [n k, C, H, W] of latents [n k, D] or [n k, num_ws, D]."""
+        """Return the images [n k, C, H, W] of latents [n k, D] or [n k, num_ws, D]."""
         rows, generator = self.processes.rows(len(times)), self.state.model.generator
         noise = None  # drawn by the generator
         if rows.processes > 1:
@@ -186,7 +186,7 @@ class Updates:
         return images
 
     def _logits(self, images: Tensor, times: list[float]) -> Tensor:
-        """Return D's logits [n k] of augmented images [n k, C, H, W], real or generated, of n images at k times."""
+        """Augment n images at k times, [n k, C, H, W], real or generated, and return D's logits [n k]."""
         images = self.state.augment(images, self.processes.rows(len(times)))
         t = torch.tensor(times, device=images.device).repeat(len(images) // len(times))
         with self._autocast():
@@ -194,7 +194,7 @@ class Updates:
         return logits
 
     def _step(self, optimizer: torch.optim.Optimizer, name: str) -> None:
-        """Take a step by the gradients of the joint minibatch, unless training is seen to have diverged."""
+        """Take a step with the gradients of the joint minibatch. Raise `Diverged` instead if training has diverged."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.processes.average_gradients(parameters)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -205,8 +205,8 @@ class Updates:
 
 
 def interleave(x: Tensor) -> Tensor:
-    """Reshape [k, N, ...] to [N k, ...], the k times of an image side by side.
+    """Reshape [k, N, ...] to [N k, ...], with the k times of each image side by side.
 
-    In this order each group of the minibatch standard deviation, which is strided, holds images of one time.
+    In this order, each (strided) group of the minibatch standard deviation holds images of one time.
     """
     return x.transpose(0, 1).flatten(0, 1)

@@ -21,7 +21,7 @@ def test_bench(model: Path, tmp_path: Path, run: Any) -> None:
     ("arguments", "message"),
     [
         (["--preset", "mnist"], "there is no preset 'mnist'"),
-        (["--model", "{tmp}"], "{tmp} is no saved spigan model"),
+        (["--model", "{tmp}"], "{tmp} is not a saved spigan model"),
         (["--dtype", "float64"], "--dtype must be float32, bfloat16 or float16, got float64"),
         (["--device", "nonsense"], "device must be auto, cpu, cuda, cuda:1, ..., got 'nonsense'"),
         (["report", "{tmp}/none.json"], "none.json"),

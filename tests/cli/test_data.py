@@ -39,13 +39,13 @@ def test_convert_broken_images(pictures: Path, tmp_path: Path, spigan_cli: Any) 
     for path in pictures.iterdir():
         path.write_bytes(b"no image")
     result = spigan_cli(*arguments[:3], "--out", tmp_path / "none", *arguments[5:], "--skip-broken")
-    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == "error: no image is left"
+    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == "error: no images are left"
 
 
 def test_check(pictures: Path, spigan_cli: Any) -> None:
     result = spigan_cli("data", "check", pictures, "--workers", 0, "--quiet")
     assert result.exit_code == 0 and result.stderr == ""
-    for line in ("sizes:      10 x 12 (3)", "duplicates: 1 in 1 groups of equal pixels", "images:     3, 0 broken"):
+    for line in ("sizes:      10 x 12 (3)", "duplicates: 1 in 1 groups of identical images", "images:     3, 0 broken"):
         assert line in result.stdout
     (pictures / "c.png").rename(pictures / "c\x1b[2J.png")
     (pictures / "c\x1b[2J.png").write_bytes(b"no image")

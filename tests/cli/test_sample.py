@@ -105,10 +105,10 @@ def test_sample_another_bundled_model(tmp_path: Path, run: Any) -> None:
     [
         (["--model", "ciphar10"], "nor a bundled model (digits, cifar10-small)"),
         (["--model", "nothing/at/all"], "model 'nothing/at/all' is neither an existing folder nor a hub id"),
-        (["--model", "{tmp}"], "{tmp} is no saved spigan model: it lacks config.json and model.safetensors"),
+        (["--model", "{tmp}"], "{tmp} is not a saved spigan model: it lacks config.json and model.safetensors"),
         (["--dtype", "float64"], "--dtype must be float32, bfloat16 or float16, got float64"),
         (["--device", "nonsense"], "device must be auto, cpu, cuda, cuda:1, ..., got 'nonsense'"),
-        (["--device", "cuda:99"], "device 'cuda:99' was asked for, but torch "),
+        (["--device", "cuda:99"], "device 'cuda:99' was requested, but torch "),
         (["--backend", "tpu"], "backend= names the backend 'tpu'"),
         (["--backend", "cuda", "--device", "cpu"], "cannot run on cpu"),
         (["--format", "jpg"], "--format must be png, grid, npz or parquet, got jpg"),

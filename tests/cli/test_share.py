@@ -45,7 +45,7 @@ def test_export_to_pt2(trained: Path, tmp_path: Path, run: Any) -> None:
     ("arguments", "message"),
     [
         (["--out", "a.onnx", "--format", "tflite"], "--format must be onnx or pt2, got tflite"),
-        (["--out", "a.bin"], "a.bin tells no format: name the file .onnx or .pt2, or say which format it shall have"),
+        (["--out", "a.bin"], "a.bin: cannot tell the format from the suffix; use .onnx or .pt2, or give the format"),
         (["--out", ".", "--format", "onnx"], ". is a folder; an exported model needs a file name"),
         (["--out", "a.pt2", "--t", "2"], "t must be a time in [0, 1]"),
         (["--out", "a.pt2", "--model", "missing"], "model 'missing' is neither an existing folder nor a hub id"),

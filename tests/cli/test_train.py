@@ -62,7 +62,7 @@ def test_data_is_for_presets_without(tmp_path: Path, run: Any) -> None:
         (["--set", "colour=red"], "colour: there is no such field, got 'red'"),
         (["--set", "model.colour=red"], "model.colour: there is no such field, got 'red'"),
         (["--set", "model=5"], "model: Input should be a valid dictionary or instance of ModelConfig, got 5"),
-        (["--set", "batch.size=5"], "'batch' has no fields of its own"),
+        (["--set", "batch.size=5"], "'batch' has no fields"),
         (["--set", "batch"], "--set takes FIELD=VALUE, got 'batch'"),
         (["--set", "model.mapping=mlp"], 'mapping="mlp" has no time and needs intervals=1'),
         (["--preset", "digits", "--config", "{tmp}/none.json"], "--preset and --config exclude each other"),
@@ -73,7 +73,7 @@ def test_data_is_for_presets_without(tmp_path: Path, run: Any) -> None:
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cuda:99"], "cuda"),
         (["--out", "{tmp}"], "exists and is not empty"),
-        (["--resume", "{tmp}"], "{tmp} is no run folder: it has no config.json"),
+        (["--resume", "{tmp}"], "{tmp} is not a run folder: it has no config.json"),
         (["--resume", "{tmp}", "--batch", "8"], "--resume uses the run's own configuration: leave out --batch"),
     ],
 )

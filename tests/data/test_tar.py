@@ -19,10 +19,11 @@ def test_tar_splits(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "splits", split="val")) == 1
     assert len(open_source(tmp_path / "none")) == 3
     assert len(open_source(tmp_path / "none" / "cc3m-val-000000.tar")) == 1
-    with pytest.raises(ValueError, match=r"no split 'test': its tar files are of \['train', 'val'\]"):
+    with pytest.raises(ValueError, match=r"no split 'test': the splits of its tar files are \['train', 'val'\]"):
         open_source(tmp_path / "splits", split="test")
     with pytest.raises(
-        ValueError, match=r"no split 'val': the names of its tar files, such as cc3m-train-000000\.tar, give no split"
+        ValueError,
+        match=r"no split 'val': the names of its tar files, such as cc3m-train-000000\.tar, do not give a split",
     ):
         open_source(tmp_path / "none", split="val")
 

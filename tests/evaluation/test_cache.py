@@ -80,7 +80,7 @@ def test_damaged_cache_is_computed_again(
 
 def test_cache_that_cannot_be_written(model: SPIGAN, scripts: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot be kept for later .*set SPIGAN_CACHE"):
+    with pytest.warns(UserWarning, match="cannot be cached .*set SPIGAN_CACHE"):
         result = measure(model, scripts)
     assert result["metrics"]["FD-pixels"] > 0
 

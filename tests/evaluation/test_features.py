@@ -38,7 +38,7 @@ def test_only_the_inception_of_2015_is_fid(scripts: Path, cache: Path, monkeypat
     file = scripts / "detector.pt"
     with pytest.raises(ValueError, match=r"is not inception-2015-12-05\.pt .* FID is only defined with this file"):
         load_features(f"inception={file}")
-    with pytest.raises(ValueError, match="would be taken for FID's network"):
+    with pytest.raises(ValueError, match="would be mistaken for FID's network"):
         load_features(f"Inception={file}")
     # A network of the same interface stands in for it.
     monkeypatch.setattr(features, "INCEPTION_SHA256", file_sha256(file))

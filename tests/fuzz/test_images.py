@@ -383,7 +383,7 @@ def test_a_path_in_a_parquet_file_is_not_opened() -> None:
     secret = written("secret.png", PNG)
     path = secret.with_name("train.parquet")
     path.write_bytes(parquet_of({"image": struct_of(pa.array([None], pa.binary()), str(secret))}))
-    assert not attempt("parquet", lambda: read_images(path), "holds no image but a path")
+    assert not attempt("parquet", lambda: read_images(path), "holds a path instead of an image")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4])

@@ -136,7 +136,7 @@ def test_names_of_files(name: str, start: str) -> None:
 def test_control_characters_do_not_reach_a_terminal() -> None:
     name = "run\x1b]0;owned\x07\x1b[2J"
     result = CliRunner().invoke(app, ["train", "--resume", name])
-    assert result.exit_code and r"run\x1b]0;owned\x07\x1b[2J is no run folder" in result.output
+    assert result.exit_code and r"run\x1b]0;owned\x07\x1b[2J is not a run folder" in result.output
     assert "\x1b]" not in result.output and "\x07" not in result.output
 
 

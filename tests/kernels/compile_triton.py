@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels as their host functions would launch them, on a machine without a GPU.
+"""Compile the Triton kernels of one operation, named as the argument, on a machine without a GPU.
 
-A process of its own, which `test_triton_compile.py` starts: Triton gets a driver that names a GPU that is not there,
-and every launch is made a compilation. Prints one JSON line for each kernel.
+`test_triton_compile.py` runs this script in a process of its own: Triton gets a driver that names a GPU, and every
+launch becomes a compilation. Prints one JSON line for each kernel.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from spigan.kernels.path_interpolate import path_interpolate
 from spigan.kernels.philox_normal import philox_normal
 from spigan.kernels.rk4_mlp import rk4_mlp
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ARCHITECTURES = (80, 90)
+SINGLE, HALF = torch.float32, torch.bfloat16
+# The two half types take the same path through the source; both compile for sm_90, one is enough for sm_80.
+DTYPES = {80: (SINGLE, HALF), 90: (SINGLE, HALF, torch.float16)}
 
 
 class AbsentGPU:
@@ -163,99 +165,105 @@ def layer(host, what: str, dtype: torch.dtype, arch: int, arguments: tuple) -> N
     report(host.__name__, what, dtype, arch, functools.partial(host, **options), *tensors)
 
 
-def layers(arch: int, dtype: torch.dtype) -> None:
-    """The kernels of a layer and its derivatives."""
-    fir, backward = fir_kernels.fir_bias_act, fir_kernels.bias_act_backward
-    conv, transposed = conv_kernels.conv2d, conv_kernels.transposed_conv2d
-    layer(fir, "pointwise", dtype, arch, fir_bias_act(dtype))
-    layer(fir, "pointwise, rgb", dtype, arch, fir_bias_act(dtype, rgb=3))
-    layer(fir, "up", dtype, arch, fir_bias_act(dtype, taps=4, up=2))
-    layer(fir, "up, rgb", dtype, arch, fir_bias_act(dtype, taps=4, up=2, rgb=3))
-    layer(fir, "down", dtype, arch, fir_bias_act(dtype, taps=4, down=2))
-    layer(fir, "up, C = 3, add", dtype, arch, fir_bias_act(dtype, channels=3, taps=4, up=2, add=True, seed=None))
-    layer(fir, "8 taps", dtype, arch, fir_bias_act(dtype, taps=8))
-    layer(backward, "sums", dtype, arch, bias_act_backward(dtype))
-    layer(backward, "sums, but of C", dtype, arch, bias_act_backward(dtype, sum_c=False))
-    layer(backward, "C = 3", dtype, arch, bias_act_backward(dtype, channels=3))
-    layer(conv, "32x32", dtype, arch, conv2d(dtype))
-    layer(conv, "32x32, rgb", dtype, arch, conv2d(dtype, rgb=3))
-    layer(conv, "4x4, rgb", dtype, arch, conv2d(dtype, size=4, rgb=3))
-    layer(conv, "1 image 4x4", dtype, arch, conv2d(dtype, n=1, size=4))
-    layer(conv, "C = 37", dtype, arch, conv2d(dtype, channels_in=37, channels=37))
-    layer(transposed, "16x16", dtype, arch, transposed_conv2d(dtype))
-    layer(transposed, "1 image 4x4", dtype, arch, transposed_conv2d(dtype, n=1, size=4))
-    layer(transposed, "C = 37", dtype, arch, transposed_conv2d(dtype, channels_in=37, channels=37))
-
-
-for arch in ARCHITECTURES:
-    for dtype in FLOATS:
+def philox_normal_kernels(arch: int) -> None:
+    for dtype in DTYPES[arch]:
         report("philox_normal", "", dtype, arch, philox_normal, *normals(dtype))
+    report("philox_normal", "offset 1", SINGLE, arch, philox_normal, *normals(SINGLE, offset=1))
+
+
+def path_interpolate_kernels(arch: int) -> None:
+    for dtype in DTYPES[arch]:
         report("path_interpolate", "uint8", dtype, arch, path_interpolate, *path(torch.uint8, dtype))
         report("path_interpolate", "flips", dtype, arch, path_interpolate, *path(dtype, dtype, flips=True))
-        # On no GPU choose_blocks counts one multiprocessor: more rows than 16 (64 in float32) are taken by 64.
+    eight = tuple(k / 8 for k in range(1, 9))
+    for what, options in (("offset 1", {"offset": 1}), ("noise", {"noise": True}), ("8 times", {"times": eight})):
+        report("path_interpolate", what, SINGLE, arch, path_interpolate, *path(torch.uint8, SINGLE, **options))
+
+
+def rk4_mlp_kernels(arch: int) -> None:
+    # Without a GPU choose_blocks counts one multiprocessor: more than 16 rows (64 in float32) go into blocks of 64.
+    for dtype in DTYPES[arch]:
         report("rk4_mlp", "16 rows", dtype, arch, rk4_mlp, *ode(dtype))
         report("rk4_mlp", "64 rows", dtype, arch, rk4_mlp, *ode(dtype, rows=80))
-        layers(arch, dtype)
-    half, single = torch.bfloat16, torch.float32
-    report("philox_normal", "offset 1", single, arch, philox_normal, *normals(single, offset=1))
-    report("path_interpolate", "offset 1", single, arch, path_interpolate, *path(torch.uint8, single, offset=1))
-    report("path_interpolate", "noise", single, arch, path_interpolate, *path(torch.uint8, single, noise=True))
-    eight = tuple(k / 8 for k in range(1, 9))
-    report("path_interpolate", "8 times", single, arch, path_interpolate, *path(torch.uint8, single, times=eight))
-    report("rk4_mlp", "softplus, 64 rows", half, arch, rk4_mlp, *ode(half, rows=80, activation="softplus"))
-    report("rk4_mlp", "tanh, every step", half, arch, rk4_mlp, *ode(half, activation="tanh", every_step=True))
-    report("rk4_mlp", "64 intervals", half, arch, rk4_mlp, *ode(half, intervals=((0.0, 0.25, 4),) * 64))
-    report("rk4_mlp", "D = 48", half, arch, rk4_mlp, *ode(half, dim=48))
+    report("rk4_mlp", "softplus, 64 rows", HALF, arch, rk4_mlp, *ode(HALF, rows=80, activation="softplus"))
+    report("rk4_mlp", "tanh, every step", HALF, arch, rk4_mlp, *ode(HALF, activation="tanh", every_step=True))
+    report("rk4_mlp", "64 intervals", HALF, arch, rk4_mlp, *ode(HALF, intervals=((0.0, 0.25, 4),) * 64))
+    report("rk4_mlp", "D = 48", HALF, arch, rk4_mlp, *ode(HALF, dim=48))
+
+
+def fir_bias_act_kernels(arch: int) -> None:
+    fir, backward = fir_kernels.fir_bias_act, fir_kernels.bias_act_backward
+    for dtype in DTYPES[arch]:
+        layer(fir, "pointwise", dtype, arch, fir_bias_act(dtype))
+        layer(fir, "pointwise, rgb", dtype, arch, fir_bias_act(dtype, rgb=3))
+        layer(fir, "up", dtype, arch, fir_bias_act(dtype, taps=4, up=2))
+        layer(fir, "up, rgb", dtype, arch, fir_bias_act(dtype, taps=4, up=2, rgb=3))
+        layer(fir, "down", dtype, arch, fir_bias_act(dtype, taps=4, down=2))
+        layer(fir, "up, C = 3, add", dtype, arch, fir_bias_act(dtype, channels=3, taps=4, up=2, add=True, seed=None))
+        layer(fir, "8 taps", dtype, arch, fir_bias_act(dtype, taps=8))
+        layer(backward, "sums", dtype, arch, bias_act_backward(dtype))
+        layer(backward, "sums, but of C", dtype, arch, bias_act_backward(dtype, sum_c=False))
+        layer(backward, "C = 3", dtype, arch, bias_act_backward(dtype, channels=3))
+
+
+def modulated_conv2d_kernels(arch: int) -> None:
+    conv, transposed = conv_kernels.conv2d, conv_kernels.transposed_conv2d
+    for dtype in DTYPES[arch]:
+        layer(conv, "32x32", dtype, arch, conv2d(dtype))
+        layer(conv, "32x32, rgb", dtype, arch, conv2d(dtype, rgb=3))
+        layer(conv, "4x4, rgb", dtype, arch, conv2d(dtype, size=4, rgb=3))
+        layer(conv, "1 image 4x4", dtype, arch, conv2d(dtype, n=1, size=4))
+        layer(conv, "C = 37", dtype, arch, conv2d(dtype, channels_in=37, channels=37))
+        layer(transposed, "16x16", dtype, arch, transposed_conv2d(dtype))
+        layer(transposed, "1 image 4x4", dtype, arch, transposed_conv2d(dtype, n=1, size=4))
+        layer(transposed, "C = 37", dtype, arch, transposed_conv2d(dtype, channels_in=37, channels=37))
     torch.backends.cuda.matmul.allow_tf32 = True
-    layer(conv_kernels.conv2d, "32x32, rgb, TF32", single, arch, conv2d(single, rgb=3))
-    layer(conv_kernels.transposed_conv2d, "16x16, TF32", single, arch, transposed_conv2d(single))
+    layer(conv, "32x32, rgb, TF32", SINGLE, arch, conv2d(SINGLE, rgb=3))
+    layer(transposed, "16x16, TF32", SINGLE, arch, transposed_conv2d(SINGLE))
     torch.backends.cuda.matmul.allow_tf32 = False
 
-# What changes from call to call must not compile anew: training and sampling would wait for it.
-calls = {
-    philox_normal: [normals(single, *a) for a in ((0,), (4,), (16,), (2**40,), (0, 1), (0, 1, 2**20))],
-    path_interpolate: [
-        path(torch.uint8, single, **changed)
-        for changed in (
-            {},
-            {"seed": 1},
-            {"seed": 2**40},
-            {"offset": 4},
-            {"offset": 2**40},
-            {"images": 1},
-            {"times": (0.1, 0.2)},
-        )
-    ],
-    rk4_mlp: [
-        ode(half, **changed)
-        for changed in (
-            {},
-            {"rows": 1},
-            {"rows": 7},
-            {"layers": 1},
-            {"dim": 1024},
-            {"intervals": ((0.0, 0.5, 1), (0.5, 0.03125, 16))},
-        )
-    ],
-}
-for host, variants in calls.items():
-    kernels = {id(compiled(90, host, *arguments)) for arguments in variants}
-    print(json.dumps({"kernel": host.__name__, "variants": len(variants), "compiled": len(kernels)}), flush=True)
 
-ends = ({}, {"n": 50}, {"seed": 2**40}, {"gain": 1.0}, {"gain": 3.0})
-for host, arguments, variants in (
-    (fir_kernels.fir_bias_act, fir_bias_act, (*ends, {"n": 1})),
-    (fir_kernels.fir_bias_act, functools.partial(fir_bias_act, taps=4, up=2, rgb=3), (*ends, {"pad": 2}, {"n": 1})),
-    (
-        fir_kernels.bias_act_backward,
-        bias_act_backward,
-        ({}, {"n": 1}, {"gain": 1.0}, {"pixels": 256}, {"pixels": 2**16}),
-    ),
-    (conv_kernels.conv2d, conv2d, (*ends, {"size": 64})),
-    (conv_kernels.transposed_conv2d, transposed_conv2d, ({}, {"n": 101}, {"size": 32})),
-):
+def count_compiled(host, arguments, variants: tuple[dict[str, object], ...]) -> None:
+    """Print how many kernels `host` needs for calls that differ as training and sampling change them.
+
+    It should be one: otherwise a run would stop to compile.
+    """
     kernels = set()
     for changed in variants:
-        tensors, options = arguments(half, **changed)
+        given = arguments(**changed)
+        tensors, options = given if isinstance(given[-1], dict) else (given, {})
         kernels.add(id(compiled(90, functools.partial(host, **options), *tensors)))
     print(json.dumps({"kernel": host.__name__, "variants": len(variants), "compiled": len(kernels)}), flush=True)
+
+
+ENDS = ({}, {"n": 50}, {"seed": 2**40}, {"gain": 1.0}, {"gain": 3.0})
+PATHS = (
+    {}, {"seed": 1}, {"seed": 2**40}, {"offset": 4}, {"offset": 2**40}, {"images": 1}, {"times": (0.1, 0.2)},
+)  # fmt: skip
+NORMALS = ({}, {"offset": 4}, {"offset": 16}, {"offset": 2**40}, {"rows": 1}, {"rows": 1, "count": 2**20})
+ODES = ({}, {"rows": 1}, {"rows": 7}, {"layers": 1}, {"dim": 1024}, {"intervals": ((0.0, 0.5, 1), (0.5, 0.03125, 16))})
+BACKWARDS = ({}, {"n": 1}, {"gain": 1.0}, {"pixels": 256}, {"pixels": 2**16})
+VARIANTS = {
+    "philox_normal": [(philox_normal, functools.partial(normals, SINGLE), NORMALS)],
+    "path_interpolate": [(path_interpolate, functools.partial(path, torch.uint8, SINGLE), PATHS)],
+    "rk4_mlp": [(rk4_mlp, functools.partial(ode, HALF), ODES)],
+    "fir_bias_act": [
+        (fir_kernels.fir_bias_act, functools.partial(fir_bias_act, HALF), (*ENDS, {"n": 1})),
+        (
+            fir_kernels.fir_bias_act,
+            functools.partial(fir_bias_act, HALF, taps=4, up=2, rgb=3),
+            (*ENDS, {"pad": 2}, {"n": 1}),
+        ),
+        (fir_kernels.bias_act_backward, functools.partial(bias_act_backward, HALF), BACKWARDS),
+    ],
+    "modulated_conv2d": [
+        (conv_kernels.conv2d, functools.partial(conv2d, HALF), (*ENDS, {"size": 64})),
+        (conv_kernels.transposed_conv2d, functools.partial(transposed_conv2d, HALF), ({}, {"n": 101}, {"size": 32})),
+    ],
+}
+
+operation = sys.argv[1]
+for arch in DTYPES:
+    globals()[f"{operation}_kernels"](arch)
+for host, arguments, variants in VARIANTS[operation]:
+    count_compiled(host, arguments, variants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -31,8 +32,18 @@ def compiler() -> str:
 def kernels(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The functions of spigan._C.cuda on CPU addresses."""
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    build(folder, "_cuda_on_cpu", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
+    options = (f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}")
+    # The workers of pytest-xdist share one build: the first builds, the others wait for the lock and find the result.
+    shared = (
+        tmp_path_factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else tmp_path_factory.mktemp("kernels")
+    )
+    folder = shared / "cuda_on_cpu"
+    with (shared / "cuda_on_cpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(folder.glob("_cuda_on_cpu*")):
+            build(folder, "_cuda_on_cpu", *options)
     (path,) = folder.glob("_cuda_on_cpu*")
     spec = spec_from_file_location("_cuda_on_cpu", path)
     assert spec is not None and spec.loader is not None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90")
@@ -65,41 +67,46 @@ def parse(log: str) -> list[Usage]:
     return [Usage(name, *list(vars(usage).values())[1:]) for name, usage in zip(names, found, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def usages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Usage]]:
-    """By source, what its kernels need."""
+def compile_kernels(source: Path, folder: Path) -> list[Usage]:
+    """Compile a source for every architecture, and return what its kernels need."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
-    folder = tmp_path_factory.mktemp("cuda")
     # As in CMakeLists.txt.
     flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    result = {}
-    for source in SOURCES:
-        command = [nvcc, *flags, "-c", source, "-o", folder / f"{source.stem}.o"]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        assert run.returncode == 0, run.stdout
-        result[source.stem] = parse(run.stdout)
-    return result
+    command = [nvcc, *flags, "-c", source, "-o", folder / f"{source.stem}.o"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    return parse(run.stdout)
 
 
-def test_kernels_fit(usages: dict[str, list[Usage]], capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [usage for name in usages for usage in usages[name] if not usage.empty]
-    width = max(len(usage.kernel) for usage in rows)
-    with capsys.disabled():
-        print(f"\n{'kernel':{width}}  arch   registers  static shared  stack  spills")
-        for u in rows:
-            print(f"{u.kernel:{width}}  {u.arch}  {u.registers:9}  {u.shared:13}  {u.stack:5}  {u.spills:6}")
-    for usage in rows:
-        assert usage.spills == 0, usage
-        assert usage.stack == 0, usage
-        assert usage.shared == 0, usage  # all of it is dynamic, so that a block of rk4_mlp can have 227 KiB
-        assert usage.registers <= MOST_REGISTERS[usage.kernel.partition("_kernel")[0]], usage
+def print_table(usages: list[Usage]) -> None:
+    width = max(len(usage.kernel) for usage in usages)
+    print(f"\n{'kernel':{width}}  arch   registers  static shared  stack  spills")
+    for u in usages:
+        print(f"{u.kernel:{width}}  {u.arch}  {u.registers:9}  {u.shared:13}  {u.stack:5}  {u.spills:6}")
+
+
+def check_fit(usage: Usage) -> None:
+    assert usage.spills == 0, usage
+    assert usage.stack == 0, usage
+    assert usage.shared == 0, usage  # all of it is dynamic, so that a block of rk4_mlp can have 227 KiB
+    assert usage.registers <= MOST_REGISTERS[usage.kernel.partition("_kernel")[0]], usage
+
+
+def test_sources_are_found() -> None:
+    assert {source.stem for source in SOURCES} == set(MOST_REGISTERS)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_every_architecture_has_the_kernels(usages: dict[str, list[Usage]], source: Path) -> None:
-    kernels = [{u.kernel for u in usages[source.stem] if u.arch == f"sm_{arch}"} for arch in ARCHITECTURES]
+def test_kernels_fit_every_architecture(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usages = compile_kernels(source, tmp_path)
+    rows = [usage for usage in usages if not usage.empty]
+    with capsys.disabled():
+        print_table(rows)
+    for usage in rows:
+        check_fit(usage)
+    kernels = [{u.kernel for u in usages if u.arch == f"sm_{arch}"} for arch in ARCHITECTURES]
     assert kernels[0] and all(names == kernels[0] for names in kernels)
     assert {name.partition("<")[0] for name in kernels[0]} == {f"{source.stem}_kernel"}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from cuda_on_cpu import build, run
 
+pytestmark = pytest.mark.slow
+
 
 def test_no_races(compiler: str, tmp_path: Path) -> None:
     """ThreadSanitizer sees every access of every CUDA thread and the barriers between them."""

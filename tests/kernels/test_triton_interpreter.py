@@ -1,4 +1,9 @@
-"""Triton kernels without a GPU: Triton's interpreter, which needs an environment variable before the first import."""
+"""Run each operation's triton_cases.py in Triton's interpreter, which computes on the CPU.
+
+A process for each operation: Triton reads TRITON_INTERPRET when a kernel is first imported. To run one by hand:
+
+    TRITON_INTERPRET=1 pytest tests/kernels/rk4_mlp/triton_cases.py
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,20 @@ from pathlib import Path
 
 import pytest
 
+CASES = sorted(Path(__file__).parent.glob("*/triton_cases.py"))
 
-def test_triton_kernels_in_the_interpreter():
+
+def test_every_operation_has_cases():
+    assert len(CASES) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.parent.name)
+def test_triton_kernels_in_the_interpreter(cases):
     pytest.importorskip("triton", reason="Triton has no release for this platform")
-    cases = Path(__file__).parent / "triton_cases.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        cwd=cases.parents[2],
+        cwd=cases.parents[3],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -306,7 +306,7 @@ def test_metrics_of_an_evaluation(tmp_path: Path) -> None:
     [
         ("[]", "must hold a JSON object, got list"),
         ("{", "is not JSON"),
-        ("{}", "is not a file of `spigan evaluate --out`"),
+        ("{}", "was not written by `spigan evaluate --out`"),
         (json.dumps(evaluation(make(1))), "metrics of other weights"),
     ],
 )
@@ -318,7 +318,7 @@ def test_metrics_refused(content: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_architecture(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trained a model of another architecture"):
+    with pytest.raises(ValueError, match="trained a model with a different architecture"):
         write_folder(make(), tmp_path / "out", "me/x", run=run)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from spigan import _C
+from spigan.ops import backends, limits
 from spigan.ops import layer_end as layer_end_module
-from spigan.ops import limits
 from spigan.ops.layer_end import Fir, LayerEnd, finish_layer
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
@@ -99,3 +102,9 @@ LIMITS = {
 def test_limits_are_the_extensions(name):
     of_extension, documented = LIMITS[name]
     assert getattr(limits, name) == getattr(_C, of_extension) == documented
+
+
+def test_an_extension_without_a_limit_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "extension", SimpleNamespace)
+    with pytest.raises(AttributeError, match="MAX_TAPS"):
+        importlib.reload(limits)

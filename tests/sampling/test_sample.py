@@ -195,7 +195,7 @@ def test_the_result_can_be_trained_on(model: SPIGAN) -> None:
         ({"output_type": "jpg"}, ValueError, 'output_type must be "pt", "np" or "pil", got \'jpg\''),
         ({"n": -1}, ValueError, "n must not be negative, got -1"),
         ({"n": 2, "seed": [1, 2, 3]}, ValueError, "n is 2, but 3 seeds were given: leave out n"),
-        ({"n": 2, "z": torch.zeros(3, 3, 8, 8)}, ValueError, "n is 2, but z holds 3: leave out n"),
+        ({"n": 2, "z": torch.zeros(3, 3, 8, 8)}, ValueError, "n is 2, but z holds noise for 3 images: leave out n"),
         ({"z": torch.zeros(3, 1, 8, 8)}, ValueError, "z must have shape [N, 3, 8, 8], got [3, 1, 8, 8]"),
         ({"z": np.zeros((3, 3, 8, 8))}, TypeError, "z must be a torch.Tensor, got ndarray"),
         ({"seed": -1}, ValueError, "seeds must be in [0, 2**63), got -1"),
@@ -210,7 +210,7 @@ def test_the_result_can_be_trained_on(model: SPIGAN) -> None:
         ({"dtype": torch.int32}, ValueError, "dtype must be float32, bfloat16 or float16, got torch.int32"),
         ({"backend": "tpu"}, ValueError, "names the backend 'tpu'; expected one of auto, reference"),
         ({"device": "nonsense"}, ValueError, "device must be auto, cpu, cuda, cuda:1, ..., got 'nonsense'"),
-        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' was asked for, but torch"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' was requested, but torch"),
     ],
 )
 def test_refused(model: SPIGAN, options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -135,7 +135,7 @@ def test_times_that_two_decimals_do_not_tell_apart(tmp_path: Path) -> None:
     assert len(list((tmp_path / "folder").iterdir())) == 6
     with Image.open(tmp_path / "folder" / "seed000001-t0.502.png") as image:
         assert np.array_equal(np.asarray(image), images[1, 1].permute(1, 2, 0).numpy())
-    with pytest.raises(ValueError, match="times must differ to write a file for each"):
+    with pytest.raises(ValueError, match="times must differ, because each is written to its own file"):
         write(Format.png, tmp_path / "same", [0, 1, 2], [0.5, 0.5], parts)
 
 
@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path: Path, monke
 def test_a_device_or_pipe_is_not_replaced(tmp_path: Path, fmt: Format) -> None:
     os.mkfifo(tmp_path / "pipe")
     _, parts = batches(1, 3)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         write(fmt, tmp_path / "pipe", [0, 1, 2], [1.0], parts)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 

@@ -412,9 +412,9 @@ def test_checkpoint_of_another_architecture(copy, model):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is no run folder: it has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.json"):
         Trainer.resume(tmp_path / "nowhere", progress=False)
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
         Trainer.resume(tmp_path, progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,9 +1,9 @@
-// Stands in for CUDA's header of this name where the sources of csrc/cuda are compiled as plain C++, so that tests
-// execute the kernels on a CPU: every CUDA thread is a thread of the operating system, barriers and shuffles really wait,
-// and ThreadSanitizer finds what a GPU would race on. Only what the kernels use is here.
+// Replaces CUDA's header of the same name when the sources of csrc/cuda are compiled as plain C++, so that tests
+// execute the kernels on a CPU. Every CUDA thread is a thread of the operating system, barriers and shuffles really
+// wait, and ThreadSanitizer finds races that would also occur on a GPU. The header contains only what the kernels use.
 //
-// Blocks of a cluster and of a cooperative launch run at the same time, others one after another. A launch returns when
-// the kernel has ended.
+// The blocks of a cluster or of a cooperative launch run concurrently; other blocks run one after another. A launch
+// returns when the kernel has ended.
 #pragma once
 
 #include <cstddef>
@@ -19,37 +19,37 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// ---- What runs a kernel ----
+// ---- Execution of kernels ----
 
 namespace cuda_on_cpu {
 
-// The device that the kernels are told they run on.
+// The device that the kernels see.
 struct Device {
-  int major = 9;              // of the compute capability
-  int processors = 4;         // multiprocessors
-  int threads = 64;           // most threads of a block
-  int shared_bytes = 232448;  // most shared memory of a block
-  int largest_cluster = 16;   // blocks
+  int major = 9;              // major compute capability
+  int processors = 4;         // number of multiprocessors
+  int threads = 64;           // maximum threads per block
+  int shared_bytes = 232448;  // maximum shared memory per block
+  int largest_cluster = 16;   // maximum blocks per cluster
 };
 void set_device(const Device& device);
 const Device& device();
 
-// Of the calling CUDA thread.
+// These act for the calling CUDA thread.
 char* shared_memory();
 void syncthreads();
 void cluster_arrive();
 void cluster_wait();
-void* in_cluster(void* own, int rank);  // where block `rank` of the cluster has what this block has at `own`
+void* in_cluster(void* own, int rank);  // the address in block `rank` of the cluster that corresponds to `own`
 std::uint32_t shuffle(std::uint32_t value, int source_lane);
 int lane();
 
-// Copies happen as late as they may on a GPU: when they are waited for.
+// Copies happen as late as a GPU may do them: in copies_wait.
 void copy_async(void* to, const void* from);
 void copies_wait();
 
-void yield();  // in a loop that waits for other threads
+void yield();  // call this in a loop that waits for other threads
 
-// Ends the process with a message if `p` is no multiple of `bytes`: a GPU would stop the kernel.
+// Aborts with a message if `p` is not a multiple of `bytes`. A GPU would abort the kernel.
 void check_aligned(const void* p, std::size_t bytes);
 
 }  // namespace cuda_on_cpu

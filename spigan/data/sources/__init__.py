@@ -1,1 +1,1 @@
-"""Where images come from: one module per kind of source. `base` defines the interface, `find` chooses the source."""
+"""Sources of images, with one module for each kind. `base` defines the interface, and `find` chooses the source."""

@@ -1,4 +1,4 @@
-"""Images that are decoded already, among them scikit-learn's digits."""
+"""Images that are already decoded, such as scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ArraySource:
 
 
 def open_digits(split: str) -> ArraySource:
-    """Open scikit-learn's 1,797 grey digits of 8 x 8 pixels, with 0..16 scaled to 0..255."""
+    """Open scikit-learn's 1,797 grey digits of 8 x 8 pixels, whose values 0..16 are scaled to 0..255."""
     if split != "train":
         raise ValueError(f'digits has no split {split!r}: its only split is "train"')
     digits = require("sklearn.datasets", "scikit-learn").load_digits()

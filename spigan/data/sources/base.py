@@ -1,4 +1,4 @@
-"""`Source`, the interface of everything that stores images, and the errors that a source raises."""
+"""`Source`, the interface to stored images, and the errors that a source raises."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class Source(Protocol):
     """A sequence of stored images with random access.
 
-    A source only finds and opens images. `ImageDataset` checks them, crops and resizes them, and adds their names to
-    error messages. Any class with these four methods is a source; it need not inherit from this one. It must survive
-    pickling and forking, because worker processes read it: open files on demand rather than in `__init__`.
+    A source only finds and opens images. `ImageDataset` checks, crops and resizes them, and adds their names to error
+    messages. Any class with these four methods is a source; it does not have to inherit from this class. Worker
+    processes read the source, so it must survive pickling and forking: open files on demand, not in `__init__`.
 
-    A source of images that are computed, registered under the name "gradients":
+    For example, this source computes its images. It is registered under the name "gradients":
 
         import numpy as np
         from PIL import Image
@@ -40,35 +40,35 @@ class Source(Protocol):
         dataset = open_dataset(DataConfig(source="gradients"))
         dataset[7]  # uint8 tensor of shape [3, 32, 32]
 
-    After that, `Trainer` and `evaluate` take `DataConfig(source="gradients")` too.
+    `Trainer` and `evaluate` then also accept `DataConfig(source="gradients")`.
     """
 
     def __len__(self) -> int:
-        """Number of images, at least 1."""
+        """Return the number of images, which must be at least 1."""
 
     def name(self, index: int) -> str:
-        """Name of image `index` in error messages, such as "photos.zip!a.png" or "train.parquet row 17"."""
+        """Return the name of image `index` for error messages, such as "photos.zip!a.png" or "train.parquet row 17"."""
 
     def open(self, index: int) -> Image.Image:
         """Open image `index` (0 <= index < len) as a new Pillow image, which the caller closes.
 
-        Pixels need not be decoded yet. For encoded images, use `spigan.data.decode.open_image`, which limits what
+        The pixels need not be decoded yet. For encoded images, use `spigan.data.decode.open_image`, which limits what
         Pillow may do with untrusted data.
 
         Raises:
-            UnsuitableImage: the image cannot be used. Other exceptions are reported as "cannot be read as an image".
+            UnsuitableImage: if the image cannot be used. Other exceptions are reported as "cannot be read as an image".
         """
 
     def identity(self) -> Iterator[bytes]:
-        """Bytes that tell this source's data from other data without decoding them, such as names and sizes.
+        """Yield bytes that identify the data without decoding them, such as names and sizes.
 
-        They become part of `ImageDataset.fingerprint`, which a resumed run compares. Leave out what may change while
-        the data stay the same, such as the path of the folder.
+        They become part of `ImageDataset.fingerprint`, which a resumed run compares. Leave out anything that may change
+        while the data stay the same, such as the path of the folder.
         """
 
 
 class UnsuitableImage(Exception):
-    """An image cannot be used. The message continues a sentence that starts with its name: "has 3 frames; ..."."""
+    """An image cannot be used. The message continues a sentence that starts with the image's name: "has 3 frames"."""
 
 
 def require(module: str, package: str, extra: str | None = None) -> Any:
@@ -80,7 +80,7 @@ def require(module: str, package: str, extra: str | None = None) -> Any:
         extra: extra of spigan that installs the package, if any.
 
     Raises:
-        ModuleNotFoundError: the package is not installed; the message says how to install it.
+        ModuleNotFoundError: if the package is not installed. The message states how to install it.
     """
     try:
         return importlib.import_module(module)

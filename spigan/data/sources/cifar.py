@@ -18,22 +18,22 @@ from spigan.data.sources.tar import tar_members
 ARCHIVE_BYTES, BATCH_BYTES = 1 << 28, 1 << 25  # limits above the true sizes: 186 MB unpacked, 31 MB per batch
 BATCH_IMAGES, IMAGE_VALUES = 10_000, 3_072  # images in a batch; values in an image, in order of channel, row, column
 ALLOWED_IMPORTS = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}  # to rebuild an array
-MAX_INSTRUCTIONS = 1_000_000  # of a pickle; a true batch has some 50,000
+MAX_INSTRUCTIONS = 1_000_000  # in a pickle; a real batch has about 50,000
 IMPORT_INSTRUCTIONS = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # these can name a function
 
 
 def is_cifar_folder(path: Path) -> bool:
-    """Whether a folder is the extracted archive."""
+    """Return whether a folder is the extracted archive."""
     return path.name == "cifar-10-batches-py" or (path / "data_batch_1").exists()
 
 
 def is_cifar_archive(path: Path) -> bool:
-    """Whether a file may be the archive."""
+    """Return whether a file may be the archive."""
     return path.name.endswith((".tar.gz", ".tgz")) or path.name == "cifar-10-python.tar"
 
 
 def open_cifar(path: Path, split: str) -> ArraySource:
-    """Open cifar-10-python.tar.gz or its extracted folder: all 50,000 (train) or 10,000 (test) images, in memory."""
+    """Read all 50,000 (train) or 10,000 (test) images of cifar-10-python.tar.gz or its extracted folder into memory."""
     batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.get(split)
     if batches is None:
         raise ValueError(f"{path} has no split {split!r}: the CIFAR-10 archive has train and test")
@@ -86,13 +86,13 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 def _batch_pixels(data: bytes, name: str) -> np.ndarray:
-    """Return the images in a batch of CIFAR-10, a pickle written by Python 2: uint8 [10000, 3072].
+    """Return the images in a batch of CIFAR-10, a pickle written by Python 2, as uint8 [10000, 3072].
 
-    Unpickling would execute whatever a file asks for. So this only lists the pickle's instructions and takes the one
-    string that is as long as the images.
+    Unpickling would execute whatever a file asks for. This function only lists the instructions of the pickle, and
+    takes the one string that is as long as the images.
 
     Raises:
-        ValueError: there is no such string, or the pickle imports anything but NumPy's array.
+        ValueError: if there is no such string, or the pickle imports anything other than NumPy's array.
     """
     found = []
     try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
-"""Names of folders and tar files that are taken for splits."""
+"""Names of folders and tar files that are treated as splits."""
 
 
 class FolderSource:
@@ -58,19 +58,19 @@ class ZipSource:
         return f"{self._path}!{self._members[index].filename}"
 
     def open(self, index: int) -> Image.Image:
-        # A forked worker would share the position in its parent's open file, so it opens the file again.
+        # A forked worker opens the file again, because it would share the position in its parent's open file.
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = os.getpid(), zipfile.ZipFile(self._path)
         member = self._members[index]
         check_size(member.file_size, "unpacks to")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            # Python unpacks all of a bzip2 or LZMA member at once, whatever its size: 200 bytes may fill the memory.
+            # Python unpacks a bzip2 or LZMA member all at once, whatever its size: 200 bytes may fill the memory.
             raise UnsuitableImage(
                 "is not packed with deflate, the usual method of zip files: create the zip file again with it"
             )
         data = io.BytesIO()
         with self._archive[1].open(member) as packed:
-            shutil.copyfileobj(packed, data, 1 << 14)  # read() would unpack everything before it counts bytes
+            shutil.copyfileobj(packed, data, 1 << 14)  # read() would unpack everything before counting the bytes
         data.seek(0)
         return open_image(data)
 
@@ -89,7 +89,7 @@ def open_folder(root: Path, split: str) -> FolderSource:
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         names += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
-        if os.path.realpath(folder) in seen:  # a link to a parent folder would repeat its images for ever
+        if os.path.realpath(folder) in seen:  # a link to a parent folder would repeat its images forever
             raise ValueError(f"{folder} links to a folder that is already in {root}: remove the link")
         seen.add(os.path.realpath(folder))
     return FolderSource(root, _image_names(names, split, root))
@@ -106,7 +106,7 @@ def open_zip(path: Path, split: str) -> ZipSource:
 
 
 def _image_names(names: list[str], split: str, where: Path) -> list[str]:
-    """Return the images among `names`, sorted; only those of one split if the top folders are splits."""
+    """Return the images among `names`, sorted. If the top folders are splits, return only those of `split`."""
     shown = (name for name in names if not any(part.startswith(".") for part in name.split("/")))
     images = sorted(name for name in shown if name.lower().endswith(IMAGE_SUFFIXES))
     if not images:
@@ -115,6 +115,6 @@ def _image_names(names: list[str], split: str, where: Path) -> list[str]:
     if tops <= SPLITS:
         images = [name for name in images if name.startswith(f"{split}/")]
     if not images or (split != "train" and not tops <= SPLITS):
-        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at its top"
+        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at the top level"
         raise ValueError(f"{where} has no split {split!r}: {found}; choose one of them, or pass the folder of images")
     return images

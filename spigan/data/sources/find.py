@@ -1,4 +1,4 @@
-"""Which `Source` reads what `DataConfig.source` names: the tables `NAMES`, `FOLDERS` and `FILES`, then the Hub."""
+"""Find the `Source` for `DataConfig.source`: in the tables `NAMES`, `FOLDERS` and `FILES`, and then on the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES: dict[str, Open] = {
     "digits": lambda config, progress: open_digits(config.split),
     "cifar10": lambda config, progress: open_hub(CIFAR10, config.split, config.column),
 }
-"""Sources with a name. `register_source` adds to them."""
+"""Named sources. `register_source` adds to them."""
 
 FOLDERS: list[tuple[Callable[[Path], bool], OpenPath]] = [
     (is_cifar_folder, lambda path, config, progress: open_cifar(path, config.split)),
@@ -36,7 +36,7 @@ FOLDERS: list[tuple[Callable[[Path], bool], OpenPath]] = [
     ),
     (lambda path: True, lambda path, config, progress: open_folder(path, config.split)),
 ]
-"""Kinds of folders: how each is recognised and opened. The first that fits is used."""
+"""Kinds of folders: how to recognise and how to open each kind. The first kind that fits is used."""
 
 FILES: list[tuple[Callable[[Path], bool], OpenPath]] = [
     (is_cifar_archive, lambda path, config, progress: open_cifar(path, config.split)),
@@ -47,20 +47,21 @@ FILES: list[tuple[Callable[[Path], bool], OpenPath]] = [
     ),
     (lambda path: path.suffix == ".zip", lambda path, config, progress: open_zip(path, config.split)),
 ]
-"""Kinds of files, in the same way."""
+"""Kinds of files, in the same form."""
 
 
 def register_source(name: str, open_source: Open) -> None:
-    """Make `DataConfig(source=name)` open images with a function of yours.
+    """Make `DataConfig(source=name)` open images with your own function.
 
     Register the source in the program that trains or evaluates, before it opens data. A resumed run needs it too.
 
     Args:
-        name: name of the source; it takes precedence over a file or folder of that name.
-        open_source: called with the `DataConfig` and whether to show progress bars; returns a `Source`.
+        name: name of the source. It takes precedence over a file or folder with that name.
+        open_source: function that returns a `Source`. It is called with the `DataConfig` and with a bool, whether to
+            show progress bars.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: if the name is already taken.
     """
     if name in NAMES:
         raise ValueError(f"there is a source called {name!r} already: choose another name")
@@ -71,13 +72,13 @@ def find_source(config: DataConfig, progress: bool) -> Source:
     """Return the source of images that a configuration names.
 
     Args:
-        config: its `source`, `split` and `column` are used.
-        progress: show a progress bar if this takes long.
+        config: the configuration. Its `source`, `split` and `column` are used.
+        progress: whether to show a progress bar if this takes long.
 
     Raises:
-        FileNotFoundError: the source does not exist.
-        ModuleNotFoundError: a package that the source needs is not installed.
-        ValueError: the source is damaged or of an unknown kind, or lacks the split, the column or any images.
+        FileNotFoundError: if the source does not exist.
+        ModuleNotFoundError: if a package that the source needs is not installed.
+        ValueError: if the source is damaged or of an unknown kind, lacks the split or the column, or has no images.
     """
     source = config.source
     if source in NAMES:

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub."""
+"""Data sets from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ CIFAR10 = "uoft-cs/cifar10"
 
 
 def open_hub(identifier: str, split: str, column: str | None) -> RowSource:
-    """Download a data set from the Hub to the cache of `datasets`, unless it is there, and open its images.
+    """Download a data set from the Hub, unless it is in the cache of `datasets`, and open its images.
 
     Args:
         identifier: "owner/name".
-        split: as `datasets` names it, such as "train" or "train[:10%]".
-        column: name of the column of images; None: the only one.
+        split: name of the split for `datasets`, such as "train" or "train[:10%]".
+        column: name of the column of images. None: the only one.
 
     Raises:
-        FileNotFoundError: there is no such data set, or no network.
-        ValueError: there is no such split or column, or the split has no rows.
+        FileNotFoundError: if the data set does not exist, or the network cannot be reached.
+        ValueError: if the split or column does not exist, or the split has no rows.
     """
     datasets = require("datasets", "datasets")
     try:
@@ -41,5 +41,5 @@ def open_hub(identifier: str, split: str, column: str | None) -> RowSource:
     name = image_column(rows.schema, column, identifier)
     if not len(rows):
         raise ValueError(f"{identifier}, split {split!r}, has no rows: expected images")
-    # Data sets of loose files are downloaded as files, and their rows hold paths.
+    # Data sets that consist of single image files are downloaded as files, and their rows hold paths.
     return RowSource([(identifier, rows.column(name))], open_paths=True)

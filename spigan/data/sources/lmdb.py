@@ -1,4 +1,7 @@
-"""LSUN's layout: the values of an LMDB folder are encoded images. Its keys and 8 bytes per image are kept in memory."""
+"""LMDB folders whose values are encoded images, as LSUN stores them.
+
+The keys, and 8 bytes per image, are kept in memory.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from spigan.data.sources.base import UnsuitableImage, require
 if TYPE_CHECKING:
     from PIL import Image
 
-# A process may open an LMDB only once. Forked workers use their parent's: without its lock file, a read only looks at
-# mapped memory.
+# A process may open an LMDB only once. Forked workers use the one that their parent opened: without a lock file,
+# reading only accesses mapped memory.
 _environments: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _opening = threading.Lock()
 
@@ -74,14 +77,14 @@ def _environment(folder: Path) -> Any:
 
 
 def _scan(folder: Path) -> tuple[bytes, array[int], bytes]:
-    """List an LMDB's keys in another process, which a damaged file may crash.
+    """List the keys of an LMDB in another process, because a damaged file may crash the process.
 
     Returns:
-        All keys in one string, where each of them ends, and the sha256 of keys and sizes.
+        All keys in one string, the position where each key ends, and the SHA-256 of keys and sizes.
     """
     require("lmdb", "lmdb", extra="data")
     keys, ends, sha = bytearray(), array("Q"), hashlib.sha256()
-    # The other process finds the same packages as this one, whatever put them on the path.
+    # The other process must find the same packages as this one, whatever has put them on the path.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, lmdb_scan.__file__, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
@@ -93,7 +96,7 @@ def _scan(folder: Path) -> tuple[bytes, array[int], bytes]:
             sha.update(record + key)
         message = process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
     if process.returncode:
-        # A negative status is the signal that ended it, such as SIGSEGV.
+        # A negative status is the signal that ended the process, such as SIGSEGV.
         problem = message or f"a process that reads it ends with status {process.returncode}"
         raise ValueError(f"{folder} cannot be read as an LMDB ({problem}): copy or download it again")
     if not ends:

@@ -1,18 +1,18 @@
 """A program that lists the keys of an LMDB: `python lmdb_scan.py FOLDER`.
 
-liblmdb trusts the file that it maps, and a damaged one crashes the process that reads it. That process is this one. It
-looks up every key and reads the end of every value. If this works here, it also works in the process that asked.
+liblmdb trusts the file that it maps, and a damaged file crashes the process that reads it. This program takes that
+risk: it looks up every key and reads the end of every value. If it succeeds, the calling process can read the file too.
 """
 
 import os
 import struct
 import sys
 
-RECORD = struct.Struct("<HQ")  # before each key on standard output: bytes of the key, bytes of its value
+RECORD = struct.Struct("<HQ")  # comes before each key on standard output: lengths of the key and its value, in bytes
 
 
 def main(folder: str) -> None:
-    """Write a RECORD and the key for every entry, in order. Exit with a message if the file cannot be right."""
+    """Write a RECORD and the key for every entry, in order. Exit with a message if the file is inconsistent."""
     import lmdb
 
     try:
@@ -39,7 +39,7 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    # Python puts this folder on the path, where `import lmdb` would find the lmdb.py beside this file.
+    # Python puts this file's folder on the path, so `import lmdb` would find the lmdb.py in it.
     here = os.path.dirname(os.path.realpath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != here]
     main(sys.argv[1])

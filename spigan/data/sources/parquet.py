@@ -1,8 +1,9 @@
 """Images in a column of parquet files, as the Hugging Face Hub and `spigan data convert` store them.
 
-`open_parquet` chooses how rows are read: small files are held in memory, encoded (`RowSource`); larger ones are read in
-place, a row group at a time (`RowGroupSource`); those with large row groups are first written to an Arrow file in the
-cache of `datasets`, which is mapped into memory (`RowSource` again). A row's value becomes an image in `open_row`.
+`open_parquet` chooses how to read the rows. Small files are kept in memory with their images encoded (`RowSource`).
+Larger files are read in place, one row group at a time (`RowGroupSource`). Files with large row groups are first
+written to an Arrow file in the cache of `datasets`, which is mapped into memory (`RowSource` again). `open_row` turns
+the value of a row into an image.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RowSource:
     """Images in the rows of Arrow columns.
 
     Args:
-        columns: name in error messages and Arrow column, for every file; see `open_row` for the values.
+        columns: for every file, its name in error messages and its Arrow column. For the values, see `open_row`.
         open_paths: whether a value may be the path of a file, as in data sets downloaded from the Hub.
     """
 
@@ -69,7 +70,7 @@ class RowGroupSource:
         self._ends = np.cumsum([footers[file].row_group(group).num_rows for file, group in groups])
         self._firsts = np.cumsum([0, *(footer.num_rows for footer in footers)])  # first row of each file
         self._checked: set[int] = set()  # groups
-        # The group and column that each thread read last: images are also read in order.
+        # The group that each thread read last, and its column. They are reused when images are read in order.
         self._last = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class RowGroupSource:
         at = int(np.searchsorted(self._ends, index, side="right"))
         if getattr(self._last, "group", None) != at:
             file, group = self._groups[at].tolist()
-            # Opened for every group: threads and workers may not share an open file.
+            # The file is opened for every group, because threads and workers may not share an open file.
             with parquet.ParquetFile(self._files[file], metadata=self._footers[file]) as opened:
                 if at not in self._checked:
                     _check_unpacked(opened, self._column, [group])
@@ -110,9 +111,9 @@ def open_row(value: Any, *, open_paths: bool = False) -> Image.Image:
     """Open the image of a row.
 
     Args:
-        value: bytes of an encoded image, or {"bytes": ..., "path": ...} as the Hub stores images.
-        open_paths: whether to open the file at "path" if there are no bytes. Not for untrusted files: it may be any
-            file of this machine.
+        value: bytes of an encoded image, or {"bytes": ..., "path": ...}, as the Hub stores images.
+        open_paths: whether to open the file at "path" if there are no bytes. Do not use this with untrusted files: the
+            path may point to any file on this machine.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is not None:
@@ -121,8 +122,8 @@ def open_row(value: Any, *, open_paths: bool = False) -> Image.Image:
         raise UnsuitableImage("holds no image: remove the row")
     if not open_paths:
         raise UnsuitableImage(
-            "holds no image but a path, which is not opened because it may point to any file: use the folder of the "
-            "images as source, or store their bytes"
+            "holds a path instead of an image, which is not opened because it may point to any file: use the folder of "
+            "the images as source, or store their bytes"
         )
     return open_image(Path(value["path"]))
 
@@ -132,13 +133,13 @@ def open_parquet(files: list[Path], column: str | None) -> Source:
 
     Args:
         files: the files, in order.
-        column: name of the column; None: the only one that holds images.
+        column: name of the column. None: the only one that holds images.
 
     Raises:
-        ValueError: a file is damaged, or there is no such column, or there are no rows.
+        ValueError: if a file is damaged, the column does not exist, or there are no rows.
     """
-    # Files up to CACHE_BYTES are read by pyarrow rather than `datasets`: it takes 0.3 to 0.7 s for the 50,000 encoded
-    # images of CIFAR-10, imports included, against 1.2 s, and writes no second copy to the user's cache.
+    # Files up to CACHE_BYTES are read with pyarrow, not with `datasets`. For the 50,000 encoded images of CIFAR-10 it
+    # takes 0.3 to 0.7 s instead of 1.2 s, including imports, and does not write a second copy to the user's cache.
     arrow, parquet = require("pyarrow", "pyarrow"), require("pyarrow.parquet", "pyarrow")
     names, footers, size, groups = set(), [], 0, 0
     columns = []
@@ -167,15 +168,15 @@ def open_parquet(files: list[Path], column: str | None) -> Source:
         raise ValueError(f"{files[0].parent} has files with images in different columns: {sorted(names)}")
     if size <= groups * limits.ROW_GROUP_BYTES:
         return RowGroupSource(files, footers, name)
-    # To open one image would mean to read a large row group. `datasets` writes an Arrow file to its cache, once, which
-    # is mapped into memory.
+    # Opening one image would mean reading a large row group. Instead, `datasets` writes an Arrow file to its cache,
+    # once, and maps it into memory.
     datasets = require("datasets", "datasets")
     rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train", columns=[name])
     return RowSource([(str(files[0].parent), rows.with_format("arrow")[:].column(name))])
 
 
 def has_parquet(folder: Path) -> bool:
-    """Whether a folder holds parquet files, directly or in its subfolder "data"."""
+    """Return whether a folder holds parquet files, directly or in its subfolder "data"."""
     return any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
 
 
@@ -183,13 +184,13 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     """Return a folder's parquet files of one split, sorted.
 
     Raises:
-        ValueError: there are none, or their names (...-of-00003) say that some are missing.
+        ValueError: if there are none, or their names (...-of-00003) show that some are missing.
     """
     files = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
     found = [file for file in files if split_of(file) == split]
     if not found:
         raise ValueError(
-            f"{root} has no split {split!r}: its parquet files are of {sorted(set(map(split_of, files)))}; "
+            f"{root} has no split {split!r}: the splits of its parquet files are {sorted(set(map(split_of, files)))}; "
             f"expected names such as {split}-00000-of-00001.parquet, or pass the path of one file"
         )
     total = re.search(r"-of-(\d+)", found[0].name)
@@ -200,14 +201,14 @@ def parquet_files(root: Path, split: str) -> list[Path]:
 
 
 def parquet_file(path: Path, split: str) -> list[Path]:
-    """Return [path], after a check that the file's name does not give another split."""
+    """Return [path], after checking that the name of the file does not give another split."""
     if split not in ("train", split_of(path)):
         raise ValueError(f"{path} holds the split {split_of(path)!r}, not {split!r}: pass another file")
     return [path]
 
 
 def split_of(file: Path) -> str:
-    """Return the split in a parquet file's name: "train" for train-00000-of-00003.parquet and for train.parquet."""
+    """Return the split that a parquet file's name gives: "train" for train-00000-of-00003.parquet or train.parquet."""
     return re.split(r"-\d+-of-\d+", file.stem)[0]
 
 
@@ -216,8 +217,8 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
 
     Args:
         schema: the schema.
-        wanted: name of the column, which may also hold plain bytes; None: the only column of {bytes, path} values.
-        where: name of the file in error messages.
+        wanted: name of the column, which may also hold plain bytes. None: the only column of {bytes, path} values.
+        where: name of the file, for error messages.
     """
     types = require("pyarrow", "pyarrow").types
     images = [
@@ -230,15 +231,15 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
         return str(wanted)
     problem = f"has {len(images)} columns of images" if wanted is None else f"has no column of images called {wanted!r}"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise ValueError(f"{where} {problem}: set `column` to the name of one; it has {columns}")
+    raise ValueError(f"{where} {problem}: set `column` to one of its columns, {columns}")
 
 
 def _check_unpacked(table: Any, name: str, groups: Sequence[int]) -> None:
     """Raise ArrowInvalid if a column of row groups takes more than `limits.MAX_COLUMN_BYTES` of memory.
 
-    Footers may lie, and a few bytes may stand for any number of copies of a large value. So the column is unpacked
-    once, row by row: 0.3 s for the 50,000 images of CIFAR-10. Four rows at a time take 0.1 s, but twice the memory for
-    values of 600 MB.
+    Footers may lie, and a few bytes may stand for any number of copies of a large value. Therefore the column is
+    unpacked once, row by row. This takes 0.3 s for the 50,000 images of CIFAR-10. Four rows at a time would take 0.1 s,
+    but twice the memory for values of 600 MB.
     """
     from pyarrow import ArrowInvalid
 
@@ -250,7 +251,7 @@ def _check_unpacked(table: Any, name: str, groups: Sequence[int]) -> None:
 
 
 def _column_bytes(footer: Any, name: str) -> int:
-    """Bytes of a column in memory, according to the file's footer."""
+    """Return the number of bytes of a column in memory, according to the footer of the file."""
     groups = map(footer.row_group, range(footer.num_row_groups))
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{name}."))

@@ -1,7 +1,7 @@
 """Images in uncompressed tar files, such as WebDataset's shards, read in place.
 
-Random access keeps the order of training a true permutation of all images, which resumes exactly, as for a folder.
-The index takes 24 bytes of memory per image.
+Because of random access, training uses a true permutation of all images and resumes exactly, as with a folder. The
+index takes 24 bytes of memory per image.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class TarSource:
 
     Args:
         files: uncompressed tar files.
-        column: extension of the images, everything after the first dot of a member's name; None: any image.
-        progress: show a progress bar while the files are listed, if that takes over 2 s.
+        column: extension of the images, which is everything after the first dot of a member's name. None: any image.
+        progress: whether to show a progress bar while the files are listed, if that takes over 2 s.
     """
 
     def __init__(self, files: list[Path], column: str | None, progress: bool) -> None:
@@ -67,14 +67,14 @@ class TarSource:
                 with tarfile.open(fileobj=opened, mode="r:") as archive:
                     member = archive.next()
                     return f"{file}!{member.name if member else offset}"
-        except (tarfile.TarError, OSError, ValueError, RecursionError):  # must not hide the error that is reported
+        except (tarfile.TarError, OSError, ValueError, RecursionError):  # must not hide the error to report
             return f"{file}!{offset}"
 
     def open(self, index: int) -> Image.Image:
         _, offset, size = self._members[:, index].tolist()
         check_size(size)
-        # Opened for every image (some 20 us): a forked worker would share the position in a file kept open, and data
-        # sets have more shards than a process may have open files.
+        # The file is opened for every image (about 20 us). If it were kept open, forked workers would share its
+        # position, and data sets may have more shards than a process may have open files.
         with self._files[bisect_right(self._ends, index)].open("rb", buffering=0) as file:
             file.seek(offset)
             return open_image(io.BytesIO(file.read(size)))
@@ -85,23 +85,25 @@ class TarSource:
 
 
 def tar_files(root: Path, split: str) -> list[Path]:
-    """Return a folder's tar files of one split, sorted; all of them if their names give no split."""
+    """Return a folder's tar files of one split, sorted. Return all of them if their names do not give splits."""
     files = sorted(root.glob("*.tar"))
     splits = {file: re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files}
     if not set(splits.values()) <= SPLITS:
         if split == "train":
             return files
         raise ValueError(
-            f"{root} has no split {split!r}: the names of its tar files, such as {files[0].name}, give no split"
+            f"{root} has no split {split!r}: the names of its tar files, such as {files[0].name}, do not give a split"
         )
     found = [file for file in files if splits[file] == split]
     if not found:
-        raise ValueError(f"{root} has no split {split!r}: its tar files are of {sorted(set(splits.values()))}")
+        raise ValueError(
+            f"{root} has no split {split!r}: the splits of its tar files are {sorted(set(splits.values()))}"
+        )
     return found
 
 
 def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of `file` that are images, without reading them; see `TarSource` for `column`."""
+    """Yield the members of `file` that are images, without reading them. For `column`, see `TarSource`."""
     try:
         with file.open("rb") as opened:
             sample = ""
@@ -126,21 +128,21 @@ def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
 
 
 def tar_members(data: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an uncompressed tar file in order, keeping none of them in memory.
+    """Yield the members of an uncompressed tar file in order, without keeping them in memory.
 
     Raises:
-        tarfile.TarError: `data` is not a tar file, or damaged.
+        tarfile.TarError: if `data` is not a tar file, or is damaged.
     """
     try:
         with tarfile.open(fileobj=data, mode="r:") as archive:
             end = -1
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all members here
-                if member.offset <= end or member.size < 0:  # a hostile size would lead back, in an endless loop
+                if member.offset <= end or member.size < 0:  # a malicious size would lead back, into an endless loop
                     raise tarfile.ReadError(f"the member at byte {member.offset} has a size of {member.size}")
                 end = member.offset
                 yield member
-            data.seek(archive.offset)  # tarfile takes any block that is not a header for the end
+            data.seek(archive.offset)  # tarfile treats any block that is not a header as the end
             if data.read(512).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
     except (ValueError, OverflowError, RecursionError) as error:  # malformed numbers; headers about headers

@@ -1,12 +1,12 @@
-"""Differentiable augmentation of the images that the discriminator sees, the same for real and generated ones.
+"""Differentiable augmentation of the images that the discriminator sees, for real and generated images alike.
 
 Images are float [N, C, H, W] in about [-1, 1], with C = 1 or 3 and H = W >= 8. All augmentations are linear or affine
 in the image, so their second derivatives exist on every device; R1 differentiates through them twice. Half-precision
-images are computed in float32, also under autocast, and returned in their own dtype.
+images are augmented in float32, also under autocast, and returned in their original dtype.
 
-Random numbers come from torch's global generator of the images' device, in float32. Their count depends on the number
-of images alone, not on `p` or `policy`. Where several processes share a minibatch, `rows` tells which images of it
-are given, and the numbers of the whole minibatch are drawn.
+Random numbers are float32, from torch's global generator for the device of the images. How many are drawn depends only
+on the number of images, not on `p` or `policy`. If several processes share a minibatch, `rows` states which of its
+images are given, and random numbers are drawn for the whole minibatch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def make_augment(name: Literal["none", "diffaug", "ada"], *, target: float = 0.6
 
     Args:
         name: "none", "diffaug" or "ada".
-        target: mean sign of D(real) that ADA steers to.
-        kimg: thousands of images in which ADA's p can go from 0 to 1.
+        target: mean sign of D(real) that ADA aims for.
+        kimg: thousands of images over which ADA's p can rise from 0 to 1.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: if the name is unknown.
     """
     if name == "none":
         return NoAugment()

@@ -1,7 +1,7 @@
 """Adaptive discriminator augmentation.
 
 Karras et al. 2020, "Training generative adversarial networks with limited data" (the ADA paper): the pixel blitting,
-geometric and colour transformations of its appendix B, with p steered as in its section 3.1.
+geometric and colour transformations of its appendix B, with p controlled as in its section 3.1.
 
 A geometric transformation is a [N, 3, 3] homogeneous matrix that acts on (x right, y down, 1), in pixels from the
 centre of the image.
@@ -35,7 +35,7 @@ SYM6 = (
     0.0034907120842174702,
     0.015404109327027373,
 )
-# Delay at low frequencies, in taps. It is not the middle, 5.5, because the filter is only nearly symmetric.
+# Delay at low frequencies, in taps. It is not 5.5, the middle, because the filter is only nearly symmetric.
 SYM6_DELAY = sum(k * tap for k, tap in enumerate(SYM6)) / sum(SYM6)
 
 
@@ -109,37 +109,37 @@ class _GridSampleAdjoint(torch.autograd.Function):
 
 
 def bilinear_sample(x: Tensor, grid: Tensor) -> Tensor:
-    """Sample as torch's `grid_sample(x, grid, align_corners=True)`, differentiably any number of times in x.
+    """Sample like torch's `grid_sample(x, grid, align_corners=True)`, with derivatives of any order in x.
 
-    Torch's own has no second derivative. Sampling is linear in the image, so its gradient is its adjoint, and the
-    gradient of the adjoint is sampling again. `grid` gets no gradient.
+    Torch's `grid_sample` has no second derivative. Sampling is linear in the image, so its gradient is its adjoint, and
+    the gradient of the adjoint is sampling again. `grid` gets no gradient.
 
-    On CUDA the adjoint adds with atomics: gradients are not bitwise reproducible, and
-    `torch.use_deterministic_algorithms(True)` makes it raise.
+    On CUDA the adjoint adds with atomics. Gradients are therefore not bitwise reproducible, and
+    `torch.use_deterministic_algorithms(True)` makes it raise an error.
     """
     sampled: Tensor = _GridSample.apply(x, grid)
     return sampled
 
 
 @functools.cache
-@torch.inference_mode(False)  # a matrix first made in inference mode must serve training later
+@torch.inference_mode(False)  # a matrix created in inference mode must also work in training later
 def resampling_matrices(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the sym6 filters as matrices (up, down): a mirrored row to twice its resolution, and back.
+    """Return the sym6 filters as matrices (up, down), which take a mirrored row to twice its resolution and back.
 
-    Mirroring a row about its end pixels, again and again, makes it periodic. `up` [4 size - 3, size] gives one such
-    period of 4 (size - 1) samples and the first sample of the next; sample m lies at pixel (m - SYM6_DELAY) / 2. `down`
-    [size, 2 size + 10] takes samples 0 to 2 size + 9 of any row back to pixels. The wavelet is orthogonal, so samples
-    that were not moved give back the pixels themselves.
+    Mirroring a row about its end pixels, again and again, makes it periodic. `up` [4 size - 3, size] computes one
+    period of 4 (size - 1) samples, and the first sample of the next period. Sample m lies at pixel
+    (m - SYM6_DELAY) / 2. `down` [size, 2 size + 10] maps samples 0 to 2 size + 9 of any row back to pixels. The wavelet
+    is orthogonal, so samples that were not moved give back the original pixels.
 
     The matrices are banded, but dense products are faster than convolutions over single channels: upsampling
-    [32, 3, 32, 32] takes 1.1 ms against 12 ms by conv_transpose2d, [4, 3, 256, 256] 74 ms against 144 ms (two cores of
-    an AMD EPYC, float32, torch 2.13). The work grows with the cube of the size.
+    [32, 3, 32, 32] takes 1.1 ms instead of 12 ms with conv_transpose2d, and [4, 3, 256, 256] takes 74 ms instead of
+    144 ms (two cores of an AMD EPYC, float32, torch 2.13). The work grows with the cube of the size.
     """
     period, taps = 4 * (size - 1), torch.tensor(SYM6, dtype=torch.float64, device="cpu")
     up = torch.zeros(period + 1 + 2 * len(SYM6), size, dtype=torch.float64, device="cpu")
     for i in range(-len(SYM6) // 2, period // 2 + 1):
         pixel = size - 1 - abs(i % (period // 2) - (size - 1))
-        row = 2 * i + len(SYM6)  # so many rows of margin on either side
+        row = 2 * i + len(SYM6)  # len(SYM6) rows of margin on either side
         up[row : row + len(SYM6), pixel] += math.sqrt(2) * taps
     down = torch.zeros(size, 2 * size + len(SYM6) - 2, dtype=torch.float64, device="cpu")
     for i in range(size):
@@ -150,28 +150,29 @@ def resampling_matrices(size: int, device: torch.device, dtype: torch.dtype) -> 
 def _separable(matrix: Tensor, x: Tensor) -> Tensor:
     """Apply matrix [M, S] to x [N, C, S, S] along both axes, giving [N, C, M, M].
 
-    x is multiplied from the right, since matmul folds the batch only then.
+    x is always the left factor, because matmul folds the batch only then.
     """
     return (x.mT @ matrix.mT).mT @ matrix.mT
 
 
 def warp(x: Tensor, matrix: Tensor) -> Tensor:
-    """Resample image i so that its value at q comes from `matrix[i]` q, with endless reflection at the borders.
+    """Resample image i so that its value at q comes from `matrix[i]` q, with repeated reflection at the borders.
 
-    As in the ADA paper's appendix B: upsample by sym6, sample bilinearly, downsample by sym6. Translations by whole
-    pixels are exact. The paper pads by reflection as far as the batch's transformations reach, which makes a GPU wait
-    for the host. Wrapping the coordinates into one period of the reflected image has no limit and a fixed cost.
+    As in the ADA paper's appendix B: upsample with sym6, sample bilinearly, and downsample with sym6. Translations by
+    whole pixels are exact. The paper pads by reflection as far as the transformations of the batch reach, which makes a
+    GPU wait for the host. Wrapping the coordinates into one period of the reflected image works for any distance, at a
+    fixed cost.
 
     Args:
         x: [N, C, H, H], float32 or float64.
-        matrix: [N, 3, 3] of the same dtype, from output to input in the module's coordinates.
+        matrix: [N, 3, 3] of the same dtype, from output to input coordinates (see the top of this module).
     """
     size = x.shape[-1]
     up, down = resampling_matrices(size, x.device, x.dtype)
     period = up.shape[0] - 1
     centre = size - 1 + SYM6_DELAY  # in samples, two to a pixel
-    offset = torch.arange(down.shape[1], device=x.device, dtype=x.dtype) - centre  # of the output's samples
-    # Not a matrix product: if the user allows TF32, it would misplace samples.
+    offset = torch.arange(down.shape[1], device=x.device, dtype=x.dtype) - centre  # of the output samples
+    # Not a matrix product, which would misplace samples if the user allows TF32.
     column = matrix[:, None, None, :2, 0] * offset[None, None, :, None]
     row = matrix[:, None, None, :2, 1] * offset[None, :, None, None]
     sample = column + row + (2 * matrix[:, None, None, :2, 2] + centre)  # [N, H', W', 2], as (x, y)
@@ -182,7 +183,7 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
 def geometric_parameters(
     p: float, size: int, gate: Tensor, uniform: Tensor, normal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return parameters of the ADA paper's appendix B: flip and quarter_turns for `blit`, matrix [N, 3, 3] for `warp`.
+    """Return random parameters (ADA paper, appendix B): flip and quarter_turns for `blit`, matrix [N, 3, 3] for `warp`.
 
     Args:
         p: probability of each transformation.
@@ -192,7 +193,7 @@ def geometric_parameters(
         normal: [4, N], standard normal.
     """
     flips, turns, shifts, zooms, stretches, slides = gate[:6] < p
-    # Rotation before and after stretching: each has the probability with which at least one of them happens with p.
+    # Rotations before and after stretching. The probability of each is chosen so that at least one happens with p.
     turns_before, turns_after = gate[6:] < 1.0 - math.sqrt(1.0 - p)
     flip = flips & (uniform[0] < 0.5)
     quarter_turns = torch.where(turns, (4 * uniform[1]).long(), 0)
@@ -203,9 +204,9 @@ def geometric_parameters(
     stretch = torch.where(stretches, torch.exp2(0.2 * normal[1]), 1.0)
     after = torch.where(turns_after, (2 * uniform[5] - 1) * math.pi, 0.0)
     slide = torch.where(slides, normal[2:] * (size / 8), 0.0)
-    # The paper shifts, zooms, rotates, stretches, rotates and slides the image, in this order. From output to input
-    # that is the product of the inverses, the first leftmost. Each parameter has the distribution of its inverse, so
-    # none needs inverting.
+    # The paper shifts, zooms, rotates, stretches, rotates and slides the image, in this order. From output to input,
+    # that is the product of the inverses, with the first leftmost. Each parameter has the same distribution as its
+    # inverse, so it does not need to be inverted.
     matrix = translate2d(*shift) @ scale2d(zoom, zoom) @ rotate2d(before)
     return flip, quarter_turns, matrix @ scale2d(stretch, 1 / stretch) @ rotate2d(after) @ translate2d(*slide)
 
@@ -214,19 +215,19 @@ def geometric_parameters(
 
 
 def recolor(x: Tensor, brightness: Tensor, contrast: Tensor, luma_sign: Tensor, hue: Tensor, sat: Tensor) -> Tensor:
-    """Apply the five colour transformations of the ADA paper's appendix B, in its order, as one affine map.
+    """Apply the five colour transformations of the ADA paper's appendix B, in the paper's order, as one affine map.
 
-    About the luma axis (1, 1, 1) the product of the paper's 4x4 matrices is short: luma is scaled by
-    contrast x luma_sign, chroma by contrast x sat and rotated, which makes a circulant matrix. Brightness affects the
-    luma alone. Grey images are all luma.
+    Relative to the luma axis (1, 1, 1), the product of the paper's 4x4 matrices is simple: luma is scaled by
+    contrast x luma_sign; chroma is scaled by contrast x sat and rotated. This makes a circulant matrix. Brightness
+    affects only the luma. Grey images are all luma.
 
     Args:
         x: [N, C, H, W].
-        brightness: [N], added.
-        contrast: [N], multiplies.
-        luma_sign: [N], +-1, multiplies the luma.
-        hue: [N], radians by which colours rotate about the luma axis.
-        sat: [N], multiplies the chroma.
+        brightness: [N], added to the image.
+        contrast: [N], factor of the image.
+        luma_sign: [N], factor of the luma, +-1.
+        hue: [N], rotation of colours about the luma axis, in radians.
+        sat: [N], factor of the chroma.
     """
     luma, chroma = contrast * luma_sign, contrast * sat
     if x.shape[1] == 1:
@@ -240,7 +241,7 @@ def recolor(x: Tensor, brightness: Tensor, contrast: Tensor, luma_sign: Tensor, 
 def color_parameters(
     p: float, gate: Tensor, uniform: Tensor, normal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return parameters of the ADA paper's appendix B, each [N], in the order in which `recolor` takes them.
+    """Return random parameters (ADA paper, appendix B), each [N], in the order in which `recolor` takes them.
 
     Args:
         p: probability of each transformation.
@@ -265,12 +266,12 @@ class ADA(nn.Module):
     """Adaptive discriminator augmentation: blit, geometric and colour transformations, each with probability `p`.
 
     Args:
-        p: initial probability, in [0, 1]. The buffer `p`, a float32 scalar of the state dict, stays on the CPU.
-        target: mean sign of D(real) that `adapt` steers to (r_t of the ADA paper's section 3.1).
-        kimg: thousands of images in which p can go from 0 to 1.
+        p: initial probability, in [0, 1]. The buffer `p`, a float32 scalar in the state dict, stays on the CPU.
+        target: mean sign of D(real) that `adapt` aims for (r_t in the ADA paper's section 3.1).
+        kimg: thousands of images over which p can rise from 0 to 1.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     p: Tensor
@@ -287,7 +288,7 @@ class ADA(nn.Module):
         self.register_buffer("p", torch.tensor(p, dtype=torch.float32, device="cpu"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADA:
-        """Leave `p` on the CPU in float32: each call reads it on the host, which would otherwise wait for the GPU."""
+        """Keep `p` on the CPU in float32: every call reads it on the host, which would otherwise wait for the GPU."""
         return self
 
     def extra_repr(self) -> str:
@@ -295,14 +296,14 @@ class ADA(nn.Module):
 
     @torch.no_grad()
     def adapt(self, signs_mean: float, images: int) -> None:
-        """Move p by images / (1000 kimg), up if D(real) is positive too often and down otherwise, within [0, 1].
+        """Move p by images / (1000 kimg), up if D(real) is positive too often, else down. p stays within [0, 1].
 
         Args:
             signs_mean: mean of sign(D(real)) over the last `images` real images, in [-1, 1].
             images: number of real images since the last call.
 
         Raises:
-            ValueError: `signs_mean` is out of range.
+            ValueError: if `signs_mean` is out of range.
         """
         if not -1.0 <= signs_mean <= 1.0:  # true also of NaN
             raise ValueError(f"signs_mean must be in [-1, 1], got {signs_mean}")
@@ -310,14 +311,14 @@ class ADA(nn.Module):
         self.p.add_(direction * images / (1000.0 * self.kimg)).clamp_(0.0, 1.0)
 
     def forward(self, x: Tensor, rows: Rows = ALL_ROWS) -> Tensor:
-        """Return augmented images of the same shape and dtype; x itself while p = 0.
+        """Return augmented images of the same shape and dtype. While p = 0, return x itself.
 
         Args:
             x: [N, C, H, W].
-            rows: the rows of the joint minibatch that x holds.
+            rows: which rows of the joint minibatch x holds.
 
         Raises:
-            TypeError, ValueError: x is not a batch of images as the package describes.
+            TypeError, ValueError: if x is not a batch of images as described in `spigan.training.augment`.
         """
         check_images(x)
         n, size = x.shape[0], x.shape[-1]

@@ -1,4 +1,4 @@
-"""Checks that all augmentations share, and the augmentation that does nothing."""
+"""Checks shared by all augmentations, and an augmentation that does nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spigan.training.processes import ALL_ROWS, Rows
 
 
 def check_images(x: Tensor) -> None:
-    """Raise TypeError or ValueError unless x is a floating-point batch of square images, as the package describes."""
+    """Raise TypeError or ValueError unless x is a batch of images as described in `spigan.training.augment`."""
     if not x.is_floating_point():
         raise TypeError(f"images must be floating point in about [-1, 1], got {x.dtype}; convert them first")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -19,7 +19,7 @@ def check_images(x: Tensor) -> None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which to augment x: float32, or float64 if x is."""
+    """Return the dtype in which to augment x: float64 for float64 images, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -41,17 +41,17 @@ def cutout(x: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
 
 
 class DiffAugment(nn.Module):
-    """Apply every transformation of `policy` to every image, in the following order and with random strengths:
+    """Apply every transformation in `policy` to every image, with random strengths, in this order:
 
-    - "color": brightness +-0.5, saturation 0 to 2 (without effect on grey images), contrast 0.5 to 1.5;
+    - "color": brightness +-0.5, saturation 0 to 2 (no effect on grey images), contrast 0.5 to 1.5;
     - "translation": by up to 1/8 of the size, in whole pixels, filling with zeros;
-    - "cutout": a square of half the size is set to zero; its centre is anywhere, so it may cross the border.
+    - "cutout": a square of half the size is set to zero. Its centre can be anywhere, so it may cross the border.
 
     Args:
-        policy: names of transformations.
+        policy: names of the transformations.
 
     Raises:
-        ValueError: a name is unknown.
+        ValueError: if a name is unknown.
     """
 
     POLICIES = ("color", "translation", "cutout")
@@ -67,10 +67,10 @@ class DiffAugment(nn.Module):
 
         Args:
             x: [N, C, H, W].
-            rows: the rows of the joint minibatch that x holds.
+            rows: which rows of the joint minibatch x holds.
 
         Raises:
-            TypeError, ValueError: x is not a batch of images as the package describes.
+            TypeError, ValueError: if x is not a batch of images as described in `spigan.training.augment`.
         """
         check_images(x)
         n, size = x.shape[0], x.shape[-1]

@@ -14,6 +14,8 @@ from cuda_on_cpu import HALVES, ODD_AND_VECTORS, number, pretend
 from guarded_array import Array
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 
 def check_bias_act_backward(
     kernels: ModuleType,

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from spigan.ops.philox_normal import philox_normal_reference
 
+pytestmark = pytest.mark.slow
+
 
 class Fir(NamedTuple):
     taps: int

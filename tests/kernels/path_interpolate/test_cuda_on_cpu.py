@@ -16,6 +16,8 @@ from torch import Tensor
 from spigan.ops.philox_normal import philox_normal_reference
 from spigan.sde import VPSDE
 
+pytestmark = pytest.mark.slow
+
 
 def check_path_interpolate(
     kernels: ModuleType,

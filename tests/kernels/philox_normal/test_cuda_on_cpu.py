@@ -12,6 +12,8 @@ from guarded_array import Array
 
 from spigan.ops.philox_normal import philox_normal_reference
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @pytest.mark.parametrize(

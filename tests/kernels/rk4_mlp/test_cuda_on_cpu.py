@@ -16,6 +16,8 @@ from torch import Tensor
 
 from spigan.ops.rk4_mlp import rk4_mlp_reference, step_grid
 
+pytestmark = pytest.mark.slow
+
 CLUSTER_1 = {"processors": 2, "largest_cluster": 1}
 CLUSTER_2 = {"processors": 4, "largest_cluster": 2}
 CLUSTER_4 = {"processors": 4, "largest_cluster": 4}
