@@ -99,7 +99,7 @@ def _check_folders(study: Study, out: Path) -> None:
     for name, config in study.arms.items():
         folder = out / name
         found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
-        if not found:
+        if found <= {"data.json"}:  # all that a run has which was killed while it began
             continue
         if CONFIG_FILE not in found or (not checkpoints(folder) and found - _BEFORE_CHECKPOINT):
             raise ValueError(

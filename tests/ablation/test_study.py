@@ -69,18 +69,27 @@ def test_a_killed_study_resumes_exactly(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("left", [{"config.json", "data.json", "reals.png"}, {"data.json"}])
 def test_a_kill_before_the_first_checkpoint(
-    finished: Path, tmp_path: Path, grid: Any, disturb: Any, run: Any, assert_same_end: Any
+    finished: Path,
+    tmp_path: Path,
+    left: set[str],
+    grid: Any,
+    grid_text: str,
+    disturb: Any,
+    run: Any,
+    assert_same_end: Any,
 ) -> None:
-    study, out = read_grid(grid(tmp_path)), tmp_path / "out"
+    study = read_grid(grid(tmp_path, grid_text.partition("[arms.fixed]")[0]))
+    out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
         disturb(monkeypatch, sys.exit, "k2", 1)
         with pytest.raises(SystemExit):
             run(study, out)
     for path in (out / "k2").iterdir():
-        if path.name not in ("config.json", "data.json", "reals.png"):
+        if path.name not in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert len([*(out / "k2").iterdir()]) == 3
+    assert {path.name for path in (out / "k2").iterdir()} == left
     assert run(study, out)[:2] == ([], False)
     assert_same_end(out / "k2", finished / "k2")
 
@@ -155,13 +164,14 @@ def test_a_run_lengthened_by_hand_is_taken_up(tmp_path: Path, grid: Any, run: An
     assert json.loads((out / "table.json").read_text())["rows"][0]["state"] == "ended"
 
 
-def test_other_files_are_left_alone(tmp_path: Path, grid: Any, run: Any) -> None:
+@pytest.mark.parametrize("name", ["thesis.tex", "reals.png"])  # the second as a run would call it
+def test_other_files_are_left_alone(tmp_path: Path, grid: Any, run: Any, name: str) -> None:
     study, out = read_grid(grid(tmp_path)), tmp_path / "out"
     (out / "fixed").mkdir(parents=True)
-    (out / "fixed" / "thesis.tex").write_text("mine")
+    (out / "fixed" / name).write_text("mine")
     with pytest.raises(ValueError, match=r"fixed is neither empty nor a run that can be resumed: choose another --out"):
         run(study, out)
-    assert [path.name for path in out.rglob("*")] == ["fixed", "thesis.tex"]
+    assert [path.name for path in out.rglob("*")] == ["fixed", name]
 
 
 def test_without_matplotlib_nothing_is_trained(

@@ -91,6 +91,14 @@ def test_refused_image_is_named_in_zip_and_parquet(tmp_path: Path) -> None:
             open_source(tmp_path / "null.parquet")
 
 
+def test_fingerprint_of_a_zip_tells_images_of_one_size_apart(tmp_path: Path) -> None:
+    first, other = (
+        open_source(write_zip(tmp_path / f"{seed}.zip", {"a.bmp": encoded(picture(seed), "BMP")}), cache="none")
+        for seed in (0, 1)
+    )
+    assert first.fingerprint != other.fingerprint
+
+
 def test_decompression_bomb_in_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from spigan import SPIGAN, DataConfig
 from spigan.evaluation.cache import cache_folder, load, save
@@ -56,6 +59,36 @@ def test_cache(model: SPIGAN, scripts: Path, cache: Path, monkeypatch: pytest.Mo
     measure(model, scripts, features=str(scripts / "classifier.pt"))
     measure(model, scripts, cache_dir=cache / "own")
     assert counts == [1797] * 4
+
+
+class Means(nn.Module):
+    """Means of the channels, times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.factor * images.float().mean((2, 3))
+
+
+def test_namesakes_have_other_statistics(
+    model: SPIGAN, scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network of the same name with other weights, and a folder of the same name with other images."""
+    counts = computations(monkeypatch)
+    for factor in (1.0, 2.0):
+        torch.jit.script(Means(factor)).save(str(tmp_path / f"{factor}.pt"))
+        measure(model, scripts, features=f"means={tmp_path / f'{factor}.pt'}")
+    assert counts == [1797, 1797]
+    rng = np.random.default_rng(0)
+    for parent in ("a", "b"):
+        folder = tmp_path / parent / "images"
+        folder.mkdir(parents=True)
+        for i in range(60):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+        measure(model, scripts, data=DataConfig(source=str(folder)))
+    assert counts == [1797, 1797, 60, 60]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: data[: len(data) // 2]])

@@ -16,7 +16,7 @@ from torch import Tensor
 from spigan import SPIGAN, DataConfig
 from spigan.data import open_dataset
 from spigan.evaluation import metrics
-from spigan.evaluation.evaluate import evaluate
+from spigan.evaluation.evaluate import describe_features, evaluate
 from spigan.evaluation.evaluator import Evaluator
 from spigan.evaluation.features import load_features
 
@@ -119,6 +119,7 @@ def test_images_are_resized_with_the_filter_of_the_reference(
     found, _ = Evaluator(dataset, net, progress=False).features([images], 4)
     assert torch.equal(found, net(images, resize="box")[0])
     assert not torch.equal(found, net(images, resize="lanczos")[0])
+    assert describe_features(net, dataset)["resizing"] == "8 to 32 by box (Pillow, antialiased)"
 
 
 def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_model_in_the_cache_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "revision", ["../../../../planted", "..", "a/../../b", "a//b", ".x", "/etc/x", "a b", "a\nb", "~", "a^"]
+    "revision", ["../../../../planted", "..", "a/../../b", "a//b", ".x", "a/.x", "/etc/x", "a b", "a\nb", "~", "a^"]
 )
 def test_revisions_that_are_none(revision: str) -> None:
     for given_, keyword in ((f"user/name@{revision}", None), ("user/name", revision)):

@@ -13,6 +13,7 @@ from triton_cases import DTYPES
 from triton_layer_ends import END_NAMES, PARTS, assert_ends, doubled, end_of_layer, end_problem, poisoned_results
 
 from spigan.kernels import fir_bias_act as fir_kernels
+from spigan.ops import fir_bias_act
 from spigan.ops.upfirdn2d import upfirdn2d
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")  # an element that a kernel does not write is NaN
@@ -164,3 +165,11 @@ def test_bias_act_backward(n, pixels, channels, parts, dtype, assert_accurate):
     fir_kernels.bias_act_backward(expected, None, None, None, grad, out, None, factor, **options)
     fir_kernels.bias_act_backward(grad, None, None, None, grad, out, None, factor, **options)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clamped_values_have_no_gradient(dtype):
+    x = torch.tensor([-3.0, -0.5, 0.5, 3.0]).view(1, 1, 2, 2).to(dtype).requires_grad_()
+    y = fir_bias_act(x, clamp=0.9, backend="triton")  # which float16 rounds down: a clamped result is below the bound
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.flatten().tolist() == [0.0, 1.0, 1.0, 0.0]
