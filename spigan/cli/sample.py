@@ -158,4 +158,4 @@ def _forward_rows(source: str, resolution: int | None, numbers: list[int], steps
     dataset = open_dataset(DataConfig(source=source, resolution=resolution, cache="none"))
     if bad := [number for number in numbers if number >= len(dataset)]:
         raise ValueError(f"{source} has images 0 to {len(dataset) - 1}, got --seeds {bad[0]}")
-    return forward_path(dataset.__getitems__(numbers), numbers, steps)
+    return forward_path(dataset.images(numbers), numbers, steps)
