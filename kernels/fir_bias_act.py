@@ -192,30 +192,9 @@ def fir_bias_act(
     tiles_c = triton.cdiv(channels, block_c)
     sums = partial_sums(rgb, tiles_c)
     fir_bias_act_kernel[(n * triton.cdiv(height, block_h) * triton.cdiv(width, block_w), tiles_c)](
-        out,
-        sums,
-        x,
-        filter,
-        factor,
-        noise,
-        seed,
-        strength,
-        bias,
-        add,
-        next_factor,
-        rgb_weight,
-        height,
-        width,
-        x.shape[1],
-        x.shape[2],
-        channels,
-        pad,
-        noise_stride,
-        0 if rgb is None else rgb.numel(),
-        float(fir_gain),
-        float(slope),
-        float(gain),
-        float(clamp),
+        out, sums, x, filter, factor, noise, seed, strength, bias, add, next_factor, rgb_weight,
+        height, width, *x.shape[1:3], channels, pad, noise_stride, 0 if rgb is None else rgb.numel(),
+        float(fir_gain), float(slope), float(gain), float(clamp),
         UP=up,
         DOWN=down,
         TAPS=0 if filter is None else filter.shape[0],
@@ -227,7 +206,7 @@ def fir_bias_act(
         BLOCK_C=block_c,
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
-    )
+    )  # fmt: skip
     add_partial_sums(rgb, sums)
 
 

@@ -328,26 +328,9 @@ def conv2d(
     tiles_o = triton.cdiv(channels_out, blocks.channels)
     sums = partial_sums(rgb, tiles_o)
     conv2d_kernel[(tiles_m * tiles_o,)](
-        out,
-        sums,
-        x,
-        weight,
-        factor,
-        noise,
-        seed,
-        strength,
-        bias,
-        next_factor,
-        rgb_weight,
-        n,
-        *x.shape[1:],
-        channels_out,
-        height,
-        width,
-        0 if noise is None or noise.shape[0] == 1 else pixels,
-        float(slope),
-        float(gain),
-        float(clamp),
+        out, sums, x, weight, factor, noise, seed, strength, bias, next_factor, rgb_weight,
+        n, *x.shape[1:], channels_out, height, width, 0 if noise is None or noise.shape[0] == 1 else pixels,
+        float(slope), float(gain), float(clamp),
         KERNEL=weight.shape[0],
         PADDING=padding,
         ONE_IMAGE=blocks.one_image,
@@ -361,7 +344,7 @@ def conv2d(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         enable_fp_fusion=True,  # for speed; stated because Triton's default differs between versions
-    )
+    )  # fmt: skip
     add_partial_sums(rgb, sums)
 
 

@@ -69,8 +69,54 @@ class Page:
             f"{model} (bundled)" if model in BUNDLED_MODELS else str(model): load_model(model, self.device)
             for model in (*models, *BUNDLED_MODELS)
         }
-        # A sampler serves one thread at a time, and timing needs an otherwise idle device.
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a sampler serves one thread at a time, and timing needs an idle device
+        self._nfe = {}
+        for name, model in self.models.items():
+            with count_evaluations(model) as evaluations:
+                Sampler(model, output="uint8")([0], to="cpu")  # warm up, so that the first picture is not slower
+            self._nfe[name] = evaluations[0]
+        chosen = {entry["chosen"] for entry in backends.describe(self.device).values()}
+        self._backend = ", ".join(sorted(map(str, chosen)))
+
+    def about(self, name: str) -> str:
+        """Return one line of HTML about a model."""
+        model = self.models[name]
+        config = model.config
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        kind = "grey" if config.img_channels == 1 else "RGB"
+        size = f"{config.resolution} x {config.resolution}, {kind}"
+        return f'<div class="spigan-about">{size} · {parameters:,} parameters · {self._backend} on {self.device}</div>'
+
+    def batch(self, name: str, seed: str, count: int) -> tuple[str, str]:
+        """Draw a grid of images with `count` consecutive seeds.
+
+        Args:
+            name: one of `models`.
+            seed: the first seed, as typed.
+            count: number of images, 1 to `MAX_COUNT`.
+
+        Returns:
+            HTML of the picture with a download link, and HTML of a line with the time and device.
+
+        Raises:
+            ValueError: if the seed is invalid or the count is out of range.
+        """
+        first = read_seed(seed)
+        if count not in range(1, MAX_COUNT + 1):
+            shown = "nothing" if count is None else count
+            raise ValueError(f"The number of images must be a whole number from 1 to {MAX_COUNT}, got {shown}.")
+        seeds = range(first, first + int(count))
+        if seeds[-1] >= 2**63:
+            raise ValueError(f"The last seed, {seeds[-1]}, exceeds {2**63 - 1}: choose a smaller first seed.")
+        return self._draw(
+            name,
+            lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[
+                None
+            ],  # a graph does not pay for one call
+            f"seeds-{first}-{seeds[-1]}" if len(seeds) > 1 else f"seed-{first}",
+            f"{len(seeds)} images, seeds {first} to {seeds[-1]}" if len(seeds) > 1 else f"seed {first}",
+            columns=max(1, round(len(seeds) ** 0.5)),
+        )
 
     def time(self, name: str, seed: str, steps: interpolation.Steps = STEPS) -> tuple[str, str]:
         """Draw the images of one z, from h(0) (noise) to h(1) (the image) (Fig. 9).

@@ -191,8 +191,9 @@ def choose(op: str, backend: str | None, device: torch.device, limit: Callable[[
     """
     name, source = requested(backend)
     if name == "auto":
-        order = auto_order.get(device.type, ("reference",))
-        return next(b for b in order if why_unavailable(op, b, device) is None and limit(b) is None)
+        for candidate in auto_order.get(device.type, ("reference",)):  # ends with the reference, which always runs
+            if why_unavailable(op, candidate, device) is None and limit(candidate) is None:
+                return candidate
     if (cause := why_unavailable(op, name, device) or limit(name)) is not None:
         raise BackendUnavailable(f"{op}: backend {name!r} (requested by {source}) cannot run on {device}: {cause}")
     return name

@@ -58,9 +58,7 @@ def _launch(args: Any, images: Tensor, results: list[Tensor | None], size: list[
     bound = math.inf if args.clamp is None else torch.tensor(args.clamp, dtype=dtype).item()
     end = {"slope": slope_of(args.activation), "gain": args.gain, "clamp": bound}
     if args.backend != "triton":
-        launch(
-            args.backend, "bias_act_backward", *results, dtype, images, out, x, factor, **end, size=size, parts=parts
-        )  # fmt: skip
+        launch(args.backend, "bias_act_backward", *results, dtype, images, out, x, factor, *end.values(), size, parts)
         return
     from spigan.kernels.fir_bias_act import bias_act_backward as run
 
@@ -123,7 +121,7 @@ def _transposed(ctx: Any, u: Tensor, filter: Tensor) -> Tensor:
     """Apply the transposed FIR filter: up and down change places, and the filter is rotated by 180 degrees."""
     pad = filter.shape[0] - 1 - ctx.pad
     fir = (ctx.x_size, ctx.down, ctx.up, pad, not ctx.flip, ctx.fir_gain, "linear", 1.0, None, ctx.backend)
-    return torch.ops.spigan.fir_bias_act(u, filter, None, None, None, None, None, None, *fir)
+    return torch.ops.spigan.fir_bias_act.default(u, filter, None, None, None, None, None, None, *fir)
 
 
 def _differentiable_sums(ctx: Any, grad: Tensor, want_c: bool) -> tuple[Any, ...]:

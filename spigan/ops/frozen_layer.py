@@ -174,8 +174,8 @@ def _end_arguments(
     dtype: torch.dtype,
     first: int,
     count: int,
-) -> dict[str, object]:
-    """Return the arguments of the kernel that ends the images first, ..., first + count - 1."""
+) -> list[object]:
+    """Return the last arguments of the kernel that ends the images first, ..., first + count - 1."""
     result = out if out is not None else rgb
     assert result is not None
     images = slice(first, first + count)
@@ -211,9 +211,9 @@ def _winograd(
         launch(
             "cpp",
             "winograd_output",
-            products=[product.data_ptr() for product in products],
-            tile_rows=[row, rows],
-            **_end_arguments(end, out, rgb, weight, x.dtype, first, count),
+            [product.data_ptr() for product in products],
+            [row, rows],
+            *_end_arguments(end, out, rgb, weight, x.dtype, first, count),
         )
 
 
@@ -240,16 +240,9 @@ def _products(
         stop = min(height, (row + rows - 1 - pad + taps - 1) // 2 + 1)
         part = x[first : first + count, begin:stop]
         y = _linear(part.reshape(-1, channels_in), weight.value)
+        y_rows = [begin, max(0, stop - begin)]
         launch(
-            "cpp",
-            "finish_products",
-            y=y,
-            y_size=[height, width, kernel],
-            y_rows=[begin, max(0, stop - begin)],
-            pad=pad,
-            filter_y=filter_y,
-            filter_x=filter_x,
-            rows=[row, rows],
-            **_end_arguments(end, out, rgb, weight, x.dtype, first, count),
-        )
+            "cpp", "finish_products", y, [height, width, kernel], y_rows, pad, filter_y, filter_x, [row, rows],
+            *_end_arguments(end, out, rgb, weight, x.dtype, first, count),
+        )  # fmt: skip
         del y  # before the next one is made

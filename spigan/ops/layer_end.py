@@ -104,26 +104,20 @@ class LayerEnd:
                 parts[name] = tensor[first : first + count]
         return replace(self, **parts)
 
-    def arguments(
-        self, out: Tensor | None, rgb: Tensor | None, size: tuple[int, ...], dtype: torch.dtype
-    ) -> dict[str, Any]:
-        """Return the arguments that the compiled kernels share, for a result of `size` [N, H', W', C]."""
-        pixels = size[1] * size[2]
-        return {
-            "out": out,
-            "dtype": dtype,
-            "size": list(size),
-            "factor": self.factor,
-            "noise": self.noise,
-            "noise_stride": 0 if self.noise is None or self.noise.numel() == pixels else pixels,
-            "strength": self.strength,
-            "bias": self.bias,
-            **self.pointwise,
-            "next_factor": self.next_factor,
-            "rgb": rgb,
-            "rgb_weight": self.rgb_weight,
-            "rgb_channels": 0 if rgb is None else rgb.shape[3],
-        }
+    def noise_stride(self, pixels: int) -> int:
+        """Numbers from the noise of one image of that many pixels to the next one's; 0 if all have the same."""
+        return 0 if self.noise is None or self.noise.numel() == pixels else pixels
+
+    def arguments(self, out: Tensor | None, rgb: Tensor | None, size: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+        """Return the last arguments of the kernels that follow matrix products, for a result of `size` [N, H', W', C].
+
+        The seed, a bias for each image, and `add` are not among them.
+        """
+        return [
+            out, dtype, list(size), self.factor, self.noise, self.noise_stride(size[1] * size[2]), self.strength,
+            self.bias, *self.pointwise.values(), self.next_factor, rgb, self.rgb_weight,
+            0 if rgb is None else rgb.shape[3],
+        ]  # fmt: skip
 
 
 def finish_layer(
@@ -143,29 +137,22 @@ def finish_layer(
     if n == 0 or (x.numel() == 0 and (out is None or out.numel() == 0)):
         return
     channels = x.shape[3]
+    filter, up, down, pad, flip, fir_gain = None, 1, 1, 0, True, 1.0
+    if fir is not None:
+        filter, up, down, pad, flip, fir_gain = fir.filter, fir.up, fir.down, fir.pad, fir.flip, fir.gain
     if backend == "triton":
         from spigan.kernels.fir_bias_act import fir_bias_act as run
 
         noise = None if end.noise is None else end.noise.view(-1, height, width)
-        resampling: dict[str, Any] = {"up": 1, "down": 1, "pad": 0, "flip": True, "fir_gain": 1.0}
-        if fir is not None:
-            resampling = {"up": fir.up, "down": fir.down, "pad": fir.pad, "flip": fir.flip, "fir_gain": fir.gain}
         run(
-            out, rgb, x, None if fir is None else fir.filter, end.factor, noise, end.seed, end.strength, end.bias,
-            end.add, end.next_factor, end.rgb_weight, **resampling, **end.pointwise,
+            out, rgb, x, filter, end.factor, noise, end.seed, end.strength, end.bias, end.add, end.next_factor,
+            end.rgb_weight, up=up, down=down, pad=pad, flip=flip, fir_gain=fir_gain, **end.pointwise,
         )  # fmt: skip
         return
     launch(
-        backend,
-        "fir_bias_act",
-        x=x,
-        x_size=list(x.shape[1:3]),
-        filter=None if fir is None else fir.filter,
-        fir=[1, 1, 1, 0] if fir is None else [fir.filter.shape[0], fir.up, fir.down, fir.pad],
-        flip=fir is None or fir.flip,
-        fir_gain=1.0 if fir is None else fir.gain,
-        seed=end.seed,
-        bias_stride=channels if end.bias is not None and end.bias.ndim == 2 else 0,
-        add=end.add,
-        **end.arguments(out, rgb, (n, height, width, channels), x.dtype),
-    )
+        backend, "fir_bias_act", out, x.dtype, [n, height, width, channels], x, list(x.shape[1:3]),
+        filter, [1 if filter is None else filter.shape[0], up, down, pad], flip, fir_gain,
+        end.factor, end.noise, end.noise_stride(height * width), end.seed, end.strength,
+        end.bias, channels if end.bias is not None and end.bias.ndim == 2 else 0, *end.pointwise.values(),
+        end.next_factor, end.add, rgb, end.rgb_weight, 0 if rgb is None else rgb.shape[3],
+    )  # fmt: skip

@@ -102,8 +102,8 @@ def register_operator(
     """
     name = schema.partition("(")[0]
     library.define(schema)
-    operator = getattr(torch.ops.spigan, name)
-    arguments = namedtuple(name, [argument.name for argument in operator.default._schema.arguments])  # type: ignore[misc]
+    operator = getattr(torch.ops.spigan, name).default
+    arguments = namedtuple(name, [argument.name for argument in operator._schema.arguments])  # type: ignore[misc]
 
     def run_on_cpu(*args: Any) -> Any:
         if not torch.is_autocast_enabled("cpu"):
@@ -161,12 +161,10 @@ def dtype_number(dtype: torch.dtype) -> int:
     return int(backends.extension().DTYPES.index(str(dtype).removeprefix("torch.")))
 
 
-_PLAIN = frozenset((int, float, bool, list, tuple))  # tested first: isinstance of a number and Tensor is slow
+_PLAIN = frozenset((int, float, bool, list, tuple))  # passed as they are, without a call of `_native`
 
 
 def _native(value: Any) -> Any:
-    if type(value) in _PLAIN:
-        return value
     if value is None:
         return 0
     if isinstance(value, Tensor):
@@ -174,23 +172,22 @@ def _native(value: Any) -> Any:
     return dtype_number(value) if isinstance(value, torch.dtype) else value
 
 
-def launch(backend: str, kernel: str, *args: Any, **kwargs: Any) -> None:
+def launch(backend: str, kernel: str, *args: Any, **options: Any) -> None:
     """Call a compiled kernel.
 
-    Tensors are passed as the addresses of their first elements, None as 0, and dtypes as numbers. The last argument of
-    every kernel, the number of threads or the current CUDA stream, is added.
+    Tensors are passed as the addresses of their first elements, None as 0, and dtypes as numbers. The number of threads
+    or the current CUDA stream, which every kernel takes after its other arguments, is added.
 
     Args:
         backend: "cpp", or "cuda" for the current CUDA device.
         kernel: Name of a function of `spigan._C` or `spigan._C.cuda`.
-        args, kwargs: Its arguments. Tensors must be contiguous.
+        args: Its arguments. Tensors must be contiguous. By position, because 25 arguments by name take 6 us longer.
+        options: Its optional arguments, which follow the stream.
     """
-    if backend == "cpp":
-        kwargs["threads"] = torch.get_num_threads()
-    else:
-        kwargs["stream"] = torch.cuda.current_stream().cuda_stream
-    function = getattr(compiled(backend), kernel)
-    function(*[_native(arg) for arg in args], **{name: _native(arg) for name, arg in kwargs.items()})
+    context = torch.get_num_threads() if backend == "cpp" else torch.cuda.current_stream().cuda_stream
+    values = [arg if type(arg) in _PLAIN else _native(arg) for arg in args]
+    named = {name: _native(arg) for name, arg in options.items()}
+    getattr(compiled(backend), kernel)(*values, context, **named)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """The kernels' limits.
 
-The compiled extension states its own. Without it only Triton's kernels are left, which share them: hence the defaults.
+The compiled extension states its own. Without it only Triton's kernels are left, which share them: hence the values for
+that case. A loaded extension that lacks one is of another version: then importing spigan.ops fails.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from typing import Any
 from spigan.ops import backends
 
 
-def _from_extension(name: str, default: Any) -> Any:
+def _from_extension(name: str, without: Any) -> Any:
     try:
-        return getattr(backends.extension(), name, default)
+        extension = backends.extension()
     except backends.BackendUnavailable:
-        return default
+        return without
+    return getattr(extension, name)
 
 
 MAX_TAPS: int = _from_extension("MAX_TAPS", 8)

@@ -130,19 +130,11 @@ def modulated_conv2d(
     end: dict[str, Any] = {"activation": activation, "gain": gain, "clamp": clamp}
     if function is not None:
         with torch.autocast(x.device.type, enabled=False):  # as in a kernel: computed in the dtype of x
+            noise = noise if seed is None else draw_noise(seed, n, size)
             return function(
-                x,
-                weight,
-                style,
-                demodulate=demodulate,
-                up=up,
-                padding=padding,
-                resample_filter=filter,
-                noise=noise if seed is None else draw_noise(seed, n, size),
-                noise_strength=noise_strength,
-                bias=bias,
-                **end,
-            )
+                x, weight, style, demodulate=demodulate, up=up, padding=padding, resample_filter=filter,
+                noise=noise, noise_strength=noise_strength, bias=bias, **end,
+            )  # fmt: skip
     if not needs_grad:
         return _OPERATION.kernel(
             x, weight, style, noise, noise_strength, seed, bias, filter, demodulate, up, padding, *end.values(), name

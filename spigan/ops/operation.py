@@ -40,7 +40,7 @@ class Operation:
 
     Attributes:
         name: Name of the operation.
-        kernel: The operator `torch.ops.spigan.<name>`. Call it with all arguments by position.
+        kernel: The operator `torch.ops.spigan.<name>.default`. Call it with all arguments by position.
     """
 
     def __init__(

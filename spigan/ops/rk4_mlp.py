@@ -208,14 +208,14 @@ def _compiled(args: Any) -> Tensor:
     h0, weight, bias, time_weight = (x.contiguous() for x in (args.h0, args.weight, args.bias, args.time_weight))
     module = compiled(args.backend)
     sizes = (*h0.shape, weight.shape[0])
-    workspace = None
+    memory: dict[str, Tensor] = {}
     if args.backend == "cuda":
         needed = module.rk4_mlp_workspace_bytes(dtype_number(h0.dtype), *sizes)
-        workspace = h0.new_empty(needed, dtype=torch.uint8)
+        memory["workspace"] = h0.new_empty(needed, dtype=torch.uint8)
     launch(
         args.backend, "rk4_mlp", out, h0.dtype, h0, weight, bias, time_weight, *sizes,
         tuple(segments(args.times, args.steps)), args.every_step, module.ACTIVATIONS.index(args.activation),
-        workspace=workspace,
+        **memory,
     )  # fmt: skip
     return out
 

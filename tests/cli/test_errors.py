@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spigan.cli.errors import printable
+from spigan.cli.errors import printable, warn
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,11 @@ def test_commands_and_options_are_suggested(spigan_cli: Any) -> None:
     assert result.exit_code == 2 and "--dtype" in result.stderr
 
 
-def test_control_characters_are_escaped(refused: Any) -> None:
+def test_control_characters_are_escaped(refused: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A name may contain commands to the terminal."""
-    assert "\\x1b]0;title\\x07" in refused("train", "--preset", "\x1b]0;title\x07")
+    assert refused("interpolate", "--out", "\x1b]0;title\x07").startswith("\\x1b]0;title\\x07: expected a .png")
+    warn("\x1b]0;title\x07")
+    assert capsys.readouterr().err == "warning: \\x1b]0;title\\x07\n"
 
 
 def test_lines_and_tabs_stay() -> None:

@@ -216,7 +216,7 @@ def test_broken_images(tmp_path: Path, pictures: Path) -> None:
     for name in ("05.png", "06.png", "31.png"):
         assert result.stderr.count(f"broken: {source}/{name} cannot be read as an image") == 1
     assert "27 images of 8 x 8 in 3 files" in result.stdout and "3 broken" in result.stdout
-    assert "repair the images, or run again with --skip-broken" in result.stderr
+    assert "repair the images, or add --skip-broken" in result.stderr
     kept = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert sorted(kept) == [f"train-0000{number}-of-00005.parquet" for number in (1, 2, 4)]
 

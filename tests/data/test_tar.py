@@ -50,6 +50,18 @@ def test_tar_members(tmp_path: Path) -> None:
         open_source(pair, column="jpg")
 
 
+def test_fingerprint_knows_names_and_sizes_of_members(tmp_path: Path) -> None:
+    """They are all that it reads of images that stay in the file."""
+
+    def fingerprint(folder: str, members: dict[str, bytes]) -> str:
+        return open_source(write_tar(tmp_path / folder / "a.tar", members), cache="none", resolution=8).fingerprint
+
+    first = fingerprint("first", {"a.webp": ENCODED[0], "b.webp": ENCODED[1]})
+    assert fingerprint("moved", {"a.webp": ENCODED[0], "b.webp": ENCODED[1]}) == first
+    assert fingerprint("renamed", {"a.webp": ENCODED[0], "c.webp": ENCODED[1]}) != first
+    assert fingerprint("longer", {"a.webp": ENCODED[0], "b.webp": ENCODED[1] + b"\0"}) != first
+
+
 def test_tar_that_cannot_be_read(tmp_path: Path) -> None:
     members = {f"{i}.webp": data for i, data in enumerate(ENCODED)}
     good = write_tar(tmp_path / "good.tar", members).read_bytes()

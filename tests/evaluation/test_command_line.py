@@ -93,7 +93,10 @@ def test_reference_of_a_bundled_model(monkeypatch: pytest.MonkeyPatch, arguments
         (["--features", "PIXELS", "--resize", "cubic"], "resize: Input should be 'lanczos'"),
         (["--features", "PIXELS", "--dtype", "int8"], "--dtype must be float32, bfloat16 or float16"),
         (["--features", "PIXELS", "--data", "nowhere/at/all"], "does not exist"),
-        (["nowhere", "--features", "PIXELS"], "nowhere is no training run, so its images are not known: pass --data"),
+        (
+            ["nowhere", "--features", "PIXELS"],
+            "nowhere is not a training run, so its training images are unknown: pass --data",
+        ),
         (["nowhere", "--data", "digits", "--features", "PIXELS"], "neither an existing folder nor a hub id"),
         (["--features", "PIXELS", "--out", "."], "--out . is a folder"),
     ],

@@ -109,6 +109,18 @@ def test_train_and_test_images_of_cifar10_are_alike(shared: Callable[[str], Path
         previous = values["FD-ResNet56"]
 
 
+def test_images_are_resized_with_the_filter_of_the_reference(
+    tmp_path: Path, random_resnet: Callable[[Path], Path]
+) -> None:
+    """Samples and reference images reach the network's resolution in the same way."""
+    net = load_features(f"cifar10-resnet56={random_resnet(tmp_path / 'a.safetensors')}")
+    dataset = open_dataset(DataConfig(source="digits", resize="box"), progress=False)
+    images = dataset.__getitems__(range(4))
+    found, _ = Evaluator(dataset, net, progress=False).features([images], 4)
+    assert torch.equal(found, net(images, resize="box")[0])
+    assert not torch.equal(found, net(images, resize="lanczos")[0])
+
+
 def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> None:
     """Neighbours are looked for among equal numbers: those of the first samples."""
     rng = np.random.default_rng(0)

@@ -169,7 +169,7 @@ def test_pickle_beside_and_within(kind: str, marker: Path, unpickled: list[str])
     for source in ("images.npz", "images.npy", "images.pkl", "images.pt"):
         (folder / source).write_bytes(content)
         read = lambda source=source: open_dataset(DataConfig(source=str(folder / source)))  # noqa: E731
-        assert not attempt("pickle", read, "is no source of images")
+        assert not attempt("pickle", read, "is not a source of images")
     holders = {"a.zip": zipped({"a.png": content}), "a.tar": tarred({"a.png": content, "a.pickle": content})}
     for name, data in holders.items():
         (folder / name).write_bytes(data)

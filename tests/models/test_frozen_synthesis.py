@@ -153,6 +153,27 @@ def test_what_it_keeps_is_no_part_of_the_model(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_each_dtype_keeps_its_own_weights(backend: str) -> None:
+    generator, h = make().requires_grad_(False), torch.randn(2, DIM)
+    for dtype in (None, torch.float16, torch.bfloat16, None, torch.float16):
+        fresh = images(copy.deepcopy(generator), h, backend, dtype=dtype)
+        assert torch.equal(images(generator, h, backend, dtype=dtype), fresh)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_styles_beyond_the_range_of_float16(backend: str) -> None:
+    """Demodulation takes their size out again, so float16 must not overflow before it."""
+    generator, h = make(), torch.randn(2, DIM)
+    with torch.no_grad():
+        for name, parameter in generator.named_parameters():
+            if "conv" in name and name.endswith("affine.bias"):
+                parameter.mul_(1e6)
+    expected = images(generator, h, "reference")
+    error = (images(generator, h, backend, dtype=torch.float16) - expected).abs().max()
+    assert error <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_hooks_see_their_layers(backend: str) -> None:
     generator, h = make(), torch.randn(2, DIM)
     seen = []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from spigan import _C
-from spigan.ops import limits
+from spigan.ops import backends, limits
+from spigan.ops import layer_end as layer_end_module
 from spigan.ops.layer_end import Fir, LayerEnd, finish_layer
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
@@ -73,9 +77,13 @@ def test_resampling(flip):
     torch.testing.assert_close(out.permute(0, 3, 1, 2), expected)
 
 
-def test_empty_batch():
-    out = torch.empty(0, 4, 3, 2)
-    finish_layer("cpp", out, torch.empty(0, 4, 3, 2), LayerEnd())
+@pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
+@pytest.mark.parametrize("shape", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 3, 0)])
+def test_nothing_is_launched_for_no_elements(shape, backend, monkeypatch):
+    """A kernel may not be able to start with none."""
+    monkeypatch.setattr(layer_end_module, "launch", lambda *_, **__: pytest.fail("a kernel was launched"))
+    out = torch.empty(shape)
+    finish_layer(backend, out, torch.empty(shape), LayerEnd())
 
 
 LIMITS = {
@@ -94,3 +102,9 @@ LIMITS = {
 def test_limits_are_the_extensions(name):
     of_extension, documented = LIMITS[name]
     assert getattr(limits, name) == getattr(_C, of_extension) == documented
+
+
+def test_an_extension_without_a_limit_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "extension", SimpleNamespace)
+    with pytest.raises(AttributeError, match="MAX_TAPS"):
+        importlib.reload(limits)

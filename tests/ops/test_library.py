@@ -40,10 +40,10 @@ def test_launch_passes_addresses_numbers_and_threads(set_threads, monkeypatch):
     x = torch.zeros(3)
     for threads in (1, 2):
         set_threads(threads)
-        library.launch("cpp", "kernel", x[1:], None, 3, True, 0.5, [4], other=x, dtype=torch.float16, nothing=None)
+        library.launch("cpp", "kernel", x[1:], None, 3, True, 0.5, [4], torch.float16, other=x, nothing=None)
         args, kwargs = calls.pop()
-        assert args == (x.data_ptr() + 4, 0, 3, True, 0.5, [4])
-        assert kwargs == {"other": x.data_ptr(), "dtype": 2, "nothing": 0, "threads": threads}
+        assert args == (x.data_ptr() + 4, 0, 3, True, 0.5, [4], 2, threads)
+        assert kwargs == {"other": x.data_ptr(), "nothing": 0}
 
 
 def test_launch_on_a_gpu_passes_the_current_stream(monkeypatch):
@@ -52,7 +52,7 @@ def test_launch_on_a_gpu_passes_the_current_stream(monkeypatch):
     monkeypatch.setattr(backends, "extension", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     library.launch("cuda", "kernel", 5)
-    assert calls == [((5,), {"stream": 77})]
+    assert calls == [((5, 77), {})]
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path: Path, monke
 def test_a_device_or_pipe_is_not_replaced(tmp_path: Path, fmt: Format) -> None:
     os.mkfifo(tmp_path / "pipe")
     _, parts = batches(1, 3)
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         write(fmt, tmp_path / "pipe", [0, 1, 2], [1.0], parts)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 

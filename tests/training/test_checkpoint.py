@@ -441,7 +441,7 @@ def test_other_images(tiny_config, tmp_path):
     assert files_of(tmp_path / "run") == before  # nothing was changed, not even the length
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "config.json"])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "config.json", "data.json.bak", "my-data.json"])
 def test_a_folder_in_use_is_refused_and_left_alone(tiny_config, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("precious")

@@ -199,7 +199,7 @@ def test_scratch_of_a_kill_is_removed(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"metric_features": "nowhere.pt"}, FileNotFoundError, "there is no file 'nowhere.pt'"),
+        ({"metric_features": "nowhere.pt"}, FileNotFoundError, "the file 'nowhere.pt' does not exist"),
         ({"metric_features": "inception"}, FileNotFoundError, "FID needs the Inception network of 2015-12-05"),
         ({"metric_samples": 5}, ValueError, "samples is 5; at least 6 are needed"),
     ],

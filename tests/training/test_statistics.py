@@ -1,10 +1,11 @@
-"""Divergence: found before it spoils a checkpoint, explained, and kept for a diagnosis."""
+"""The clock, and divergence: found before it spoils a checkpoint, explained, and kept for a diagnosis."""
 
 from __future__ import annotations
 
 import math
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
@@ -12,10 +13,14 @@ from training_helpers import (
     keep_gradients,
     poison,
     train,
+    unchanged,
+    weights,
 )
 
 from spigan.runs import read_stats
+from spigan.training import statistics
 from spigan.training.checkpoint import checkpoints, load_checkpoint
+from spigan.training.statistics import Clock
 from spigan.training.trainer import Trainer
 
 
@@ -76,6 +81,21 @@ def test_exploding_gradients_end_the_run(tiny_config, tmp_path):
     assert again.iteration == 12
 
 
+@pytest.mark.parametrize("share", [0.99, 1.01])
+def test_the_limit_of_gradient_norms_is_the_configured_one(new_trainer, share):
+    first = new_trainer(intervals=1, r1_gamma=0)
+    train(first, 1)
+    (norm,) = first.state.statistics.series()["grad_norm_d"]
+    trainer = new_trainer(intervals=1, r1_gamma=0, grad_norm_limit=share * norm)
+    if share > 1:
+        train(trainer, 1)
+        return
+    before = weights(trainer.discriminator)
+    with pytest.raises(FloatingPointError, match=r"grad_norm_d \(\S+\) is above grad_norm_limit"):
+        train(trainer, 1)
+    assert unchanged(trainer.discriminator, before) == set(before)
+
+
 def test_where_a_step_may_not_be_waited_for_a_tick_finds_it(new_trainer, monkeypatch):
     """As on a GPU: the iteration is that of the step all the same."""
     trainer = new_trainer(snapshot_ticks=1)
@@ -131,3 +151,22 @@ def test_weights_that_are_not_finite_are_never_saved(new_trainer, monkeypatch):
     with pytest.raises(FloatingPointError, match="weights of discriminator"):
         trainer.fit()
     assert len(checkpoints(trainer.run_dir)) == 1
+
+
+# ---- The clock ----
+
+
+def test_the_clock_leaves_out_pauses(monkeypatch):
+    """And counts the seconds of earlier sessions."""
+    now = 100.0
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = Clock(10.0, images=50)
+    now += 2
+    with clock.paused():
+        now += 1000
+    now += 1
+    assert clock.seconds() == 13.0
+    assert clock.tick(80) == 10.0  # 30 images in 3 s
+    now += 4
+    assert clock.tick(100) == 5.0
+    assert clock.seconds() == 17.0

@@ -143,6 +143,19 @@ def test_interleaved_groups_hold_one_time(new_trainer, monkeypatch):
     assert torch.equal(minibatch_std(flat, 4), interleave(torch.stack([minibatch_std(part, 4) for part in x])))
 
 
+# ---- Adaptive augmentation ----
+
+
+def test_ada_moves_by_the_mean_of_all_signs(new_trainer):
+    """Over the times of an iteration and over the iterations since the last move, not by the last sign alone."""
+    trainer = new_trainer(augment="ada", ada_target=0.0, ada_kimg=1.0)
+    trainer.state.augment.p.fill_(0.5)
+    for signs in ([-1.0, -0.5], [-0.5, 0.5], [0.0, -1.0], [0.5, 1.0]):
+        assert trainer.state.augment.p.item() == 0.5
+        trainer.algorithm.update.adapt_augmentation([torch.tensor(sign) for sign in signs], 5)
+    assert trainer.state.augment.p.item() == pytest.approx(0.5 - 4 * 5 / 1000)
+
+
 # ---- Averaged weights ----
 
 
@@ -177,6 +190,14 @@ def test_ema_of_half_life_zero_is_the_model(new_trainer):
     trainer = new_trainer(ema_kimg=0)
     train(trainer, 2)
     assert unchanged(trainer.ema, weights(trainer.model)) == set(weights(trainer.model))
+
+
+def test_buffers_are_copied(new_trainer):
+    trainer = new_trainer(ema_kimg=500)
+    for buffer in trainer.model.buffers():
+        buffer.add_(1)
+    trainer.algorithm.update.average_weights(4)
+    assert all(map(torch.equal, trainer.ema.buffers(), trainer.model.buffers()))
 
 
 def test_ema_update_counts_the_images_of_an_iteration(new_trainer, monkeypatch):
