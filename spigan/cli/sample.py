@@ -58,7 +58,7 @@ def sample(
       spigan sample --seed 7 --t 0 --t 0.5 --t 1
     """
     from spigan.sampling import Sampler, count_evaluations, resolve_seeds
-    from spigan.sampling.writers import Format, format_of, image_writer
+    from spigan.sampling.writers import Format, image_format, image_writer
 
     times = t or [1.0]
     seeds = resolve_seeds(n, seed[0] if seed and len(seed) == 1 else seed or 0)
@@ -66,7 +66,7 @@ def sample(
     sampler = Sampler(model, t=times, output="uint8", **options)
     config = sampler.model.config
     shape = (config.img_channels, config.resolution, config.resolution)
-    writer = image_writer(Format(fmt) if fmt else format_of(out), out, seeds, times, shape)
+    writer = image_writer(Format(fmt) if fmt else image_format(out), out, seeds, times, shape)
     with count_evaluations(sampler.model) as evaluations:
         sampler(seeds[:1])
     began = time.perf_counter()

@@ -34,7 +34,7 @@ class Format(str, Enum):
     parquet = "parquet"
 
 
-def format_of(out: Path) -> Format:
+def image_format(out: Path) -> Format:
     """Return the format for the suffix of a path.
 
     Raises:
