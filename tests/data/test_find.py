@@ -51,7 +51,7 @@ def _names_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_example_of_a_source_works() -> None:
     """The code in the docstring of `Source`, as a reader would copy it."""
     documentation = inspect.getdoc(Source) or ""
-    code = documentation[documentation.index("import numpy") : documentation.index("After that")]
+    code = documentation[documentation.index("import numpy") : documentation.index("`Trainer` and")]
     namespace: dict[str, Any] = {}
     exec(textwrap.dedent("    " + code), namespace)
     dataset = namespace["dataset"]
