@@ -166,7 +166,8 @@ class SynthesisBlock(nn.Module):
             x [N, O, H, W] and img [N, C, H, W].
         """
         if x is None:
-            x = self.const.to(dtype).expand(len(latents[0]), -1, -1, -1)
+            n = latents[0].shape[0]  # len() would make torch.export fix the batch size
+            x = self.const.to(dtype).expand(n, -1, -1, -1)
         for layer, h, source in zip(self.layers, latents[:-1], sources, strict=True):
             x = layer(x, h, mode, source)
         rgb = self.torgb(x, latents[-1]).to(latents[-1].dtype)
