@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     files = sorted(file for file in arguments.photographs.iterdir() if file.suffix in IMAGE_SUFFIXES)
     torch.set_num_threads(1)
-    limits.CACHE_BYTES = 0
+    limits.CACHE_BYTES = limits.ENCODED_CACHE_BYTES = 0
     print(f"| images | source | open, s | a core, images/s | {arguments.workers} workers, images/s |")
     print("| --- " * 5 + "|")
     for kind, quality in FORMATS.items():

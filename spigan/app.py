@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from spigan.images import display_scale, make_grid, to_pil
+from spigan.models import SPIGAN
 from spigan.models.load import BUNDLED_MODELS, load_model, resolve_device
 from spigan.ops import BackendUnavailable, backends
 from spigan.sampling import Sampler, count_evaluations, interpolation
@@ -108,11 +109,14 @@ class Page:
         seeds = range(first, first + int(count))
         if seeds[-1] >= 2**63:
             raise ValueError(f"The last seed, {seeds[-1]}, exceeds {2**63 - 1}: choose a smaller first seed.")
+
+        def draw(model: SPIGAN) -> Tensor:
+            sampler = Sampler(model, output="uint8", cuda_graph=False)  # a graph does not pay for one call
+            return sampler(seeds, to="cpu")[None]
+
         return self._draw(
             name,
-            lambda model: Sampler(model, output="uint8", cuda_graph=False)(seeds, to="cpu")[
-                None
-            ],  # a graph does not pay for one call
+            draw,
             f"seeds-{first}-{seeds[-1]}" if len(seeds) > 1 else f"seed-{first}",
             f"{len(seeds)} images, seeds {first} to {seeds[-1]}" if len(seeds) > 1 else f"seed {first}",
             columns=max(1, round(len(seeds) ** 0.5)),

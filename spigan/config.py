@@ -111,6 +111,11 @@ class ModelConfig(BaseModel):
             return (self.dim_h,)
         return (self.img_channels, self.resolution, self.resolution)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the mapping's ODE solver chooses its steps by the values, so that they differ between calls."""
+        return self.mapping == "ode" and self.ode_solver == "dopri5"
+
 
 class TrainConfig(BaseModel):
     """A training run: Algorithm 1 of the paper with StyleGAN2's loss and regularisation."""

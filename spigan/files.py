@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +32,11 @@ def user_path(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # "~nobody" with no such user: the file does not exist either
         return Path(path)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name can be that of a repository on the Hugging Face Hub: "owner/name"."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def read_text(path: Path) -> str:

@@ -58,7 +58,7 @@ def sample(
       spigan sample --seed 7 --t 0 --t 0.5 --t 1
     """
     from spigan.sampling import Sampler, count_evaluations, resolve_seeds
-    from spigan.sampling.writers import Format, format_of, image_writer
+    from spigan.sampling.writers import Format, image_format, image_writer
 
     times = t or [1.0]
     seeds = resolve_seeds(n, seed[0] if seed and len(seed) == 1 else seed or 0)
@@ -66,7 +66,7 @@ def sample(
     sampler = Sampler(model, t=times, output="uint8", **options)
     config = sampler.model.config
     shape = (config.img_channels, config.resolution, config.resolution)
-    writer = image_writer(Format(fmt) if fmt else format_of(out), out, seeds, times, shape)
+    writer = image_writer(Format(fmt) if fmt else image_format(out), out, seeds, times, shape)
     with count_evaluations(sampler.model) as evaluations:
         sampler(seeds[:1])
     began = time.perf_counter()
@@ -158,4 +158,4 @@ def _forward_rows(source: str, resolution: int | None, numbers: list[int], steps
     dataset = open_dataset(DataConfig(source=source, resolution=resolution, cache="none"))
     if bad := [number for number in numbers if number >= len(dataset)]:
         raise ValueError(f"{source} has images 0 to {len(dataset) - 1}, got --seeds {bad[0]}")
-    return forward_path(dataset.__getitems__(numbers), numbers, steps)
+    return forward_path(dataset.images(numbers), numbers, steps)

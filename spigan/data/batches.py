@@ -24,6 +24,9 @@ class InfiniteShuffle(torch.utils.data.Sampler[list[int]]):
         seed: seed of the order, not negative.
         start: number of images already used, not negative.
         part: which indices of each batch to yield. Default: all.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(self, count: int, batch_size: int, *, seed: int, start: int = 0, part: slice = slice(None)) -> None:
@@ -78,6 +81,9 @@ def loader(
         part: which images of each batch to load. Default: all.
         num_workers: number of worker processes that decode images. It does not change the images. Default: 0 for a
             cached data set, otherwise `dataset.workers`.
+
+    Raises:
+        ValueError: if a number is out of range, or an image that is not cached has become unreadable.
     """
     if num_workers is None:
         num_workers = 0 if dataset.cached else dataset.workers

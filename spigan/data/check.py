@@ -14,7 +14,7 @@ from spigan.data.config import DataConfig, source_name
 from spigan.data.decode import ImageReader
 from spigan.data.sources.base import Source
 from spigan.data.sources.find import find_source
-from spigan.data.workers import available_cores, chunks, map_chunks
+from spigan.data.workers import Failed, available_cores, chunks, map_chunks
 
 _Size = tuple[int, int]
 
@@ -85,9 +85,9 @@ class _Tally:
         self.sound = np.zeros(count, dtype=bool)
         self.busy = 0.0  # seconds of CPU time
 
-    def add(self, index: int, found: _Found | str) -> None:
-        if isinstance(found, str):
-            self.broken.append({"index": index, "error": found})
+    def add(self, index: int, found: _Found | Failed) -> None:
+        if isinstance(found, Failed):
+            self.broken.append({"index": index, "error": found.message})
             return
         self.digests[index], self.sound[index] = found.digest, True
         self.sizes[found.size] += 1

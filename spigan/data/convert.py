@@ -19,17 +19,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from spigan.data import limits
 from spigan.data.config import DataConfig, source_name
 from spigan.data.decode import ImageReader
 from spigan.data.sources.base import Source
 from spigan.data.sources.find import find_source
 from spigan.data.sources.parquet import split_of
-from spigan.data.workers import available_cores, chunks, map_chunks
+from spigan.data.workers import Failed, available_cores, chunks, map_chunks
 from spigan.files import atomic_path, remove_stale, write_text
 from spigan.images import to_pil
 
 ImageFormat = Literal["png", "webp", "jpeg"]
+
+# Size of a row group; the image that reaches it ends the group. Reading one image at random reads its whole group.
+GROUP_BYTES = 1 << 19
 
 _KEY = b"spigan.convert"  # key of a file's metadata that holds its record, including the plan it was made from
 
@@ -77,8 +79,10 @@ def convert(
     total = -(-len(source) // shard_size)
     names = [f"{config.split}-{number:05}-of-{total:05}.parquet" for number in range(total)]
     done = _finished(out, names, plan)
-    began, kept = time.perf_counter(), sum(record["images"] + len(record["broken"]) for record in done.values())
-    encoder, workers = _Encoder(source, config, plan), available_cores() if workers is None else workers
+    kept = sum(record["images"] + len(record["broken"]) for record in done.values())
+    encoder = _Encoder(source, config, plan)
+    workers = available_cores() if workers is None else workers
+    began = time.perf_counter()
     with tqdm(total=len(source), initial=kept, unit="img", desc=source_name(config), disable=not progress) as bar:
         failed = _write_missing(out, names, done, encoder, plan, workers, skip_broken, bar)
     index = _index(names, done, failed, plan)
@@ -230,7 +234,7 @@ class _Discarded(Exception):
 
 
 def _write(
-    path: Path, batches: Iterable[tuple[range, list[bytes | str]]], plan: dict[str, Any], skip_broken: bool
+    path: Path, batches: Iterable[tuple[range, list[bytes | Failed]]], plan: dict[str, Any], skip_broken: bool
 ) -> dict[str, Any]:
     """Write a file, unless it has broken images and `skip_broken` is not set. Return its record.
 
@@ -238,7 +242,7 @@ def _write(
 
     Args:
         path: the file to write.
-        batches: indices, and for each index the encoded image or an error message.
+        batches: indices, and for each index the encoded image or a `Failed`.
         plan: see `_plan`.
         skip_broken: whether to keep the file in spite of broken images.
     """
@@ -261,14 +265,14 @@ def _write(
 
             for indices, results in batches:
                 for index, result in zip(indices, results, strict=True):
-                    if isinstance(result, str):
-                        record["broken"].append({"index": index, "error": result})
+                    if isinstance(result, Failed):
+                        record["broken"].append({"index": index, "error": result.message})
                         continue
                     group.append({"bytes": result, "path": None})
                     record["images"] += 1
                     record["bytes"] += len(result)
                     size += len(result)
-                    if size >= limits.GROUP_BYTES:
+                    if size >= GROUP_BYTES:
                         write_group()
                         size = 0
             if group:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spigan.data import limits
 from spigan.data.config import DataConfig, source_name
-from spigan.data.decode import ImageReader, channels_of
+from spigan.data.decode import ImageReader
 from spigan.data.sources.base import Source, require
 from spigan.data.sources.find import find_source
 from spigan.data.workers import available_cores
@@ -48,26 +48,25 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
     """
 
     def __init__(self, source: Source, config: DataConfig, *, progress: bool = True) -> None:
-        self._images: Tensor | None = None  # [N, C, H, W] if cached
         self._count = len(source)
         self.name = source_name(config)
         self.workers = min(8, available_cores()) if config.workers is None else config.workers
-        self._reader = reader = ImageReader(source, config)
-        with reader.opened(0) as first:  # the first image decides what the configuration leaves open
-            self.resolution = reader.resolution = config.resolution or min(first.size)
-            self.channels = reader.channels = config.channels or channels_of(first)
+        reader = ImageReader(source, config)
+        with reader.opened(0) as first:
+            self.resolution, self.channels = reader.require_like(first)
             # Threads compete for the GIL on tiny images: 50,000 CIFAR-10 PNGs took 3.9 s in a plain loop and 7 s in a
             # pool of two, 560 JPEGs of 256 x 256 0.30 s and 0.16 s (2 cores, Pillow 13.0). They break even at 64 x 64.
             threads = min(8, available_cores()) if first.width * first.height >= 64 * 64 else 1
         shape = (self._count, self.channels, self.resolution, self.resolution)
+        self._data: Tensor | ImageReader  # the decoded images [N, C, H, W], or what decodes them on demand
         if config.cache == "memory" or (config.cache == "auto" and math.prod(shape) <= limits.CACHE_BYTES):
-            self._images = torch.empty(shape, dtype=torch.uint8)
-            pixels = self._images.numpy()
+            self._data = torch.empty(shape, dtype=torch.uint8)
+            pixels = self._data.numpy()
             width, height = self._for_all(
                 lambda index: reader.read(index, pixels[index]), threads, "decoding", progress
             )
-            del self._reader  # and with it the encoded images, which are no longer needed
         else:  # a bad image must stop a run at its start, not after hours
+            self._data = reader
             width, height = self._for_all(reader.stored_size, threads, "checking", progress)
         self.description: dict[str, Any] = {
             "source": config.source,
@@ -84,7 +83,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
     @property
     def cached(self) -> bool:
         """Whether all decoded images are kept in memory. If not, `dataset[i]` decodes the image."""
-        return self._images is not None
+        return isinstance(self._data, Tensor)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -94,13 +93,13 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         source's `identity`. For files, the identity consists of sizes, and of names relative to the source, so that a
         folder keeps its fingerprint when it is moved.
         """
-        if self._images is not None:
-            sha = hashlib.sha256(repr(tuple(self._images.shape)).encode())
-            sha.update(self._images.numpy().reshape(-1).data)
+        if isinstance(self._data, Tensor):
+            sha = hashlib.sha256(repr(tuple(self._data.shape)).encode())
+            sha.update(self._data.numpy().reshape(-1).data)
         else:
             facts = {key: value for key, value in self.description.items() if key != "source"}
             sha = hashlib.sha256(json.dumps(facts).encode())
-            for part in self._reader.source.identity():
+            for part in self._data.source.identity():
                 sha.update(part)
         return sha.hexdigest()
 
@@ -108,21 +107,32 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         return self._count
 
     def __getitem__(self, index: int) -> Tensor:
-        """Return a copy of image `index` (negative indices count from the end), uint8 [C, H, W]."""
-        return self.__getitems__([range(self._count)[index]])[0]
+        """Return a copy of image `index` (negative indices count from the end), uint8 [C, H, W].
+
+        Raises:
+            IndexError: if there is no such image.
+            ValueError: if the image is not cached and has become unreadable. The message names it.
+        """
+        return self.images([range(self._count)[index]])[0]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(self._count))
 
-    def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """Return the images with these indices, each in 0..N-1, as uint8 [B, C, H, W]. DataLoader calls this."""
-        if self._images is not None:
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Return the images with these indices, each in 0..N-1, as uint8 [B, C, H, W].
+
+        Raises:
+            ValueError: if an image is not cached and has become unreadable. The message names it.
+        """
+        if isinstance(self._data, Tensor):
             # Not images[indices], which takes 2.7 ms instead of 0.2 ms for 512 CIFAR-10 images (2 cores, PyTorch 2.13).
-            return self._images.index_select(0, torch.tensor(indices, dtype=torch.int64))
+            return self._data.index_select(0, torch.tensor(indices, dtype=torch.int64))
         batch = np.empty((len(indices), self.channels, self.resolution, self.resolution), dtype=np.uint8)
         for pixels, index in zip(batch, indices, strict=True):
-            self._reader.read(index, pixels)
+            self._data.read(index, pixels)
         return torch.from_numpy(batch)
+
+    __getitems__ = images  # the name under which DataLoader asks for a batch
 
     def _for_all(
         self, function: Callable[[int], tuple[int, int]], threads: int, what: str, progress: bool
@@ -140,8 +150,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             tqdm(total=self._count, desc=f"{what} {self.name}", unit="img", delay=2, disable=not progress) as bar,
         ):
             for part in pool.map(some, starts) if threads > 1 else map(some, starts):
-                for limits_of, values in zip((width, height), zip(*part, strict=True), strict=True):
-                    limits_of[:] = min(limits_of[0], *values), max(limits_of[1], *values)
+                for extent, values in zip((width, height), zip(*part, strict=True), strict=True):
+                    extent[:] = min(extent[0], *values), max(extent[1], *values)
                 bar.update(len(part))
         return width, height
 

@@ -29,14 +29,24 @@ class ImageReader:
     Attributes:
         source: where the images are stored.
         config: how to turn them into squares.
-        resolution: side of the squares in pixels. None: as stored. Set it to require the same size of all images.
-        channels: 1 or 3. None: as stored. Set it to require the same number of all images.
+        resolution: side of the squares in pixels. None: as stored.
+        channels: 1 or 3. None: as stored.
     """
 
     def __init__(self, source: Source, config: DataConfig) -> None:
         self.source, self.config = source, config
         self.resolution: int | None = config.resolution
         self.channels: int | None = config.channels
+
+    def require_like(self, first: Image.Image) -> tuple[int, int]:
+        """Require the size and channels of an image of all others, unless the configuration sets them.
+
+        Returns:
+            The resolution and channels of the squares from now on.
+        """
+        self.resolution = resolution = self.config.resolution or min(first.size)
+        self.channels = channels = self.config.channels or channels_of(first)
+        return resolution, channels
 
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
@@ -58,7 +68,11 @@ class ImageReader:
             ) from error
 
     def read(self, index: int, out: np.ndarray) -> tuple[int, int]:
-        """Decode image `index` into `out`, uint8 [C, H, W]. Return its stored width and height."""
+        """Decode image `index` into `out`, uint8 [C, H, W]. Return its stored width and height.
+
+        Raises:
+            ValueError: see `opened`.
+        """
         with self.opened(index) as image:
             size = image.size
             pixels = np.asarray(self.square(image))
@@ -66,7 +80,11 @@ class ImageReader:
         return size
 
     def stored_size(self, index: int) -> tuple[int, int]:
-        """Return the stored width and height of image `index`, without decoding it."""
+        """Return the stored width and height of image `index`, without decoding it.
+
+        Raises:
+            ValueError: see `opened`.
+        """
         with self.opened(index) as image:
             return image.size
 

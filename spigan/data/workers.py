@@ -8,11 +8,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from spigan.data import limits
+CHUNK = 32  # images per message from a worker process
 
 
 def available_cores() -> int:
@@ -80,15 +80,20 @@ def _start_worker(worker: int) -> None:
 
 
 def chunks(start: int, stop: int) -> list[range]:
-    """Split the indices from `start` to `stop` into ranges of `limits.CHUNK`, one for each message from a worker."""
-    return [range(first, min(first + limits.CHUNK, stop)) for first in range(start, stop, limits.CHUNK)]
+    """Split the indices from `start` to `stop` into ranges of `CHUNK`, one for each message from a worker."""
+    return [range(first, min(first + CHUNK, stop)) for first in range(start, stop, CHUNK)]
+
+
+class Failed(NamedTuple):
+    """The result of a call that raised ValueError, with the message of the error."""
+
+    message: str
 
 
 def map_chunks(function: Callable[[int], Any], parts: Sequence[range], num_workers: int) -> Iterator[list[Any]]:
     """Yield a list of the results function(index) for each part, in order, computed in worker processes.
 
-    If `function` raises ValueError, the result is the error message, a str. `function` itself must not return a str,
-    so that results and errors can be told apart.
+    If `function` raises ValueError, the result is a `Failed`.
 
     Args:
         function: function to call in the workers. It must be picklable.
@@ -109,4 +114,4 @@ class _Results(torch.utils.data.Dataset[Any]):
         try:
             return self.function(index)
         except ValueError as error:
-            return str(error)
+            return Failed(str(error))

@@ -179,7 +179,7 @@ class Evaluator:
     def _reference_batches(self) -> Iterator[Tensor]:
         indices = range(len(self.dataset))
         if self.dataset.cached:
-            yield from (self.dataset.__getitems__(indices[i : i + _BATCH]) for i in indices[::_BATCH])
+            yield from (self.dataset.images(indices[i : i + _BATCH]) for i in indices[::_BATCH])
         else:
             yield from load_batches(self.dataset, num_workers=min(4, torch.get_num_threads()), batch_size=_BATCH)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, compute_dtype
+from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, network_dtype
 from spigan.ops import fir_bias_act
 from spigan.ops.fir_bias_act import downsample2d
 from spigan.ops.upfirdn2d import fir_filter
@@ -147,11 +147,14 @@ class Discriminator(nn.Module):
 
         Returns:
             [N] logits, in the dtype of the parameters.
+
+        Raises:
+            ValueError: if img or t has the wrong shape.
         """
         expected = (self.img_channels, self.resolution, self.resolution)
         if img.ndim != 4 or tuple(img.shape[1:]) != expected:
             raise ValueError(f"img must have shape [N, {', '.join(map(str, expected))}], got {list(img.shape)}")
-        dtype = compute_dtype(img)
+        dtype = network_dtype(img)
         with torch.autocast(img.device.type, enabled=False):
             time = None
             if self.time is not None:

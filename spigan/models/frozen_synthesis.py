@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spigan.models.layers import LRELU_GAIN
 from spigan.models.synthesis import SynthesisBlock, SynthesisLayer
+from spigan.models.uncopied import Uncopied
 from spigan.ops import backends, fir_bias_act
 from spigan.ops.demodulation import demodulation_of_sums, normalized_style, normalized_weight, squared_sums
 from spigan.ops.fir_bias_act import upsample2d
@@ -60,16 +61,6 @@ def frozen_state(module: nn.Module) -> tuple[Any, ...] | None:
 def has_forward_hooks(modules: Iterable[nn.Module]) -> bool:
     """Return whether any of `modules` has a forward hook, which runs only if that module is called."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-class Uncopied:
-    """Base class of caches that belong to one object. A copied or unpickled object starts with an empty cache."""
-
-    def __deepcopy__(self, memo: Any) -> Uncopied:
-        return type(self)()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spigan.models.frozen_synthesis import PreparedSynthesis, frozen_state, inference_backend, synthesize
-from spigan.models.layers import channels_at, check_resolution, compute_dtype
+from spigan.models.layers import channels_at, check_resolution, network_dtype
 from spigan.models.synthesis import SynthesisBlock
 from spigan.ops.noise import draw_noise
 
@@ -99,17 +99,17 @@ class Generator(nn.Module):
             raise ValueError(
                 f"h must have shape [N, {self.dim_h}] or [N, {self.num_ws}, {self.dim_h}], got {list(h.shape)}"
             )
-        dtype = compute_dtype(h)
+        dtype = network_dtype(h)
         with torch.autocast(h.device.type, enabled=False):
             if mode == "random":
                 sources = [*self._seeds(h.device)]
+            if (backend := inference_backend(self, h, dtype, self.img_channels)) is not None:
+                kept = self._refresh()
+                prepared = self._prepared if kept else PreparedSynthesis()
+                return synthesize(self.blocks, h, mode, sources, dtype, backend, prepared, kept)
             # Not while compiling: the compiler would guard on the state, and recompile when a parameter changes.
             if not torch.compiler.is_compiling() and self._prepared.state:
-                self._current()  # frees outdated tensors
-            if (backend := inference_backend(self, h, dtype, self.img_channels)) is not None:
-                current = self._current()
-                prepared, kept = (PreparedSynthesis(), False) if current is None else (current, True)
-                return synthesize(self.blocks, h, mode, sources, dtype, backend, prepared, kept)
+                self._refresh()
             return self._run_blocks(h, mode, sources, dtype)
 
     def _noise_sources(self, noise: str | list[Tensor] | None, h: Tensor) -> tuple[str, list[Tensor | None]]:
@@ -132,11 +132,12 @@ class Generator(nn.Module):
         latents = [h] * self.num_ws if h.ndim == 2 else list(h.unbind(1))
         x: Tensor | None = None
         img: Tensor | None = None
-        index, source = 0, iter(sources)
+        start = 0
         for block in self.blocks:
-            count = 1 if block.is_first else 2
-            x, img = block(x, img, iter(latents[index : index + count]), latents[index + count], mode, source, dtype)
-            index += count
+            stop = start + len(block.layers)
+            # ToRGB shares the latent vector of the next block's first layer. The last ToRGB has its own.
+            x, img = block(x, img, latents[start : stop + 1], mode, sources[start:stop], dtype)
+            start = stop
         assert img is not None
         return img
 
@@ -152,9 +153,9 @@ class Generator(nn.Module):
         """Drop `prepared`. Call this after changing frozen parameters in a way that cannot be detected (`.data`)."""
         self._prepared = PreparedSynthesis()
 
-    def _current(self) -> PreparedSynthesis | None:
-        """Return `prepared`, emptied if a tensor has changed; None while tensors may change undetected."""
+    def _refresh(self) -> bool:
+        """Free `prepared` if it is outdated. Return whether every later change of a tensor can be detected."""
         state = None if self.training else frozen_state(self)
         if state is None or state != self._prepared.state:
             self._prepared = PreparedSynthesis(state or ())
-        return None if state is None else self._prepared
+        return state is not None

@@ -7,14 +7,16 @@ in every layer (Karras et al. 2018, section 4.1).
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spigan.config import Resolution
 from spigan.ops import fir_bias_act
+from spigan.ops.layer_end import LRELU_SLOPE
 
-LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)  # preserves the variance of a standard normal input
 
 
@@ -23,7 +25,7 @@ def lrelu(x: Tensor) -> Tensor:
     return F.leaky_relu(x, LRELU_SLOPE) * LRELU_GAIN
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def network_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a network computes: autocast's dtype if autocast is on, else the dtype of its input.
 
     The networks turn autocast off and cast explicitly, because autocast would also round styles, demodulation and the
@@ -40,7 +42,7 @@ def normalize_2nd_moment(x: Tensor) -> Tensor:
 
 def check_resolution(resolution: int) -> int:
     """Return `resolution`; raise ValueError unless it is a power of two from 8 to 1024."""
-    if resolution not in (8, 16, 32, 64, 128, 256, 512, 1024):
+    if resolution not in get_args(Resolution):
         raise ValueError(f"resolution must be a power of two from 8 to 1024, got {resolution}")
     return resolution
 

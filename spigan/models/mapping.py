@@ -6,7 +6,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,17 @@ Times = float | Sequence[float]
 _MAX_STEPS = 10_000  # for dopri5, which would never end with weights that have exploded
 
 
-def check_times(times: list[float]) -> None:
-    """Raise ValueError unless `times` is a non-empty list of times in [0, 1]."""
+def check_unit_times(times: list[float]) -> None:
+    """Check times at which the mapping returns h. Unlike those of `spigan.ops`, they may be 0, which gives h(0).
+
+    Raises:
+        ValueError: if there are none, or one is outside [0, 1].
+    """
     if not times or not all(0.0 <= time <= 1.0 for time in times):
         raise ValueError(f"t must be a time in [0, 1] or a non-empty list of such times, got {times}")
 
 
-def euler_step(field, h: Tensor, t: float, dt: float) -> Tensor:  # type: ignore[no-untyped-def]
+def euler_step(field: Callable[[Tensor, float], Tensor], h: Tensor, t: float, dt: float) -> Tensor:
     """Take one step of the explicit Euler method."""
     return h + dt * field(h, t)
 
@@ -114,6 +118,10 @@ class ODEMapping(nn.Module):
 
         Returns:
             [N, D] for a single time, or [K, N, D] for K times.
+
+        Raises:
+            ImportError: if the solver is dopri5 and torchdiffeq is not installed.
+            ValueError: if a time is outside [0, 1], or dopri5 does not reach it.
         """
         with torch.autocast(z.device.type, enabled=False):
             h0 = self.embed(z.to(self.weight.dtype))
@@ -122,7 +130,7 @@ class ODEMapping(nn.Module):
             return self._solve(h0, [float(time) for time in t])
 
     def _solve(self, h0: Tensor, times: list[float]) -> Tensor:
-        check_times(times)
+        check_unit_times(times)
         grid = sorted({time for time in times if time > 0.0})
         states = {0.0: h0}
         if grid:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spigan.config import ModelConfig, describe_problems
-from spigan.files import read_json, remove_stale, scratch_folder, shorten
+from spigan.files import is_hub_id, read_json, remove_stale, scratch_folder, shorten
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -128,7 +128,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, library_name="spigan"):
 def _download(model: str, revision: str | None, **options: Any) -> Path:
     """Download the two files of a model on the hub, and return the folder that holds them."""
     name, _, given = model.partition("@")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"model {name!r} is neither an existing folder nor a hub id such as user/name")
     if given and revision is not None and given != revision:
         raise ValueError(f"{model} names the revision {given!r}, but revision={revision!r} was given: leave out one")

@@ -66,6 +66,9 @@ class SPIGAN(PretrainedModel):
 
         Returns:
             [N, C, H, W] for one time, or [K, N, C, H, W] for a list of times, in about [-1, 1].
+
+        Raises:
+            ValueError: if z has the wrong shape, a time is out of range, or the noise mode is unknown.
         """
         if z.ndim != len(self.config.z_shape) + 1 or tuple(z.shape[1:]) != self.config.z_shape:
             raise ValueError(f"z must have shape [N, {', '.join(map(str, self.config.z_shape))}], got {list(z.shape)}")

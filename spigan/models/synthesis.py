@@ -7,7 +7,7 @@ gradients are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +147,9 @@ class SynthesisBlock(nn.Module):
         self,
         x: Tensor | None,
         img: Tensor | None,
-        h: Iterator[Tensor],
-        h_rgb: Tensor,
+        latents: Sequence[Tensor],
         mode: str,
-        sources: Iterator[Tensor | None],
+        sources: Sequence[Tensor | None],
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Run the block.
@@ -158,18 +157,18 @@ class SynthesisBlock(nn.Module):
         Args:
             x: [N, I, H/2, W/2] features; None in the first block.
             img: [N, C, H/2, W/2] image so far; None in the first block.
-            h: yields the [N, D] latent vector of each layer.
-            h_rgb: [N, D] latent vector of ToRGB.
+            latents: [N, D] latent vectors of the layers, and then of ToRGB.
             mode: noise mode of the layers; see `SynthesisLayer.noise_inputs`.
-            sources: yields the noise source of each layer.
+            sources: noise sources of the layers.
             dtype: dtype in which the first block starts.
 
         Returns:
             x [N, O, H, W] and img [N, C, H, W].
         """
         if x is None:
-            x = self.const.to(dtype).expand(h_rgb.shape[0], -1, -1, -1)
-        for layer in self.layers:
-            x = layer(x, next(h), mode, next(sources))
-        rgb = self.torgb(x, h_rgb).to(h_rgb.dtype)
+            n = latents[0].shape[0]  # len() would make torch.export fix the batch size
+            x = self.const.to(dtype).expand(n, -1, -1, -1)
+        for layer, h, source in zip(self.layers, latents[:-1], sources, strict=True):
+            x = layer(x, h, mode, source)
+        rgb = self.torgb(x, latents[-1]).to(latents[-1].dtype)
         return x, rgb if img is None else upsample2d(img, self.resample_filter, add=rgb)

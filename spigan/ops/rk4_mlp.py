@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan.ops.checks import check_index, check_tensor, check_times
+from spigan.ops.layer_end import LRELU_SLOPE
 from spigan.ops.library import compiled, dtype_number, launch, register_operator
 from spigan.ops.limits import MAX_ODE_DIM, MAX_ODE_LAYERS, MAX_ODE_TIMES, ODE_DIM_MULTIPLE
 from spigan.ops.operation import Operation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
-    "lrelu": lambda x: F.leaky_relu(x, 0.2),
+    "lrelu": lambda x: F.leaky_relu(x, LRELU_SLOPE),
     "tanh": torch.tanh,
     "softplus": F.softplus,
 }
@@ -234,7 +235,7 @@ def _triton(args: Any) -> Tensor:
 # Gradient with respect to an activation's input, from the gradient with respect to its output and the input.
 _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
-    "lrelu": lambda grad, x: torch.ops.aten.leaky_relu_backward(grad, x, 0.2, False),
+    "lrelu": lambda grad, x: torch.ops.aten.leaky_relu_backward(grad, x, LRELU_SLOPE, False),
     "tanh": lambda grad, x: torch.ops.aten.tanh_backward(grad, torch.tanh(x)),
     "softplus": lambda grad, x: torch.ops.aten.softplus_backward(grad, x, 1, 20),
 }

@@ -18,9 +18,8 @@ Evaluate = Callable[[Tensor], Tensor]
 
 def supports_cuda_graph(model: SPIGAN) -> bool:
     """Return whether batches of `model` can be captured. It must be on a GPU, and its solver must have fixed steps."""
-    # dopri5 reads its step sizes back from the device, which is impossible inside a graph.
-    adaptive = model.config.mapping == "ode" and model.config.ode_solver == "dopri5"
-    return next(model.parameters()).device.type == "cuda" and not adaptive
+    # An adaptive solver reads its step sizes back from the device, which is impossible inside a graph.
+    return next(model.parameters()).device.type == "cuda" and not model.config.adaptive
 
 
 class GraphedBatches:

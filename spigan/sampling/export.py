@@ -32,7 +32,7 @@ _OPSET = 18  # the version that torch's exporter writes; any other needs a conve
 ONNX_MAX_WEIGHTS = 2**31 - 2**24
 
 
-class _Sampler(nn.Module):
+class _ImagesOfNoise(nn.Module):
     """The exported function: z [N, *z_shape] -> images [N, C, H, W] in [0, 1]."""
 
     def __init__(self, model: SPIGAN, t: float) -> None:
@@ -90,7 +90,11 @@ def export_model(
 
 
 def format_of(path: Path) -> str:
-    """Return the format for the suffix of `path`. Raise ValueError if the suffix is unknown."""
+    """Return the format for the suffix of a path.
+
+    Raises:
+        ValueError: if the suffix is unknown.
+    """
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         raise ValueError(f"{path}: cannot tell the format from the suffix; use .onnx or .pt2, or give the format")
@@ -109,7 +113,7 @@ def _check_onnx_packages() -> None:
 
 def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram:
     """Return the program as one graph of PyTorch's own operators, on the CPU."""
-    if network.config.mapping == "ode" and network.config.ode_solver == "dopri5":
+    if network.config.adaptive:
         raise ValueError(
             'a model with the solver "dopri5" cannot be exported, because its steps depend on the values; set '
             'ode_solver to "rk4" in the model\'s config.json: the weights fit all solvers'
@@ -119,7 +123,7 @@ def _trace(network: SPIGAN, t: float, batch_size: int | None) -> ExportedProgram
     sizes = None if batch_size else {"z": {0: torch.export.Dim("batch", min=1)}}
     with use_backend("reference"), _quietly():
         # Without decompositions, this only inlines the blocks in which the networks turn autocast off.
-        program = torch.export.export(_Sampler(network, t), (z,), dynamic_shapes=sizes).run_decompositions({})
+        program = torch.export.export(_ImagesOfNoise(network, t), (z,), dynamic_shapes=sizes).run_decompositions({})
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine, which would be stored
     return program

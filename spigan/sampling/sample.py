@@ -14,9 +14,9 @@ from torch import Tensor
 
 from spigan.images import to_pil
 from spigan.models import SPIGAN
-from spigan.models.frozen_synthesis import Uncopied
 from spigan.models.grid import default_batch_size
 from spigan.models.load import Model, load_model
+from spigan.models.uncopied import Uncopied
 from spigan.ops import backends
 from spigan.sampling.sampler import Sampler
 from spigan.sampling.seeds import resolve_seeds

@@ -12,7 +12,7 @@ from torch import Tensor
 from spigan.images import to_uint8, to_unit_interval
 from spigan.models.grid import default_batch_size
 from spigan.models.load import Model, load_model
-from spigan.models.mapping import check_times
+from spigan.models.mapping import check_unit_times
 from spigan.ops import backends, philox_normal, use_backend
 from spigan.ops.library import stage
 from spigan.sampling.cuda_graph import GraphedBatches, supports_cuda_graph
@@ -42,6 +42,15 @@ class Sampler:
         output: "float" for float32 in [0, 1], or "uint8".
         cuda_graph: whether to use CUDA graphs. Set this to False if a profiler is to see the stages.
 
+    Attributes:
+        model: the SPIGAN.
+        device: its device.
+        dtype: dtype of the convolutions.
+        backend: the backend of all operations, or "auto".
+        t: the time, or a list of K times.
+        batch_size: number of images evaluated at once.
+        output: "float" or "uint8".
+
     Raises:
         ValueError, TypeError: if an argument is out of range or has the wrong type.
         FileNotFoundError: if there is no such model.
@@ -69,7 +78,7 @@ class Sampler:
         self.backend = backends.requested(backend)[0]
         self.t = t if isinstance(t, (int, float)) else [float(time) for time in t]
         times = [self.t] if isinstance(self.t, (int, float)) else self.t
-        check_times(times)
+        check_unit_times(times)
         if batch_size is None:
             batch_size = max(1, default_batch_size(self.model.config.resolution) // len(times))
         if batch_size < 1:
@@ -94,11 +103,19 @@ class Sampler:
 
         Returns:
             [N, C, H, W], or [K, N, C, H, W] if t is a list.
+
+        Raises:
+            ValueError, TypeError: if a seed is out of range or not an integer.
         """
         return self._collect(_check_seeds(seeds), to)
 
     def of_noise(self, z: Tensor, *, to: torch.device | str | None = None) -> Tensor:
-        """Make the images of z [N, *config.z_shape]; see `__call__`."""
+        """Make the images of z [N, *config.z_shape]; see `__call__`.
+
+        Raises:
+            ValueError: if z has the wrong shape.
+            TypeError: if z is not a tensor of floats.
+        """
         return self._collect(_check_floats("z", z), to)
 
     def of_latents(self, h: Tensor, *, to: torch.device | str | None = None) -> Tensor:
@@ -110,6 +127,10 @@ class Sampler:
 
         Returns:
             [N, C, H, W].
+
+        Raises:
+            ValueError: if h has the wrong shape.
+            TypeError: if h is not a tensor of floats.
         """
         return self._collect(_check_floats("h", h), to, latents=True)
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spigan.data.workers import available_cores
 from spigan.files import atomic_path, remove_stale
 from spigan.images import display_scale, make_grid, save_png, to_pil
 
@@ -33,7 +34,7 @@ class Format(str, Enum):
     parquet = "parquet"
 
 
-def format_of(out: Path) -> Format:
+def image_format(out: Path) -> Format:
     """Return the format for the suffix of a path.
 
     Raises:
@@ -109,7 +110,7 @@ def _encoders() -> Iterator[Callable[..., Future[Any]]]:
 
     Threads are sufficient, because Pillow releases the interpreter's lock while it encodes.
     """
-    threads = os.cpu_count() or 1
+    threads = available_cores()
     waiting: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(threads) as pool:
 
@@ -200,7 +201,7 @@ def _parquet(out: Path, seeds: Sequence[int], times: Sequence[float], shape: tup
             start += images.shape[1]
             # Image by image, with the times of each one after the other.
             written.append((submit(_encode, images.transpose(0, 1).flatten(0, 1)), part))
-            if len(written) > (os.cpu_count() or 1):
+            if len(written) > available_cores():
                 write_one()
 
         yield add

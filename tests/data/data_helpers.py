@@ -45,7 +45,7 @@ def chw(image: Image.Image) -> torch.Tensor:
 
 
 def everything(dataset: ImageDataset) -> torch.Tensor:
-    return dataset.__getitems__(range(len(dataset)))
+    return dataset.images(range(len(dataset)))
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:

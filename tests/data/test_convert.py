@@ -19,7 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spigan.cli import app
-from spigan.data import DataConfig, ImageDataset, limits, open_dataset, register_source
+from spigan.data import DataConfig, ImageDataset, limits, open_dataset, register_source, workers
+from spigan.data import convert as convert_module
 from spigan.data.convert import convert
 from spigan.data.sources import find
 from spigan.data.sources.array import open_digits
@@ -90,16 +91,16 @@ def test_pixels_are_those_of_the_source(tmp_path: Path, pictures: Path, channels
 
 
 def test_files_do_not_depend_on_workers(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "CHUNK", 3)
-    for workers in (0, 1, 2):
-        convert(config_of(pictures), tmp_path / str(workers), shard_size=10, workers=workers, progress=False)
+    monkeypatch.setattr(workers, "CHUNK", 3)
+    for count in (0, 1, 2):
+        convert(config_of(pictures), tmp_path / str(count), shard_size=10, workers=count, progress=False)
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 def test_row_groups_are_small_enough_to_be_read_in_place(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "GROUP_BYTES", 2000)
+    monkeypatch.setattr(convert_module, "GROUP_BYTES", 2000)
     convert(config_of(pictures, resolution=16), tmp_path / "out", shard_size=40, workers=0, progress=False)
     for file in (tmp_path / "out").glob("*.parquet"):
         sizes = [list(map(len, group)) for group in groups(file)]
@@ -107,7 +108,7 @@ def test_row_groups_are_small_enough_to_be_read_in_place(
         for group in sizes[:-1]:
             assert sum(group[:-1]) < 2000 <= sum(group)
     expected = everything(opened(tmp_path / "out"))
-    monkeypatch.setattr(limits, "CACHE_BYTES", 0)
+    monkeypatch.setattr(limits, "ENCODED_CACHE_BYTES", 0)
     dataset = opened(tmp_path / "out")
     assert isinstance(find_source(DataConfig(source=str(tmp_path / "out")), False), RowGroupSource)
     assert torch.equal(everything(dataset), expected)

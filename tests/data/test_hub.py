@@ -44,3 +44,19 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("someone/faces")
     with pytest.raises(ValueError, match=r"'someone/faces', split 'wild'.*Unknown split"):
         open_source("someone/faces", split="wild")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_full_disk_is_not_a_missing_data_set(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name: str, split: str) -> Any:
+        full = OSError(28, "No space left on device")
+        if not wrapped:
+            raise full
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(OSError, match=r"'someone/faces'.*could not be stored.*No space left") as raised:
+        open_source("someone/faces")
+    assert type(raised.value) is OSError

@@ -11,6 +11,8 @@ import pytest
 import torch
 from data_helpers import FILES, STACKED, chw, encoded, everything, open_source, picture, write_parquet
 
+from spigan.data import limits
+
 
 @pytest.mark.parametrize("below", ["", "data"])
 def test_parquet_folder(tmp_path: Path, below: str) -> None:
@@ -47,6 +49,15 @@ def test_parquet_columns(tmp_path: Path) -> None:
         open_source(file, column="label")
     assert torch.equal(open_source(file, column="mask")[0], STACKED[0])
     assert torch.equal(open_source(file, column="raw")[0], STACKED[2])
+
+
+@pytest.mark.parametrize("limit", [2 << 30, 0])
+def test_files_with_different_columns_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(limits, "ENCODED_CACHE_BYTES", limit)
+    for part, column in enumerate(("img", "photo")):
+        write_parquet(tmp_path / f"train-0000{part}-of-00002.parquet", [FILES["a.png"]], column)
+    with pytest.raises(ValueError, match=r"train-00000.*train-00001.* different columns, \['img', 'photo'\]"):
+        open_source(tmp_path)
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], No
         import datasets
 
         monkeypatch.setattr(limits, "CACHE_BYTES", 0)
+        monkeypatch.setattr(limits, "ENCODED_CACHE_BYTES", 0)
         monkeypatch.setattr(limits, "ROW_GROUP_BYTES", 0 if kind == "arrow" else 4 << 20)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -135,7 +136,7 @@ def anonymous():  # mapped files are no memory of the process: the system drops 
 cache, *paths = sys.argv[1:]
 import datasets, pyarrow.parquet, PIL.Image, PIL.BmpImagePlugin
 datasets.config.HF_DATASETS_CACHE = cache
-limits.CACHE_BYTES = 1 << 20
+limits.CACHE_BYTES = limits.ENCODED_CACHE_BYTES = 1 << 20
 grown = {}
 for path in paths:
     kind, _, path = path.partition("=")

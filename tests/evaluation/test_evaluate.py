@@ -67,7 +67,7 @@ def test_values_are_those_of_the_formulas(model: SPIGAN, scripts: Path) -> None:
     net = load_features(str(scripts / "classifier.pt"))
     images = Sampler(model, output="uint8")(range(300))
     dataset = open_dataset(DataConfig(source="digits", resolution=8), progress=False)
-    (x, _), (y, p) = net(dataset.__getitems__(range(1797))), net(images, probabilities=True)
+    (x, _), (y, p) = net(dataset.images(range(1797))), net(images, probabilities=True)
     fd = metrics.frechet_distance(*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
     assert result["metrics"]["FD-classifier"] == pytest.approx(fd, rel=1e-6)
     assert result["metrics"]["KID-classifier"] == pytest.approx(metrics.kernel_distance(x, y).mean, rel=1e-6)

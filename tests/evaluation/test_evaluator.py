@@ -77,7 +77,7 @@ def test_distance_rises_with_damage(shared: Callable[[str], Path]) -> None:
     """400 test images against themselves, noised more and more."""
     net = load_features(f"cifar10-resnet56={shared('feature_nets/cifar10_resnet56.safetensors')}")
     config = DataConfig(source=str(shared("cifar10")), split="test", cache="none")
-    images = open_dataset(config, progress=False).__getitems__(range(400))
+    images = open_dataset(config, progress=False).images(range(400))
     clean = metrics.mean_and_covariance(net(images)[0])
     slightly, badly = (
         metrics.frechet_distance(*clean, *metrics.mean_and_covariance(net(damaged(images, sigma))[0]))
@@ -98,7 +98,7 @@ def test_train_and_test_images_of_cifar10_are_alike(shared: Callable[[str], Path
         parts[split] = open_dataset(config, progress=False)
     net = load_features(f"cifar10-resnet56={shared('feature_nets/cifar10_resnet56.safetensors')}")
     evaluator = Evaluator(parts["train"], net, progress=False)
-    images = parts["test"].__getitems__(range(500))
+    images = parts["test"].images(range(500))
     floor = evaluator.measure(images.split(100), len(images)).values
     assert floor["coverage"] > 0.9 and floor["recall"] > 0.8  # two samples of one distribution: 0.95 and 0.90
     assert floor["FD-ResNet56"] < 0.6  # 0.41, by the numbers of images; 0.04 of 50,000 and 10,000
@@ -131,7 +131,7 @@ def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> No
     dataset = open_dataset(DataConfig(source=str(tmp_path)), progress=False)
     images = torch.from_numpy(rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8))
     result = Evaluator(dataset, net, progress=False).measure([images], 30)
-    x, y = net(dataset.__getitems__(range(10)))[0], net(images)[0]
+    x, y = net(dataset.images(range(10)))[0], net(images)[0]
     centre = x.double().mean(0)
     near = metrics.neighbour_metrics(x, y[:10], metrics.neighbour_distances(x, centre), centre)
     assert [result.values[name] for name in near._fields] == pytest.approx(list(near))

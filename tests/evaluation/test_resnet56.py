@@ -84,7 +84,7 @@ def test_resnet56_knows_cifar10(shared: Callable[[str], Path]) -> None:
     labels = parquet.read_table(next(folder.glob("test-*")), columns=["label"])["label"].to_pylist()[:500]
     test = open_dataset(DataConfig(source=str(folder), split="test", cache="none"), progress=False)
     net = load_features(f"cifar10-resnet56={shared(WEIGHTS)}")
-    _, probabilities = net(test.__getitems__(range(500)), probabilities=True)
+    _, probabilities = net(test.images(range(500)), probabilities=True)
     assert probabilities is not None
     accuracy = (probabilities.argmax(1) == torch.tensor(labels)).double().mean().item()
     assert accuracy == pytest.approx(0.934, abs=0.045)

@@ -340,7 +340,7 @@ def test_parquet_of_other_columns(kinds: dict[str, str], column: str | None, com
     path = written("train.parquet", parquet_of(table, compression=compression, row_group_size=2))
     with pytest.MonkeyPatch.context() as patched:
         if in_place:
-            patched.setattr(limits, "CACHE_BYTES", 0)
+            patched.setattr(limits, "ENCODED_CACHE_BYTES", 0)
             patched.setattr(limits, "ROW_GROUP_BYTES", 1 << 30)
         attempt("parquet", lambda: read_images(path, column=column), "train.parquet")
 
@@ -358,7 +358,7 @@ def test_parquet_bomb(monkeypatch: pytest.MonkeyPatch, in_place: bool) -> None:
     assert path.stat().st_size < 100_000
     monkeypatch.setattr(limits, "MAX_COLUMN_BYTES", 1 << 29)  # 4 GiB take seconds
     if in_place:
-        monkeypatch.setattr(limits, "CACHE_BYTES", 0)
+        monkeypatch.setattr(limits, "ENCODED_CACHE_BYTES", 0)
         monkeypatch.setattr(limits, "ROW_GROUP_BYTES", 1 << 30)
     read = lambda: read_images(path, column="image")  # noqa: E731
     assert not attempt("bomb", read, "train.parquet", memory=1 << 29)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, compute_dtype, normalize_2nd_moment
+from spigan.models.layers import Conv2d, Linear, channels_at, check_resolution, network_dtype, normalize_2nd_moment
 
 
 @pytest.mark.parametrize("activation", ["linear", "lrelu"])
@@ -78,11 +78,11 @@ def test_check_resolution_refuses(resolution: int) -> None:
         check_resolution(resolution)
 
 
-def test_compute_dtype() -> None:
+def test_network_dtype() -> None:
     x = torch.zeros(1)
-    assert compute_dtype(x) == torch.float32
-    assert compute_dtype(x.double()) == torch.float64
+    assert network_dtype(x) == torch.float32
+    assert network_dtype(x.double()) == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
-        assert compute_dtype(x) == torch.bfloat16
+        assert network_dtype(x) == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
-            assert compute_dtype(x) == torch.float32
+            assert network_dtype(x) == torch.float32

@@ -208,7 +208,7 @@ def test_load_weights_with_a_prefix(tmp_path: Path) -> None:
         ("null", "must hold a JSON object, got NoneType"),
         ('{"resolution": 9}', "resolution: Input should be 8, 16, 32"),
         ('{"dim_h": 0}', "dim_h: Input should be greater than or equal to 1, got 0"),
-        ('{"colour": true}', "colour: Extra inputs are not permitted, got True"),
+        ('{"colour": true}', "colour: there is no such field, got True"),
         ('{"ode_solver": "heun"}', "ode_solver: Input should be 'rk4', 'euler' or 'dopri5', got 'heun'"),
         ('{"dim_h": 0, "ode_steps": -1}', "dim_h: .*; ode_steps: "),
         ("\udcff", "codec can't decode"),

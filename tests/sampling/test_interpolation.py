@@ -314,7 +314,7 @@ def test_command_draws_the_forward_path(tmp_path: Path) -> None:
     out = tmp_path / "path.png"
     result = spigan_cli("--kind", "path", "--seeds", 4, 2, "--steps", 3, "--resolution", 16, "--out", out)
     assert result.exit_code == 0 and result.stdout == f"4 rows of 3 images: {out}\n", result.output
-    digits = open_dataset(DataConfig(source="digits", resolution=16), progress=False).__getitems__([4, 2])
+    digits = open_dataset(DataConfig(source="digits", resolution=16), progress=False).images([4, 2])
     expected = save_rows(forward_path(digits, [4, 2], 3), tmp_path / "b.png")
     with Image.open(out) as a, Image.open(expected) as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))

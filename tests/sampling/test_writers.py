@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spigan.sampling.writers import Format, format_of, image_writer
+from spigan.sampling.writers import Format, image_format, image_writer
 
 SHAPE = (3, 4, 5)
 
@@ -108,8 +108,8 @@ def test_errors_of_the_encoders_reach_the_caller(tmp_path: Path) -> None:
     ("name", "fmt"),
     [("a.png", "grid"), ("a.PNG", "grid"), ("a.npz", "npz"), ("b/a.parquet", "parquet"), ("a", "png"), (".", "png")],
 )
-def test_format_of(tmp_path: Path, name: str, fmt: str) -> None:
-    assert format_of(tmp_path / name) == fmt
+def test_image_format(tmp_path: Path, name: str, fmt: str) -> None:
+    assert image_format(tmp_path / name) == fmt
 
 
 def test_fewer_images_than_expected(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_fewer_images_than_expected(tmp_path: Path) -> None:
 
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a \.png, \.npz or \.parquet file"):
-        format_of(tmp_path / "a.jpg")
+        image_format(tmp_path / "a.jpg")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; --format png needs a folder"):
         image_writer(Format.png, tmp_path / "file", [0], [1.0], SHAPE)

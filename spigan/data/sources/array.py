@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spigan.data.sources.base import require
+from spigan.data.sources.base import no_split, require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,8 +35,13 @@ class ArraySource:
 
 
 def open_digits(split: str) -> ArraySource:
-    """Open scikit-learn's 1,797 grey digits of 8 x 8 pixels, whose values 0..16 are scaled to 0..255."""
+    """Open scikit-learn's 1,797 grey digits of 8 x 8 pixels, whose values 0..16 are scaled to 0..255.
+
+    Raises:
+        ModuleNotFoundError: if scikit-learn is not installed.
+        ValueError: if `split` is not "train".
+    """
     if split != "train":
-        raise ValueError(f'digits has no split {split!r}: its only split is "train"')
+        raise no_split("digits", split, 'its only split is "train"')
     digits = require("sklearn.datasets", "scikit-learn").load_digits()
     return ArraySource("digits", np.rint(digits.images * (255 / 16)).astype(np.uint8))

@@ -71,6 +71,15 @@ class UnsuitableImage(Exception):
     """An image cannot be used. The message continues a sentence that starts with the image's name: "has 3 frames"."""
 
 
+SPLITS = {"train", "test", "val", "valid", "validation"}
+"""Names of folders and tar files that are treated as splits."""
+
+
+def no_split(where: object, split: str, hint: str) -> ValueError:
+    """Return the error for a split that a source does not have. `hint` continues it: "its only split is train"."""
+    return ValueError(f"{where} has no split {split!r}: {hint}")
+
+
 def require(module: str, package: str, extra: str | None = None) -> Any:
     """Import a module that only some sources need.
 

@@ -12,13 +12,14 @@ from typing import IO, Literal
 
 import numpy as np
 
+from spigan.data import limits
 from spigan.data.sources.array import ArraySource
+from spigan.data.sources.base import no_split
 from spigan.data.sources.tar import tar_members
 
-ARCHIVE_BYTES, BATCH_BYTES = 1 << 28, 1 << 25  # limits above the true sizes: 186 MB unpacked, 31 MB per batch
-BATCH_IMAGES, IMAGE_VALUES = 10_000, 3_072  # images in a batch; values in an image, in order of channel, row, column
+BATCH_IMAGES = 10_000  # images in a batch
+IMAGE_VALUES = 3_072  # values in an image, in order of channel, row, column
 ALLOWED_IMPORTS = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"}  # to rebuild an array
-MAX_INSTRUCTIONS = 1_000_000  # in a pickle; a real batch has about 50,000
 IMPORT_INSTRUCTIONS = {"GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}  # these can name a function
 
 
@@ -33,10 +34,14 @@ def is_cifar_archive(path: Path) -> bool:
 
 
 def open_cifar(path: Path, split: str) -> ArraySource:
-    """Read all 50,000 (train) or 10,000 (test) images of cifar-10-python.tar.gz or its extracted folder into memory."""
+    """Read all 50,000 (train) or 10,000 (test) images of cifar-10-python.tar.gz or its extracted folder into memory.
+
+    Raises:
+        ValueError: if there is no such split, or the archive is damaged, incomplete or not that of CIFAR-10.
+    """
     batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}.get(split)
     if batches is None:
-        raise ValueError(f"{path} has no split {split!r}: the CIFAR-10 archive has train and test")
+        raise no_split(path, split, "the CIFAR-10 archive has train and test")
     read = _read_folder if path.is_dir() else _read_archive
     pickles = read(path, batches)
     missing = [name for name in batches if name not in pickles]
@@ -52,7 +57,9 @@ def open_cifar(path: Path, split: str) -> ArraySource:
 def _read_folder(path: Path, names: list[str]) -> dict[str, bytes]:
     files = {name: path / name for name in names}
     return {
-        name: file.read_bytes() for name, file in files.items() if file.is_file() and file.stat().st_size < BATCH_BYTES
+        name: file.read_bytes()
+        for name, file in files.items()
+        if file.is_file() and file.stat().st_size < limits.MAX_CIFAR_BATCH_BYTES
     }
 
 
@@ -63,7 +70,12 @@ def _read_archive(path: Path, names: list[str]) -> dict[str, bytes]:
         with _unpacked(path) as data:
             for member in tar_members(data):
                 folder, _, name = member.name.rpartition("/")
-                if folder == "cifar-10-batches-py" and name in names and member.isreg() and member.size < BATCH_BYTES:
+                if (
+                    folder == "cifar-10-batches-py"
+                    and name in names
+                    and member.isreg()
+                    and member.size < limits.MAX_CIFAR_BATCH_BYTES
+                ):
                     data.seek(member.offset_data)
                     found[name] = data.read(member.size)
                     if len(found) == len(names):
@@ -79,9 +91,9 @@ def _unpacked(path: Path) -> IO[bytes]:
         if file.read(2) != b"\x1f\x8b":
             return path.open("rb")
     with gzip.open(path) as packed:
-        data = packed.read(ARCHIVE_BYTES + 1)
-    if len(data) > ARCHIVE_BYTES:
-        raise ValueError(f"it unpacks to more than {ARCHIVE_BYTES} bytes")
+        data = packed.read(limits.MAX_CIFAR_ARCHIVE_BYTES + 1)
+    if len(data) > limits.MAX_CIFAR_ARCHIVE_BYTES:
+        raise ValueError(f"it unpacks to more than {limits.MAX_CIFAR_ARCHIVE_BYTES} bytes")
     return io.BytesIO(data)
 
 
@@ -98,8 +110,8 @@ def _batch_pixels(data: bytes, name: str) -> np.ndarray:
     try:
         previous = ""
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if number == MAX_INSTRUCTIONS:
-                raise ValueError(f"it has more than {MAX_INSTRUCTIONS} instructions")
+            if number == limits.MAX_PICKLE_INSTRUCTIONS:
+                raise ValueError(f"it has more than {limits.MAX_PICKLE_INSTRUCTIONS} instructions")
             if opcode.name in IMPORT_INSTRUCTIONS and argument not in ALLOWED_IMPORTS:
                 raise ValueError(f"it would import {argument!r}, which no CIFAR-10 file does")
             # A Python 2 string, which pickletools shows as latin-1 text: one character for each byte.

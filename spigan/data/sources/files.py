@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
-from spigan.data.sources.base import UnsuitableImage
+from spigan.data.sources.base import SPLITS, UnsuitableImage, no_split
 
 if TYPE_CHECKING:
     from PIL import Image
-
-SPLITS = {"train", "test", "val", "valid", "validation"}
-"""Names of folders and tar files that are treated as splits."""
 
 
 class FolderSource:
@@ -80,7 +77,12 @@ class ZipSource:
 
 
 def open_folder(root: Path, split: str) -> FolderSource:
-    """Open all images below a folder, in the order of their names. Links to folders are followed."""
+    """Open all images below a folder, in the order of their names. Links to folders are followed.
+
+    Raises:
+        OSError: if a folder cannot be read.
+        ValueError: if there are no images or no such split, or a link leads in a circle.
+    """
 
     def refuse(error: OSError) -> None:  # os.walk would silently skip folders that it may not read
         raise error
@@ -96,7 +98,11 @@ def open_folder(root: Path, split: str) -> FolderSource:
 
 
 def open_zip(path: Path, split: str) -> ZipSource:
-    """Open all images in a zip file, in the order of their names."""
+    """Open all images in a zip file, in the order of their names.
+
+    Raises:
+        ValueError: if the file is damaged, or has no images or no such split.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
@@ -115,6 +121,6 @@ def _image_names(names: list[str], split: str, where: Path) -> list[str]:
     if tops <= SPLITS:
         images = [name for name in images if name.startswith(f"{split}/")]
     if not images or (split != "train" and not tops <= SPLITS):
-        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at the top level"
-        raise ValueError(f"{where} has no split {split!r}: {found}; choose one of them, or pass the folder of images")
+        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at its top"
+        raise no_split(where, split, f"{found}; choose one of them, or pass the folder of images")
     return images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from spigan.data.sources.hub import CIFAR10, open_hub
 from spigan.data.sources.lmdb import LMDBSource
 from spigan.data.sources.parquet import has_parquet, open_parquet, parquet_file, parquet_files
 from spigan.data.sources.tar import TarSource, tar_files
-from spigan.files import user_path
+from spigan.files import is_hub_id, user_path
 
 Open = Callable[[DataConfig, bool], Source]
 OpenPath = Callable[[Path, DataConfig, bool], Source]
@@ -92,7 +91,7 @@ def find_source(config: DataConfig, progress: bool) -> Source:
             f"{path} is not a source of images: expected a folder, .zip, .parquet, .tar or cifar-10-python.tar.gz; "
             "for a single image, pass its folder"
         )
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
+    if is_hub_id(source) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
         return open_hub(source, config.split, config.column)
     raise FileNotFoundError(
         f'source {source!r} does not exist: expected "digits", "cifar10", the path of a folder, .zip, .parquet, .tar '

@@ -18,12 +18,20 @@ def open_hub(identifier: str, split: str, column: str | None) -> RowSource:
 
     Raises:
         FileNotFoundError: if the data set does not exist, or the network cannot be reached.
+        ModuleNotFoundError: if `datasets` is not installed.
+        OSError: if the data set cannot be stored, for example because the disk is full.
         ValueError: if the split or column does not exist, or the split has no rows.
     """
     datasets = require("datasets", "datasets")
     try:
         rows = datasets.load_dataset(identifier, split=split).with_format("arrow")[:]
     except Exception as error:  # no network, no such dataset, no such split: the Hub's clients raise many kinds
+        # Errors of the network are subclasses of OSError. `datasets` wraps errors that occur while it writes files.
+        if any(type(found) in (OSError, PermissionError) for found in (error, error.__cause__)):
+            raise OSError(
+                f"{identifier!r}, split {split!r}, could not be stored ({error.__cause__ or error}): free some space, "
+                "or set HF_HOME to a folder on another disk"
+            ) from error
         advice = (
             "check the name and split, or pass a local path: a folder of images, a zip file or a folder of parquet "
             "files"

@@ -31,7 +31,12 @@ _opening = threading.Lock()
 
 
 class LMDBSource:
-    """The values of an LMDB folder (data.mdb), each an encoded image, in the order of their keys."""
+    """The values of an LMDB folder (data.mdb), each an encoded image, in the order of their keys.
+
+    Raises:
+        ModuleNotFoundError: if `lmdb` is not installed.
+        ValueError: if the folder is damaged or has no entries.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

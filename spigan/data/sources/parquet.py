@@ -13,6 +13,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from spigan.data import limits
 from spigan.data.decode import open_image
-from spigan.data.sources.base import Source, UnsuitableImage, require
+from spigan.data.sources.base import Source, UnsuitableImage, no_split, require
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -114,6 +115,10 @@ def open_row(value: Any, *, open_paths: bool = False) -> Image.Image:
         value: bytes of an encoded image, or {"bytes": ..., "path": ...}, as the Hub stores images.
         open_paths: whether to open the file at "path" if there are no bytes. Do not use this with untrusted files: the
             path may point to any file on this machine.
+
+    Raises:
+        UnsuitableImage: if the row holds no image, or a path that is not opened.
+        Exception: see `open_image`.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is not None:
@@ -136,37 +141,30 @@ def open_parquet(files: list[Path], column: str | None) -> Source:
         column: name of the column. None: the only one that holds images.
 
     Raises:
-        ValueError: if a file is damaged, the column does not exist, or there are no rows.
+        ModuleNotFoundError: if a package that reads parquet files is not installed.
+        ValueError: if a file is damaged, the column does not exist, the images are in differently named columns, or
+            there are no rows.
     """
-    # Files up to CACHE_BYTES are read with pyarrow, not with `datasets`. For the 50,000 encoded images of CIFAR-10 it
-    # takes 0.3 to 0.7 s instead of 1.2 s, including imports, and does not write a second copy to the user's cache.
-    arrow, parquet = require("pyarrow", "pyarrow"), require("pyarrow.parquet", "pyarrow")
-    names, footers, size, groups = set(), [], 0, 0
-    columns = []
+    names: list[str] = []
+    footers: list[Any] = []
     for file in files:
-        try:
-            with parquet.ParquetFile(file) as table:
-                name = image_column(table.schema_arrow, column, str(file))
-                names.add(name)
-                footers.append(table.metadata)
-                size += _column_bytes(table.metadata, name)
-                groups += table.metadata.num_row_groups
-                if size <= limits.CACHE_BYTES:
-                    _check_unpacked(table, name, range(table.num_row_groups))
-                    images = table.read(columns=[name]).column(name)
-                    if len(images) != table.metadata.num_rows:
-                        raise arrow.ArrowInvalid(f"{len(images)} rows, but {table.metadata.num_rows} in its footer")
-                    columns.append((str(file), images))
-        except (arrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
+        with _opened(file) as table:
+            names.append(image_column(table.schema_arrow, column, str(file)))
+            footers.append(table.metadata)
     if not any(footer.num_rows for footer in footers):
         raise ValueError(f"{', '.join(map(str, files))} has no rows: expected images")
-    if size <= limits.CACHE_BYTES:
-        return RowSource(columns)
-    del columns
-    if len(names) > 1:
-        raise ValueError(f"{files[0].parent} has files with images in different columns: {sorted(names)}")
-    if size <= groups * limits.ROW_GROUP_BYTES:
+    name = names[0]
+    if other := next((file for file, found in zip(files, names, strict=True) if found != name), None):
+        raise ValueError(
+            f"{files[0]} and {other} have images in different columns, {sorted(set(names))}: set `column` to the name "
+            "of one that all files have, or move the other files away"
+        )
+    size = sum(_column_bytes(footer, name) for footer in footers)
+    if size <= limits.ENCODED_CACHE_BYTES:
+        # With pyarrow, not with `datasets`. For the 50,000 encoded images of CIFAR-10 it takes 0.3 to 0.7 s instead of
+        # 1.2 s, including imports, and does not write a second copy to the user's cache.
+        return RowSource([(str(file), _read_column(file, name)) for file in files])
+    if size <= sum(footer.num_row_groups for footer in footers) * limits.ROW_GROUP_BYTES:
         return RowGroupSource(files, footers, name)
     # Opening one image would mean reading a large row group. Instead, `datasets` writes an Arrow file to its cache,
     # once, and maps it into memory.
@@ -189,9 +187,11 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     files = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
     found = [file for file in files if split_of(file) == split]
     if not found:
-        raise ValueError(
-            f"{root} has no split {split!r}: the splits of its parquet files are {sorted(set(map(split_of, files)))}; "
-            f"expected names such as {split}-00000-of-00001.parquet, or pass the path of one file"
+        raise no_split(
+            root,
+            split,
+            f"its parquet files are of {sorted(set(map(split_of, files)))}; expected names such as "
+            f"{split}-00000-of-00001.parquet, or pass the path of one file",
         )
     total = re.search(r"-of-(\d+)", found[0].name)
     if total and int(total[1]) != len(found):
@@ -201,7 +201,11 @@ def parquet_files(root: Path, split: str) -> list[Path]:
 
 
 def parquet_file(path: Path, split: str) -> list[Path]:
-    """Return [path], after checking that the name of the file does not give another split."""
+    """Return [path], after checking that the name of the file does not give another split.
+
+    Raises:
+        ValueError: if it does. Every file may be used as "train".
+    """
     if split not in ("train", split_of(path)):
         raise ValueError(f"{path} holds the split {split_of(path)!r}, not {split!r}: pass another file")
     return [path]
@@ -219,6 +223,10 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
         schema: the schema.
         wanted: name of the column, which may also hold plain bytes. None: the only column of {bytes, path} values.
         where: name of the file, for error messages.
+
+    Raises:
+        ValueError: if there is no such column, or if `wanted` is None and the schema has no or several columns of
+            images.
     """
     types = require("pyarrow", "pyarrow").types
     images = [
@@ -232,6 +240,29 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
     problem = f"has {len(images)} columns of images" if wanted is None else f"has no column of images called {wanted!r}"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     raise ValueError(f"{where} {problem}: set `column` to one of its columns, {columns}")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a parquet file, whose name errors inside the block then give."""
+    arrow, parquet = require("pyarrow", "pyarrow"), require("pyarrow.parquet", "pyarrow")
+    try:
+        with parquet.ParquetFile(file) as table:
+            yield table
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read as a parquet file ({error}): copy or download it again") from error
+
+
+def _read_column(file: Path, name: str) -> Any:
+    """Read a column of a file, with its images encoded, into memory."""
+    from pyarrow import ArrowInvalid
+
+    with _opened(file) as table:
+        _check_unpacked(table, name, range(table.num_row_groups))
+        images = table.read(columns=[name]).column(name)
+        if len(images) != table.metadata.num_rows:
+            raise ArrowInvalid(f"{len(images)} rows, but {table.metadata.num_rows} in its footer")
+    return images
 
 
 def _check_unpacked(table: Any, name: str, groups: Sequence[int]) -> None:

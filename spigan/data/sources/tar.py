@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
-from spigan.data.sources.files import SPLITS
+from spigan.data.sources.base import SPLITS, no_split
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +33,9 @@ class TarSource:
         files: uncompressed tar files.
         column: extension of the images, which is everything after the first dot of a member's name. None: any image.
         progress: whether to show a progress bar while the files are listed, if that takes over 2 s.
+
+    Raises:
+        ValueError: if a file is damaged or compressed, no member is an image, or a sample has several.
     """
 
     def __init__(self, files: list[Path], column: str | None, progress: bool) -> None:
@@ -85,20 +88,20 @@ class TarSource:
 
 
 def tar_files(root: Path, split: str) -> list[Path]:
-    """Return a folder's tar files of one split, sorted. Return all of them if their names do not give splits."""
+    """Return a folder's tar files of one split, sorted. Return all of them if their names do not give splits.
+
+    Raises:
+        ValueError: if there is no such split.
+    """
     files = sorted(root.glob("*.tar"))
     splits = {file: re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files}
     if not set(splits.values()) <= SPLITS:
         if split == "train":
             return files
-        raise ValueError(
-            f"{root} has no split {split!r}: the names of its tar files, such as {files[0].name}, do not give a split"
-        )
+        raise no_split(root, split, f"the names of its tar files, such as {files[0].name}, do not give a split")
     found = [file for file in files if splits[file] == split]
     if not found:
-        raise ValueError(
-            f"{root} has no split {split!r}: the splits of its tar files are {sorted(set(splits.values()))}"
-        )
+        raise no_split(root, split, f"its tar files are of {sorted(set(splits.values()))}")
     return found
 
 
