@@ -65,7 +65,7 @@ def test_data_is_for_presets_without(tmp_path: Path, run: Any) -> None:
         (["--set", "batch.size=5"], "'batch' has no fields"),
         (["--set", "batch"], "--set takes FIELD=VALUE, got 'batch'"),
         (["--set", "model.mapping=mlp"], 'mapping="mlp" has no time and needs intervals=1'),
-        (["--preset", "digits", "--config", "{tmp}/none.json"], "--preset and --config exclude each other"),
+        (["--preset", "digits", "--config", "{tmp}/none.json"], "--preset and --config cannot be combined"),
         (["--config", "{tmp}/none.json"], "none.json"),
         (["--config", "{tmp}/half.json"], "half.json"),
         (["--config", "{tmp}/list.json"], "list.json"),

@@ -352,9 +352,10 @@ def test_autocast_does_not_reach_the_kernel(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_clamped_values_have_no_gradient(dtype, backend):
+@pytest.mark.parametrize("create_graph", [False, True])  # True: by PyTorch
+def test_clamped_values_have_no_gradient(create_graph, dtype, backend):
     # 0.9 is rounded down in bfloat16 and float16: a clamped result is then below the bound.
     x = torch.tensor([-3.0, -0.5, 0.5, 3.0]).view(1, 1, 2, 2).to(dtype).requires_grad_()
     y = fir_bias_act(x, clamp=0.9, backend=backend)
-    (grad,) = torch.autograd.grad(y.sum(), x)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph)
     assert grad.flatten().tolist() == [0.0, 1.0, 1.0, 0.0]
