@@ -55,7 +55,7 @@ EXITS = int(os.environ.get("SPIGAN_EXITS", "4"))
 # that it lists, one after the other; a "stop" or "fault" happens to process 1. What it saw goes to found.RANK, what it
 # printed to output.RANK. Processes leave like any program, through the end of the script or an exception.
 _LAUNCHER = r"""
-import atexit, json, os, signal, socket, sys
+import atexit, contextlib, json, os, signal, socket, sys
 import accelerate, safetensors.torch, sklearn.datasets, torch, torch.utils.tensorboard
 torch.set_num_threads(1)
 from spigan.config import TrainConfig
@@ -84,9 +84,10 @@ def signal_when_measuring():
 def slow_gloo(processes):
     # Its threads run when nothing else does, and so are often still busy with the last collective at exit.
     for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/comm") as file:
-            if file.read().startswith("pt_gloo"):
-                os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # other threads may end meanwhile
+            with open(f"/proc/self/task/{thread}/comm") as file:
+                if file.read().startswith("pt_gloo"):
+                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     processes.wait()
 
 def note(**values):
