@@ -26,10 +26,12 @@ def test_every_operation_has_cases():
 @pytest.mark.parametrize("cases", CASES, ids=lambda path: path.parent.name)
 def test_triton_kernels_in_the_interpreter(cases):
     pytest.importorskip("triton", reason="Triton has no release for this platform")
+    # Neither PYTEST_ADDOPTS nor the names of xdist's workers: this test may itself run in one of several workers.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
         cwd=cases.parents[3],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**environment, "TRITON_INTERPRET": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
