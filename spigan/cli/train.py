@@ -91,7 +91,7 @@ def train(
         _refuse_beside_resume(others | fields | {"show-config": show or None})
     else:
         if preset is not None and config is not None:
-            raise ValueError("--preset and --config exclude each other: leave out one of them")
+            raise ValueError("--preset and --config cannot be combined: leave out one of them")
         given = {name: value for name, value in {"total_kimg": kimg, **fields}.items() if value is not None}
         settings = train_config(preset or "digits", config, data, given, changes or [])
         if show:
