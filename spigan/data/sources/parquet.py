@@ -190,7 +190,7 @@ def parquet_files(root: Path, split: str) -> list[Path]:
         raise no_split(
             root,
             split,
-            f"its parquet files are of {sorted(set(map(split_of, files)))}; expected names such as "
+            f"the splits of its parquet files are {sorted(set(map(split_of, files)))}; expected names such as "
             f"{split}-00000-of-00001.parquet, or pass the path of one file",
         )
     total = re.search(r"-of-(\d+)", found[0].name)

@@ -101,7 +101,7 @@ def tar_files(root: Path, split: str) -> list[Path]:
         raise no_split(root, split, f"the names of its tar files, such as {files[0].name}, do not give a split")
     found = [file for file in files if splits[file] == split]
     if not found:
-        raise no_split(root, split, f"its tar files are of {sorted(set(splits.values()))}")
+        raise no_split(root, split, f"the splits of its tar files are {sorted(set(splits.values()))}")
     return found
 
 
