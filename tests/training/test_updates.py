@@ -162,7 +162,7 @@ def test_ada_moves_by_the_mean_of_all_signs(new_trainer):
     trainer.state.augment.p.fill_(0.5)
     for signs in ([-1.0, -0.5], [-0.5, 0.5], [0.0, -1.0], [0.5, 1.0]):
         assert trainer.state.augment.p.item() == 0.5
-        trainer.algorithm.update.adapt_augmentation([torch.tensor(sign) for sign in signs], 5)
+        trainer.algorithm.updates.adapt_augmentation([torch.tensor(sign) for sign in signs], 5)
     assert trainer.state.augment.p.item() == pytest.approx(0.5 - 4 * 5 / 1000)
 
 
@@ -206,7 +206,7 @@ def test_buffers_are_copied(new_trainer):
     trainer = new_trainer(ema_kimg=500)
     for buffer in trainer.model.buffers():
         buffer.add_(1)
-    trainer.algorithm.update.average_weights(4)
+    trainer.algorithm.updates.average_weights(4)
     assert all(map(torch.equal, trainer.ema.buffers(), trainer.model.buffers()))
 
 
