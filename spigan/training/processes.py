@@ -9,6 +9,7 @@ the number of processes.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,9 +138,9 @@ class Processes:
                     f"process {local} of this machine has no GPU, because there are only {gpus}: start at most {gpus} "
                     "processes here"
                 )
-        # If torch._dynamo is first imported while a process group exists, it keeps a reference to the group, and closing
-        # the group no longer joins its threads (PyTorch 2.13). Optimizers import it, so this costs no time.
-        import torch._dynamo
+        # If torch._dynamo is first imported while a process group exists, it keeps a reference to the group. Closing the
+        # group then does not join its threads (PyTorch 2.13). Optimizers import it, so this costs no time.
+        importlib.import_module("torch._dynamo")
 
         begun_before = torch.distributed.is_initialized()
         state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
