@@ -138,8 +138,8 @@ class Processes:
                     f"process {local} of this machine has no GPU, because there are only {gpus}: start at most {gpus} "
                     "processes here"
                 )
-        # If torch._dynamo is first imported while a process group exists, it keeps a reference to the group. Closing the
-        # group then does not join its threads (PyTorch 2.13). Optimizers import it, so this costs no time.
+        # If torch._dynamo is first imported while a process group exists, it keeps a reference to the group. Closing
+        # the group then does not join its threads (PyTorch 2.13). Optimizers import it, so this costs no time.
         importlib.import_module("torch._dynamo")
 
         begun_before = torch.distributed.is_initialized()
