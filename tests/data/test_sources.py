@@ -89,7 +89,7 @@ def test_training_on_an_lmdb_resumes_to_the_bit(tmp_path: Path) -> None:
             trainer = Trainer.resume(tmp_path / name, total_kimg=kimg, progress=False)
             trainer.fit()
         runs[name] = trainer
-    assert runs["whole"].images_drawn == runs["stopped"].images_drawn == 160
+    assert runs["whole"].state.images_drawn == runs["stopped"].state.images_drawn == 160
     for expected, resumed in zip(runs["whole"].model.parameters(), runs["stopped"].model.parameters(), strict=True):
         assert torch.equal(expected, resumed)
 

@@ -437,7 +437,7 @@ def test_one_failing_ends_all_and_the_run_resumes(config, by_one, tmp_path):
 
     done = launch("accelerate", "-m", "spigan", "train", "--resume", str(run), "--quiet")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("Done: ") == 1
+    assert done.stdout.count("Done. ") == 1
     assert_same_run(run, by_one)
 
 
