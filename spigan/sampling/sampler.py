@@ -119,7 +119,7 @@ class Sampler:
         return self._collect(_check_floats("z", z), to)
 
     def of_latents(self, h: Tensor, *, to: torch.device | str | None = None) -> Tensor:
-        """Make the images of latent vectors, of any time.
+        """Make the generator's images of latent vectors, of any time. On the analytic path, they are without noise.
 
         Args:
             h: [N, D], or [N, num_ws, D] with one latent vector for each layer of the generator.

@@ -175,6 +175,8 @@ def test_fixed_batch_size(tmp_path: Path, format: str, n: int) -> None:
         ("onnx", {"ode_solver": "euler", "ode_activation": "softplus"}, 0.5),
         ("pt2", {"ode_solver": "euler", "ode_activation": "tanh"}, 0.5),
         ("pt2", {"mapping": "mlp"}, 1),
+        ("onnx", {"mapping": "mlp", "path": "analytic"}, 0.5),
+        ("pt2", {"path": "analytic", "path_latent": "t"}, 0.0),
     ],
 )
 def test_time_and_solver(tmp_path: Path, format: str, changes: dict[str, Any], t: float) -> None:
