@@ -9,8 +9,8 @@ A specification names a feature network:
     cifar10-resnet56=PATH           the CIFAR-10 ResNet-56, a safetensors file
     NAME=PATH, or PATH              any TorchScript network; NAME (default: the file's) names its metrics
 
-FID and IS are only defined with Inception. `digits` and `pixels` need no file. With any other network, the distance is called FD-<name> and the Inception
-Score IS-<name>.
+`digits` and `pixels` need no file. FID and IS are only defined with Inception. With any other network, the distance is
+called FD-<name> and the Inception Score IS-<name>.
 """
 
 from __future__ import annotations
@@ -165,16 +165,15 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
         network = digits_net.load_digits_net(device)
         return FeatureNet(network, "Digits", sha256, spec, digits_net.RESOLUTION, device)
     if spec == "pixels":
-        return FeatureNet(
-            digits_net.pooled_pixels, "pixels", hashlib.sha256(b"8 x 8 grey").hexdigest(), spec, None, device
-        )
+        sha256 = hashlib.sha256(b"8 x 8 grey").hexdigest()  # stands for the file that there is not
+        return FeatureNet(digits_net.pooled_pixels, "pixels", sha256, spec, None, device)
     if name == "inception":
         return _inception(spec, user_path(path) if path else cache_folder(cache_dir) / INCEPTION_NAME, device)
     if name == RESNET56:
         return _resnet56(spec, path, device)
     file = user_path(path)
     if not file.is_file():
-        known = f'"inception", "inception=PATH", "{RESNET56}=PATH", "digits", "pixels", or the PATH of a TorchScript network'
+        known = f'"inception[=PATH]", "{RESNET56}=PATH", "digits", "pixels" or the PATH of a TorchScript network'
         raise FileNotFoundError(f"feature network {spec!r}: the file {path!r} does not exist; expected {known}")
     if not re.fullmatch(r"[\w.-]+", name or file.stem):
         raise ValueError(f"feature network {spec!r}: its name may only contain letters, digits, '.', '-' and '_'")
