@@ -130,15 +130,16 @@ def train_at_once(
                 process.start()
                 running[process.sentinel] = (process, job, core)
             for sentinel in wait(list(running), timeout=1.0):
-                process, job, core = running.pop(sentinel)  # type: ignore[index]
-                process.join()
+                assert isinstance(sentinel, int)
+                ended, job, core = running.pop(sentinel)
+                ended.join()
                 free.append(core)
-                if process.exitcode == 0:
+                if ended.exitcode == 0:
                     say(f"{job.title}: finished")
-                elif process.exitcode != INTERRUPTED:
+                elif ended.exitcode != INTERRUPTED:
                     failed.append(job.name)
                     if not error_file(job.out, job.name).is_file():
-                        job.fails(f"its process ended with status {process.exitcode}", "")
+                        job.fails(f"its process ended with status {ended.exitcode}", "")
                     say(job.failure())
                 report()
     return failed, stopped()
