@@ -25,6 +25,7 @@ from spigan.training.algorithm1 import Algorithm1
 from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
 from spigan.training.measure import RunMetrics
+from spigan.training.pace import Pace
 from spigan.training.processes import Processes
 from spigan.training.run_folder import check_writable, next_run_dir, unused, writing
 from spigan.training.signals import StopSignals
@@ -219,7 +220,7 @@ class Trainer:
         # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
         with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
             self._measure(log, stop)  # if a signal ended it in an earlier session
-            clock = Clock(state.elapsed, state.images_seen)
+            clock, pace = Clock(state.elapsed, state.images_seen), Pace(self.device)
             # The last images seen still get their generator iteration.
             while (state.images_seen < total or state.iteration % 2) and not self.processes.any(stop.is_set()):
                 state.elapsed = clock.seconds()
@@ -227,6 +228,7 @@ class Trainer:
                     images = next(batches)
                     state.images_drawn += self.config.batch
                     self.train_iteration(images)
+                    pace.step()
                 bar.update(state.images_seen - bar.n)
                 if (tick := self._tick()) is None:
                     continue

@@ -162,10 +162,8 @@ class Updates:
             half_life = min(half_life, self.state.images_seen * self.config.ema_rampup)
         weight = 1.0 - 0.5 ** (images / max(half_life, 1e-8))
         model, ema = self.state.model, self.state.ema
-        for average, current in zip(ema.parameters(), model.parameters(), strict=True):
-            average.lerp_(current, weight)
-        for kept, newest in zip(ema.buffers(), model.buffers(), strict=True):
-            kept.copy_(newest)
+        torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], weight)
+        torch._foreach_copy_([*ema.buffers()], [*model.buffers()])
 
     # ---- Parts of the updates ----
 
@@ -189,7 +187,7 @@ class Updates:
     def _logits(self, images: Tensor, times: list[float]) -> Tensor:
         """Augment n images at k times, [n k, C, H, W], real or generated, and return D's logits [n k]."""
         images = self.state.augment(images, self.processes.rows(len(times)))
-        t = torch.tensor(times, device=images.device).repeat(len(images) // len(times))
+        t = on_device(times, images.device).repeat(len(images) // len(times))
         with self._autocast():
             logits: Tensor = self.state.discriminator(images, t)
         return logits
@@ -203,6 +201,11 @@ class Updates:
         if self.check_every_step:
             self.state.statistics.check()
         optimizer.step()
+
+
+def on_device(times: list[float], device: torch.device) -> Tensor:
+    """Return float32 [k] times on a device, without waiting for it: the copy from pinned memory is queued."""
+    return torch.tensor(times, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def interleave(x: Tensor) -> Tensor:
