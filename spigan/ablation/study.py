@@ -105,7 +105,10 @@ def _check_folders(study: Study, out: Path) -> None:
             raise ValueError(
                 f"{folder} is neither empty nor a run that can be resumed: choose another --out or remove it"
             )
-        if changed := _differences(read_config(folder).model_dump(), config.model_dump()):
+        begun = read_config(folder)
+        if config.precision == "auto":  # chosen when the run began
+            config = config.model_copy(update={"precision": begun.precision})
+        if changed := _differences(begun.model_dump(), config.model_dump()):
             what = ", ".join(f"{field} {old!r} (now {new!r} in the grid)" for field, old, new in changed)
             advice = (
                 "undo the change in the grid file, give the arm another name, or remove the folder to train it again"

@@ -26,6 +26,7 @@ from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
 from spigan.training.measure import RunMetrics
 from spigan.training.pace import Pace
+from spigan.training.precision import resolve_precision
 from spigan.training.processes import Processes
 from spigan.training.run_folder import check_writable, next_run_dir, unused, writing
 from spigan.training.signals import StopSignals
@@ -56,6 +57,7 @@ class Trainer:
         ValueError: if the configuration, the images and the processes do not fit together.
 
     Attributes:
+        config: the configuration, with the precision that was chosen if it was "auto".
         processes: the processes that train together.
         state: everything that training depends on, a `spigan.training.state.TrainState`.
         model: the model (mapping network and generator) that is being trained.
@@ -82,7 +84,7 @@ class Trainer:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 write_text(self.run_dir / DATA_FILE, json.dumps(self._data_record(), indent=2) + "\n")
                 # Last: this file makes the folder a run.
-                write_text(self.run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+                write_text(self.run_dir / CONFIG_FILE, self.config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
@@ -127,13 +129,13 @@ class Trainer:
             trainer.snapshots.load(*saved)
         trainer._check_agreement()
         if total_kimg is not None and trainer.processes.main:
-            write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+            write_text(run_dir / CONFIG_FILE, trainer.config.model_dump_json(indent=2) + "\n")
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool) -> None:
-        self.config = config
         self.processes = Processes(resolve_device(config.device))
         self.device = self.processes.device
+        self.config = config = resolve_precision(config, self.device)
         self.progress = progress and self.processes.main
         self.interrupted = False
         images_at_a_time(config, self.processes)  # raises before anything takes long
