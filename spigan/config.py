@@ -181,6 +181,9 @@ class TrainConfig(BaseModel):
         0, description="seed of the initial weights, the noise and the data order"
     )
     device: str = Field("auto", description="auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
+    cuda_graph: bool = Field(
+        True, description="on a GPU, replay the steps as CUDA graphs; false needs less memory and is slower"
+    )
     tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(
         4, description="kimg per tick; every tick writes a line of statistics"
     )

@@ -12,6 +12,7 @@ from spigan.training.augment import ADA
 from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
 from spigan.training.processes import Processes
 from spigan.training.state import TrainState, images_at_a_time
+from spigan.training.step_graphs import StepGraphs
 
 ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras et al. 2020a, section 3.1)
 
@@ -29,11 +30,13 @@ class Updates:
     Attributes:
         check_every_step: whether to check for divergence before each optimiser step. On a GPU the check would have to
             wait for the device, so divergence is only found at the end of a tick.
+        graphs: runs parts of the updates as CUDA graphs.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
         self.config, self.state, self.processes = config, state, processes
         self.check_every_step = processes.device.type == "cpu"
+        self.graphs = StepGraphs(config, state)
         self._at_a_time = images_at_a_time(config, processes)
 
     # ---- Updates ----
@@ -57,21 +60,29 @@ class Updates:
         state = self.state
         state.discriminator.requires_grad_(True)
         state.optimizer_d.zero_grad(set_to_none=True)
+        t = on_device(times, self.processes.device)
         signs = []
         for real_part, h_part in self._parts(real, h, dim=1):
             share = real_part.shape[1] / real.shape[1]
-            with torch.no_grad():
-                generated = self._generate(interleave(h_part), times)
-            fake = self._logits(generated, times)
-            loss_fake = fake_loss(fake)
-            (loss_fake * share).backward()
-            logits = self._logits(interleave(real_part), times)
-            loss_real = real_loss(logits)
-            (loss_real * share).backward()
-            signs.append(logits.detach().sign().mean() * share)
-            state.record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
+            loss, real_logit, fake_logit, sign = self.graphs.run(
+                self._discriminator_part, state.discriminator, (real_part, h_part, t), share
+            )
+            signs.append(sign)
+            state.record(loss_d=loss, real_logit=real_logit, fake_logit=fake_logit)
         self._step(state.optimizer_d, "d")
         return torch.stack(signs).sum()
+
+    def _discriminator_part(self, real: Tensor, h: Tensor, t: Tensor, share: float) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            generated = self._generate(interleave(h), t)
+        fake = self._logits(generated, t)
+        loss_fake = fake_loss(fake)
+        (loss_fake * share).backward()
+        logits = self._logits(interleave(real), t)
+        loss_real = real_loss(logits)
+        (loss_real * share).backward()
+        fake, logits = fake.detach(), logits.detach()
+        return (loss_fake + loss_real).detach(), logits.mean(), fake.mean(), logits.sign().mean() * share
 
     def step_r1(self, real: Tensor, times: list[float]) -> None:
         """Update the discriminator by the lazy R1 penalty, weighted by the number of updates it stands for.
@@ -101,12 +112,17 @@ class Updates:
         state = self.state
         state.discriminator.requires_grad_(False)
         state.optimizer_g.zero_grad(set_to_none=True)
+        t = on_device(times, self.processes.device)
         for (part,) in self._parts(z, dim=0):
-            generated = self._generate(interleave(self.solve(part, times)), times)
-            loss = generator_loss(self._logits(generated, times))
-            (loss * (len(part) / len(z))).backward()
+            h = self.solve(part, times)  # not in a graph: the steps of the solver depend on the times
+            (loss,) = self.graphs.run(self._generator_part, state.model.generator, (h, t), len(part) / len(z))
             state.record(loss_g=loss)
         self._step(state.optimizer_g, "g")
+
+    def _generator_part(self, h: Tensor, t: Tensor, share: float) -> tuple[Tensor, ...]:
+        loss = generator_loss(self._logits(self._generate(interleave(h), t), t))
+        (loss * share).backward()
+        return (loss.detach(),)
 
     def step_path_length(self, z: Tensor, times: list[float]) -> None:
         """Update mapping network and generator by the lazy path-length penalty.
@@ -174,7 +190,7 @@ class Updates:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _generate(self, h: Tensor, times: list[float]) -> Tensor:
+    def _generate(self, h: Tensor, times: list[float] | Tensor) -> Tensor:
         """Return the images [n k, C, H, W] of latents [n k, D] or [n k, num_ws, D]."""
         rows, generator = self.processes.rows(len(times)), self.state.model.generator
         noise = None  # drawn by the generator
@@ -184,7 +200,7 @@ class Updates:
             images: Tensor = generator(h, noise)
         return images
 
-    def _logits(self, images: Tensor, times: list[float]) -> Tensor:
+    def _logits(self, images: Tensor, times: list[float] | Tensor) -> Tensor:
         """Augment n images at k times, [n k, C, H, W], real or generated, and return D's logits [n k]."""
         images = self.state.augment(images, self.processes.rows(len(times)))
         t = on_device(times, images.device).repeat(len(images) // len(times))
@@ -201,10 +217,13 @@ class Updates:
         if self.check_every_step:
             self.state.statistics.check()
         optimizer.step()
+        self.graphs.note(name)
 
 
-def on_device(times: list[float], device: torch.device) -> Tensor:
+def on_device(times: list[float] | Tensor, device: torch.device) -> Tensor:
     """Return float32 [k] times on a device, without waiting for it: the copy from pinned memory is queued."""
+    if isinstance(times, Tensor):
+        return times
     return torch.tensor(times, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
