@@ -218,7 +218,11 @@ class TrainConfig(BaseModel):
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = Field(
         1e6, description="a larger gradient norm stops the run as diverged; None: only a norm that is not finite does"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: convolutions in bfloat16 (autocast)")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="bf16: convolutions in bfloat16 (autocast); auto: bf16 on a GPU that computes in it, else fp32 "
+        "(the run's config.json has the choice)",
+    )
 
     # Augmentation of the images that D sees
     augment: Literal["none", "diffaug", "ada"] = Field("none", description="augmentation of real and generated images")
@@ -231,6 +235,9 @@ class TrainConfig(BaseModel):
         0, description="seed of the initial weights, the noise and the data order"
     )
     device: str = Field("auto", description="auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
+    cuda_graph: bool = Field(
+        True, description="on a GPU, replay the steps as CUDA graphs; false needs less memory and is slower"
+    )
     tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(
         4, description="kimg per tick; every tick writes a line of statistics"
     )

@@ -91,7 +91,7 @@ def test_frozen(config: Any) -> None:
         ({"beta2": 1}, "beta2: Input should be less than 1, got 1"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0, got -1"),
         ({"seed": 2**31}, f"seed: Input should be less than {2**31}, got {2**31}"),
-        ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16', got 'fp8'"),
+        ({"precision": "fp8"}, "precision: Input should be 'fp32', 'bf16' or 'auto', got 'fp8'"),
         ({"model": {"ode_solver": "heun"}}, "model.ode_solver: Input should be 'rk4', 'euler' or 'dopri5', got 'heun'"),
         ({"model": {"img_channels": 4}}, "model.img_channels: Input should be 1 or 3, got 4"),
         ({"model": {"ode_layers": 9}}, "model.ode_layers: Input should be less than or equal to 8, got 9"),

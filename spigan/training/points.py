@@ -77,27 +77,29 @@ class Points:
             images: Tensor = generator(h, noise)
         return images
 
-    def __call__(self, h: Tensor, times: list[float], noise: Tensor | None) -> Tensor:
+    def __call__(self, h: Tensor, times: list[float] | Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the generated points [n k, C, H, W], interleaved.
 
         Args:
             h: the latents that `latents` returned.
-            times: the times t_k.
+            times: the times t_k, as floats or, in a CUDA graph, as a tensor [k].
             noise: [b, n, C, H, W] e' of the analytic path, or None on the learned path.
         """
         images = self.images(interleave(h), len(h))
         if noise is None:
             return images
         clean = images.unflatten(0, (-1, len(h))).transpose(0, 1)  # [b, n, C, H, W]
+        if isinstance(times, Tensor):  # a graph is replayed with other times, so they cannot be the operation's floats
+            t, (mean_coef, std) = times[:, None, None, None, None], self._sde.marginal(1.0)
+            return interleave(t * clean + (1.0 - t) * (mean_coef * clean + std * noise))
         if len(clean) == 1:
-            return interleave(self._interpolate(clean[0], times, noise[0]))
+            return interleave(path_interpolate(clean[0], times, noise=noise[0], sde=self._sde)[1])
         # One time for each block.
         noises = noise.expand(len(clean), *noise.shape[1:])
-        parts = [self._interpolate(x, [t], e) for x, t, e in zip(clean, times, noises, strict=True)]
+        parts = [
+            path_interpolate(x, [t], noise=e, sde=self._sde)[1] for x, t, e in zip(clean, times, noises, strict=True)
+        ]
         return interleave(torch.cat(parts))
-
-    def _interpolate(self, clean: Tensor, times: list[float], noise: Tensor) -> Tensor:
-        return path_interpolate(clean, times, noise=noise, sde=self._sde)[1]
 
 
 def interleave(x: Tensor) -> Tensor:

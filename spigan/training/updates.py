@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_p
 from spigan.training.points import Points, interleave
 from spigan.training.processes import Processes
 from spigan.training.state import TrainState, images_of_a_time
+from spigan.training.step_graphs import StepGraphs
 
 ADA_INTERVAL = 4  # discriminator iterations between changes of ADA's p (Karras et al. 2020a, section 3.1)
 
@@ -31,12 +33,14 @@ class Updates:
         points: makes the generated points of the path.
         check_every_step: whether to check for divergence before each optimiser step. On a GPU the check would have to
             wait for the device, so divergence is only found at the end of a tick.
+        graphs: runs parts of the updates as CUDA graphs.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, processes: Processes) -> None:
         self.config, self.state, self.processes = config, state, processes
         self.check_every_step = processes.device.type == "cpu"
         self.points = Points(config, state.model, processes)
+        self.graphs = StepGraphs(config, state)
         self._at_a_time = images_of_a_time(config, processes)
 
     # ---- Updates ----
@@ -56,22 +60,31 @@ class Updates:
         state = self.state
         state.discriminator.requires_grad_(True)
         state.optimizer_d.zero_grad(set_to_none=True)
+        t = self._graph_times(times)
         signs = []
         for real_part, h_part, noise_part in self._parts(real, h, noise):
             assert real_part is not None and h_part is not None
             share = real_part.shape[1] / real.shape[1]
-            with torch.no_grad():
-                generated = self.points(h_part, times, noise_part)
-            fake = self._logits(generated, times)
-            loss_fake = fake_loss(fake)
-            (loss_fake * share).backward()
-            logits = self._logits(interleave(real_part), times)
-            loss_real = real_loss(logits)
-            (loss_real * share).backward()
-            signs.append(logits.detach().sign().mean() * share)
-            state.record(loss_d=loss_fake + loss_real, real_logit=logits.mean(), fake_logit=fake.mean())
+            loss, real_logit, fake_logit, sign = self.graphs.run(
+                self._discriminator_part, state.discriminator, (real_part, h_part, t, *given(noise_part)), share
+            )
+            signs.append(sign)
+            state.record(loss_d=loss, real_logit=real_logit, fake_logit=fake_logit)
         self._step(state.optimizer_d, "d")
         return torch.stack(signs).sum()
+
+    def _discriminator_part(self, real: Tensor, h: Tensor, t: Tensor, *noise_and_share: Any) -> tuple[Tensor, ...]:
+        *noise, share = noise_and_share
+        with torch.no_grad():
+            generated = self.points(h, t, *noise)
+        fake = self._logits(generated, t)
+        loss_fake = fake_loss(fake)
+        (loss_fake * share).backward()
+        logits = self._logits(interleave(real), t)
+        loss_real = real_loss(logits)
+        (loss_real * share).backward()
+        fake, logits = fake.detach(), logits.detach()
+        return (loss_fake + loss_real).detach(), logits.mean(), fake.mean(), logits.sign().mean() * share
 
     def step_r1(self, real: Tensor, times: list[float]) -> None:
         """Update the discriminator by the lazy R1 penalty, weighted by the number of updates it stands for.
@@ -103,13 +116,21 @@ class Updates:
         state = self.state
         state.discriminator.requires_grad_(False)
         state.optimizer_g.zero_grad(set_to_none=True)
+        t = self._graph_times(times)
         for part, noise_part in self._parts(z, noise):
             assert part is not None
-            generated = self.points(self.points.latents(part, times), times, noise_part)
-            loss = generator_loss(self._logits(generated, times))
-            (loss * (part.shape[1] / z.shape[1])).backward()
+            h = self.points.latents(part, times)  # not in a graph: the steps of the solver depend on the times
+            (loss,) = self.graphs.run(
+                self._generator_part, state.model.generator, (h, t, *given(noise_part)), part.shape[1] / z.shape[1]
+            )
             state.record(loss_g=loss)
         self._step(state.optimizer_g, "g")
+
+    def _generator_part(self, h: Tensor, t: Tensor, *noise_and_share: Any) -> tuple[Tensor, ...]:
+        *noise, share = noise_and_share
+        loss = generator_loss(self._logits(self.points(h, t, *noise), t))
+        (loss * share).backward()
+        return (loss.detach(),)
 
     def step_path_length(self, z: Tensor, times: list[float]) -> None:
         """Update mapping network and generator by the lazy path-length penalty.
@@ -168,10 +189,8 @@ class Updates:
             half_life = min(half_life, self.state.images_seen * self.config.ema_rampup)
         weight = 1.0 - 0.5 ** (images / max(half_life, 1e-8))
         model, ema = self.state.model, self.state.ema
-        for average, current in zip(ema.parameters(), model.parameters(), strict=True):
-            average.lerp_(current, weight)
-        for kept, newest in zip(ema.buffers(), model.buffers(), strict=True):
-            kept.copy_(newest)
+        torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], weight)
+        torch._foreach_copy_([*ema.buffers()], [*model.buffers()])
 
     # ---- Parts of the updates ----
 
@@ -185,10 +204,17 @@ class Updates:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _logits(self, images: Tensor, times: list[float]) -> Tensor:
+    def _graph_times(self, times: list[float]) -> Any:
+        """Return the times as the parts of a step take them: on the device for graphs, which are replayed with others.
+
+        Otherwise they stay exact, as the points of real images use them.
+        """
+        return on_device(times, self.processes.device) if self.graphs.enabled else times
+
+    def _logits(self, images: Tensor, times: list[float] | Tensor) -> Tensor:
         """Augment n images at k times, [n k, C, H, W], real or generated, and return D's logits [n k]."""
         images = self.state.augment(images, self.processes.rows(len(times)))
-        t = torch.tensor(times, device=images.device).repeat(len(images) // len(times))
+        t = on_device(times, images.device).repeat(len(images) // len(times))
         with self._autocast():
             logits: Tensor = self.state.discriminator(images, t)
         return logits
@@ -202,3 +228,16 @@ class Updates:
         if self.check_every_step:
             self.state.statistics.check()
         optimizer.step()
+        self.graphs.note(name)
+
+
+def on_device(times: list[float] | Tensor, device: torch.device) -> Tensor:
+    """Return float32 [k] times on a device, without waiting for it: the copy from pinned memory is queued."""
+    if isinstance(times, Tensor):
+        return times
+    return torch.tensor(times, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def given(noise: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the noise of generated points as arguments of a part: none on the learned path."""
+    return () if noise is None else (noise,)
