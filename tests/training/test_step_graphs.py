@@ -23,6 +23,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], int]] = {  # fields, and number of gra
     "diffaug, joint": ({"augment": "diffaug", "updates": "joint", "intervals": 3}, 2),
     "mlp": ({"model": {"mapping": "mlp"}, "intervals": 1}, 2),
     "bf16": ({"precision": "bf16"}, 2),
+    # Times that float32 holds exactly. One after another, they are replayed by the same graphs.
+    "analytic": ({"path": "analytic", "intervals": 4, "fixed_t": True}, 2),
+    "split": ({"path": "analytic", "times": "split", "fixed_t": True, "path_latent": "t"}, 2),
 }
 for settings, _ in SETTINGS.values():
     settings["model"] = {"ode_steps": 1} | settings.get("model", {})
