@@ -135,7 +135,7 @@ def test_a_precision_that_was_chosen_is_no_change(
     """An arm with precision "auto" keeps what its run took, here as on a GPU."""
     text = grid_text[: grid_text.index("[arms.fixed]")].replace("[base]", '[base]\nprecision = "auto"')
     study, out = read_grid(grid(tmp_path, text)), tmp_path / "out"
-    Trainer(study.arms["k2"].model_copy(update={"precision": "bf16"}), out / "k2", progress=False).snapshot()
+    Trainer(study.runs["k2"].model_copy(update={"precision": "bf16"}), out / "k2", progress=False).snapshot()
     resumed = []
     monkeypatch.setattr(Trainer, "fit", lambda self: resumed.append(self.config.precision))
     assert run(study, out)[:2] == ([], False)

@@ -105,7 +105,9 @@ def differing(a: Trainer, b: Trainer) -> list[str]:
     return [name for name in tensors if not torch.equal(tensors[name], expected[name])]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("default", "ada") else []) for name in SETTINGS]
+)
 def test_the_same_training(new_trainer: Callable[..., Trainer], tapes: list[Tape], name: str) -> None:
     """To the bit: weights, optimisers, statistics, ADA's p and random states, with other times in every iteration."""
     settings, graphs = SETTINGS[name]
@@ -119,6 +121,7 @@ def test_the_same_training(new_trainer: Callable[..., Trainer], tapes: list[Tape
     assert differing(replayed, eager) == []
 
 
+@pytest.mark.slow
 def test_a_baked_number_is_noticed(
     new_trainer: Callable[..., Trainer], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +139,9 @@ def test_a_baked_number_is_noticed(
     assert tapes and "model.generator.b8.conv1.weight" in differing(trainer, eager)
 
 
-@pytest.mark.parametrize("kind", ["raises", "wrong", "stale"])
+@pytest.mark.parametrize(
+    "kind", ["wrong", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("raises", "stale"))]
+)
 def test_training_goes_on_without_a_graph_that_fails(
     new_trainer: Callable[..., Trainer], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -173,6 +178,7 @@ def test_parts_of_a_minibatch_are_no_graphs(new_trainer: Callable[..., Trainer],
     assert not tapes
 
 
+@pytest.mark.slow
 def test_penalties_come_before_graphs(new_trainer: Callable[..., Trainer], tapes: list[Tape]) -> None:
     """Their memory must be known: a run resumed between them waits for the next ones."""
     trainer = graphed(new_trainer(r1_interval=4, pl_weight=1.0, pl_interval=2))
@@ -183,6 +189,7 @@ def test_penalties_come_before_graphs(new_trainer: Callable[..., Trainer], tapes
     assert len(tapes) == 2
 
 
+@pytest.mark.slow
 def test_graphs_are_few(
     new_trainer: Callable[..., Trainer], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
