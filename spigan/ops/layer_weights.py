@@ -25,6 +25,8 @@ class LayerWeight:
 
     Attributes:
         form: "direct" [O, I, k, k], channels-last: the library's convolution.
+            "transposed" [I, O, k, k], channels-last: the library's transposed convolution (up = 2 on a GPU), which
+            would copy weights in any other layout at each call.
             "products" [k k O, I]: one matrix product for all taps (up = 2 on the CPU).
             "taps" [k, k, O, I]: Triton's convolution.
             "winograd" [16, O, I] float32: Winograd's F(2x2, 3x3) on the CPU.
@@ -65,7 +67,9 @@ def weight_form(
         return "modulated"
     if backend == "triton":
         return "taps"
-    if backend != "cpp" or dtype == torch.float64:
+    if backend == "cuda":
+        return "transposed" if up == 2 else "direct"
+    if dtype == torch.float64:
         return "direct"
     if up == 1:
         tiles = n * -(-size[0] // 2) * -(-size[1] // 2)
@@ -88,8 +92,9 @@ def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) 
         launch(backend, "winograd_weight", value, whole, channels_out, channels_in)
     elif form == "modulated":
         value = weight[:, :, 0, 0].to(torch.promote_types(weight.dtype, torch.float32))
-    elif form == "direct":
-        value = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    elif form in ("direct", "transposed"):
+        whole = weight.to(dtype) if form == "direct" else weight.to(dtype).transpose(0, 1)
+        value = whole.contiguous(memory_format=torch.channels_last)
     else:
         value = weight.to(dtype).permute(2, 3, 0, 1).contiguous()
         if form == "products":
