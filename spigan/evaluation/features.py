@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spigan.evaluation.cache import cache_folder
 from spigan.evaluation.resnet56 import load_resnet56
-from spigan.files import user_path
+from spigan.files import cache_folder, user_path
 from spigan.images import to_pil
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
     Args:
         spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "NAME=PATH" or "PATH"; see the top of this module.
         device: device on which to run.
-        cache_dir: folder that holds the file for "inception". Default: see `spigan.evaluation.cache.cache_folder`.
+        cache_dir: folder that holds the file for "inception". Default: see `spigan.files.cache_folder`.
 
     Raises:
         FileNotFoundError: if the file does not exist. The message states where to get it.

@@ -48,6 +48,7 @@ def frozen_modulated_conv2d(
     padding: int,
     filter: Tensor,
     keep: bool = True,
+    part_bytes: int = GPU_PART_BYTES,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run a layer without gradients, on tensors that have been checked.
 
@@ -60,6 +61,7 @@ def frozen_modulated_conv2d(
         up, padding: See `modulated_conv2d`.
         filter: float32 [m, m], of up = 2.
         keep: False if only the ToRGB layer needs the result.
+        part_bytes: See `images_at_a_time`.
 
     Returns:
         [N, H', W', O] in the dtype of x, or None without `keep`; and float32 [N, H', W', R], or None without
@@ -73,7 +75,7 @@ def frozen_modulated_conv2d(
     fused = weight.form == "taps" and up == 1
     part = n  # images at a time
     if not fused and (up == 2 or not keep):  # the convolution's own result does not become the layer's in place
-        part = images_at_a_time(backend, n, size[0] * size[1] * weight.channels * x.dtype.itemsize)
+        part = images_at_a_time(backend, n, size[0] * size[1] * weight.channels * x.dtype.itemsize, part_bytes)
     with on(x.device):
         if end.seed is not None and (part < n or weight.form in ("winograd", "products")):
             # In a part, the stream would start again.
@@ -95,20 +97,21 @@ def frozen_modulated_conv2d(
         return _in_parts(backend, x, weight, end, style, fir, padding, size, part, keep, rgb), rgb
 
 
-def images_at_a_time(backend: str, n: int, image_bytes: int) -> int:
+def images_at_a_time(backend: str, n: int, image_bytes: int, part_bytes: int = GPU_PART_BYTES) -> int:
     """Return how many of n images are convolved at a time if the result is only a temporary.
 
     On the CPU it is a quarter of them, so that memory holds the input, the result and at most a quarter of another
-    result. On a GPU it is all of them, or as many as keep the temporary result within `GPU_PART_BYTES`.
+    result. On a GPU it is all of them, or as many as keep the temporary result within `part_bytes`.
 
     Args:
         backend: "cpp", "triton" or "cuda".
         n: Number of images, at least 1.
         image_bytes: Size of the result for one image.
+        part_bytes: Largest temporary result on a GPU.
     """
     if backend == "cpp":
         return min(n, max(-(-n // 4), -(-MIN_PART_BYTES // image_bytes)))
-    parts = min(n, -(-n * image_bytes // GPU_PART_BYTES))
+    parts = min(n, -(-n * image_bytes // part_bytes))
     return -(-n // parts)
 
 

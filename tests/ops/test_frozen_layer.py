@@ -256,7 +256,7 @@ def library_calls(monkeypatch):
     return calls
 
 
-def cuda_layer(arguments, up, keep=True):
+def cuda_layer(arguments, up, keep=True, **options):
     x, weight, style = (arguments[name] for name in ("x", "weight", "style"))
     n, _, height, width = x.shape
     size, filter = (up * height, up * width), fir_filter()
@@ -264,18 +264,17 @@ def cuda_layer(arguments, up, keep=True):
     prepared = layer_weights.prepare_weight(weight, form, x.dtype, "cuda")
     end = LayerEnd(noise=arguments["noise"], bias=arguments["bias"], rgb_weight=torch.ones(n, 1, weight.shape[0]))
     return frozen_layer.frozen_modulated_conv2d(
-        "cuda", x.permute(0, 2, 3, 1), prepared, end, style=style, up=up, padding=1, filter=filter, keep=keep
+        "cuda", x.permute(0, 2, 3, 1), prepared, end, style=style, up=up, padding=1, filter=filter, keep=keep, **options
     )
 
 
 @pytest.mark.parametrize(("up", "keep"), [(1, False), (2, True), (2, False)])
-def test_a_gpu_convolves_a_batch_in_parts_only_beyond_a_gibibyte(up, keep, library_calls, monkeypatch):
+def test_a_gpu_convolves_a_batch_in_parts_only_beyond_a_gibibyte(up, keep, library_calls):
     arguments = single_layer(5, 6, 8, 4, 3, up, torch.float32, noise_rows=5)
     expected = modulated_conv2d(**arguments, up=up, demodulate=False, backend="reference")
     for limit, parts in ((1 << 30, [5]), (2 * 8 * (4 * up) ** 2 * 4, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(frozen_layer, "GPU_PART_BYTES", limit)
         library_calls.clear()
-        out, rgb = cuda_layer(arguments, up, keep)
+        out, rgb = cuda_layer(arguments, up, keep, part_bytes=limit)
         assert [len(x) for x, _ in library_calls] == parts
         torch.testing.assert_close(rgb[..., 0], expected.sum(1), rtol=0, atol=1e-4)
         assert (out is not None) == keep
