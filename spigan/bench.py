@@ -310,7 +310,8 @@ def _plot_roofline(axes: Any, report: dict[str, Any]) -> None:
         axes.text(knee, rate / 1e9, dtype, ha="center", va="bottom", color=line.get_color(), fontsize=8)
     for benchmark, marker in zip(dict.fromkeys(row["benchmark"] for row in rows), "osv^D", strict=False):
         for dtype, line in zip(report["matrix_rate"], axes.get_lines(), strict=False):
-            some = [row for row in rows if row["benchmark"] == benchmark and dtype in row["group"]]
+            # Rows state their precision since float32 may be TF32.
+            some = [row for row in rows if row["benchmark"] == benchmark and _in_precision(row, dtype)]
             axes.plot(
                 [row["flop"] / row["bytes"] for row in some],
                 [row["flop"] / row["seconds"] / 1e9 for row in some],
@@ -323,6 +324,10 @@ def _plot_roofline(axes: Any, report: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize=7, loc="lower right")
     return axes.set(xlabel="FLOP / byte", ylabel="GFLOP/s", title="Kernels that multiply,\nunder the measured roofline")
+
+
+def _in_precision(row: dict[str, Any], precision: str) -> bool:
+    return row["precision"] == precision if "precision" in row else precision in row["group"]
 
 
 def _plot_bandwidth(axes: Any, report: dict[str, Any]) -> None:
