@@ -65,6 +65,14 @@ class LayerCall:
         )  # fmt: skip
 
     @property
+    def most_images(self) -> int:
+        """The next power of two to the number of images, up to which batches share a plan.
+
+        A plan for each number would cost more than it gains.
+        """
+        return 1 << (self.x.shape[0] - 1).bit_length()
+
+    @property
     def size(self) -> tuple[int, int]:
         """(H', W') of the result."""
         return result_size(*self.x.shape[1:3], self.shape[-1], self.up, self.padding)
@@ -72,15 +80,12 @@ class LayerCall:
     def key(self, names: tuple[str, ...]) -> str:
         """Return the name of the layer in the list of plans.
 
-        Batches count up to the next power of two, because a plan for each number of images would cost more than it
-        gains.
-
         Args:
             names: backends that may run it.
         """
-        (n, height, width, channels_in), channels_out, kernel = self.x.shape, self.shape[0], self.shape[-1]
+        (_, height, width, channels_in), channels_out, kernel = self.x.shape, self.shape[0], self.shape[-1]
         parts = [
-            f"layer of up to {1 << (n - 1).bit_length()} images, {channels_in} x {height} x {width}",
+            f"layer of up to {self.most_images} images, {channels_in} x {height} x {width}",
             f"{kernel}x{kernel} to {channels_out} x {self.size[0]} x {self.size[1]}",
             _precision(self.x),
             f"FIR of {self.filter.shape[-1]} taps" if self.up == 2 else "",
@@ -125,6 +130,7 @@ def _other_backends(backend: str, device: torch.device) -> list[str]:
 
 
 def _alternatives(names: tuple[str, ...], call: LayerCall) -> list[LayerPlan]:
+    """Return all ways to compute the layer for any number of images that shares its plan."""
     found = []
     image_bytes = call.size[0] * call.size[1] * call.shape[0] * call.x.dtype.itemsize
     for backend in names:
@@ -133,7 +139,7 @@ def _alternatives(names: tuple[str, ...], call: LayerCall) -> list[LayerPlan]:
                 continue  # the library's convolution is a candidate already, with the faster pass after it
             found.append(LayerPlan(backend, form))
             temporary = (call.up == 2 or not call.keep) and (form != "taps" or call.up == 2)
-            if backend != "cpp" and temporary and call.x.shape[0] * image_bytes > CACHED_PART_BYTES:
+            if backend != "cpp" and temporary and call.most_images * image_bytes > CACHED_PART_BYTES:
                 found.append(LayerPlan(backend, form, CACHED_PART_BYTES))
     return found
 

@@ -163,7 +163,7 @@ def saved_plans(device: torch.device) -> tuple[Path, dict[str, Plan]]:
     """Return the file of a device and the plans in it, by key."""
     identity = describe_device(device)
     path = plan_file(identity)
-    return path, _read(path, identity)
+    return path, read_plans(path, identity)
 
 
 def _plans_of(device: torch.device) -> dict[str, Plan]:
@@ -173,7 +173,7 @@ def _plans_of(device: torch.device) -> dict[str, Plan]:
     return _known[here]
 
 
-def _read(path: Path, identity: dict[str, str]) -> dict[str, Plan]:
+def read_plans(path: Path, identity: dict[str, str]) -> dict[str, Plan]:
     """Return the plans in a file. A damaged file, or one of another device or version, only causes a warning."""
     if not path.exists():
         return {}
@@ -207,7 +207,7 @@ def _save(identity: dict[str, str], key: str, plan: Plan) -> None:
     path = plan_file(identity)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a damaged file has been reported
-        plans = _read(path, identity)  # with what other processes have added
+        plans = read_plans(path, identity)  # with what other processes have added
     plans.pop(key, None)
     plans[key] = plan
     youngest = [*plans.items()][-MAX_PLANS:]

@@ -139,6 +139,8 @@ def test_candidates_on_a_gpu(choices: Choices, monkeypatch: pytest.MonkeyPatch) 
     in_parts = ["cuda transposed", "cuda transposed 32 MiB at a time"]
     assert found("cuda", up=2) == [*in_parts, "triton taps", "triton taps 32 MiB at a time"]
     assert found("cuda", up=2, n=1) == ["cuda transposed", "triton taps"]
+    # 33 images share the plan of 64, and so must have its candidates, though their result is smaller than 32 MiB.
+    assert found("cuda", up=2, n=33, channels=384) == found("cuda", up=2, n=64, channels=384) == found("cuda", up=2)
     # The last layer only keeps its RGB images; Triton never writes its result.
     assert found("cuda", keep=False) is not None
     assert found("cuda", keep=False, n=256) == ["cuda direct", "cuda direct 32 MiB at a time", "triton taps"]
