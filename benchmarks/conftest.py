@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan.ops import fir_bias_act
+from spigan.ops.timing import without_launches
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 from . import measuring
@@ -120,7 +121,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             rounds = max(3, min(200, int(0.3 / (time.perf_counter() - start))))
         benchmark.group = group
         benchmark.pedantic(synchronized, rounds=rounds)
-        seconds = measuring.without_launches(function, benchmark.stats.stats.median) / share
+        seconds = without_launches(function, benchmark.stats.stats.median, DEVICE) / share
         numbers: dict[str, Any] = {
             "benchmark": request.module.__name__.rpartition(".")[2],
             "group": group,

@@ -23,28 +23,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = ("float32", "TF32", "bfloat16") if DEVICE.type == "cuda" else ("float32", "bfloat16")
 """Precisions of products whose rates are reported. On a GPU, float32 is IEEE's, without TF32."""
 
-SHORT = 1e-3  # seconds; on a GPU, the launch and the wait for the end are a part of shorter calls that is not small
-
 
 def synchronize() -> None:
     """Wait until the device has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-
-
-def without_launches(function: Callable[[], object], median: float) -> float:
-    """Return the time of a call in seconds.
-
-    On a GPU, a short call is timed again between events, in a queue of calls that takes about 20 ms.
-
-    Args:
-        function: the call.
-        median: the time with a launch and a wait for the end.
-    """
-    if DEVICE.type != "cuda" or median >= SHORT:
-        return median
-    calls = max(3, min(1000, int(0.02 / median)))
-    return statistics.median(seconds_per_call(function, calls, DEVICE) for _ in range(9))
 
 
 def _median_seconds(function: Callable[[], object], repeats: int = 9) -> float:

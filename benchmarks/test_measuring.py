@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import measuring
-from .measuring import matrix_rate, peak_memory, precision_of, without_launches
+from .measuring import matrix_rate, peak_memory, precision_of
 
 
 @pytest.fixture
@@ -27,33 +27,6 @@ def precisions() -> Any:
     yield settings
     for setting, precision in zip(settings, before, strict=True):
         setting.fp32_precision = precision
-
-
-def timed(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[int]:
-    """Let `seconds_per_call` return `seconds`, one after the other; collects the numbers of calls."""
-    calls: list[int] = []
-
-    def seconds_per_call(function: Any, n: int, device: torch.device) -> float:
-        assert device == measuring.DEVICE
-        calls.append(n)
-        return seconds[len(calls) - 1]
-
-    monkeypatch.setattr(measuring, "seconds_per_call", seconds_per_call)
-    return calls
-
-
-@pytest.mark.usefixtures("gpu")
-def test_short_calls_on_a_gpu_are_timed_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = timed(monkeypatch, [5e-6, 9e-6, 3e-6, 4e-6, 5e-6, 6e-6, 7e-6, 1e-3, 2e-6])
-    assert without_launches(lambda: None, 1e-4) == 5e-6  # the median
-    assert calls == [200] * 9
-    assert without_launches(lambda: None, 2e-3) == 2e-3 and len(calls) == 9
-
-
-def test_calls_on_a_cpu_are_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "DEVICE", torch.device("cpu"))
-    calls = timed(monkeypatch, [])
-    assert without_launches(lambda: None, 1e-5) == 1e-5 and not calls
 
 
 @pytest.mark.usefixtures("gpu")

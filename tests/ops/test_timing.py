@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spigan.ops import timing
-from spigan.ops.timing import seconds_per_call
+from spigan.ops.timing import seconds_per_call, without_launches
 
 CUDA = torch.device("cuda:1")
 
@@ -89,3 +89,32 @@ def test_a_gpu_is_timed_without_the_launches(monkeypatch: pytest.MonkeyPatch) ->
     assert devices == [CUDA]
     monkeypatch.setattr(timing, "MAX_SPIN_SECONDS", 0.0)
     assert seconds_per_call(gpu.kernel, 20, CUDA) > 5 * FakeGpu.KERNEL  # so the spin is what hides the launches
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of calls that `seconds_per_call` was asked for; its median is 5 us."""
+    found: list[int] = []
+    seconds = [5e-6, 9e-6, 3e-6, 4e-6, 5e-6, 6e-6, 7e-6, 1e-3, 2e-6]
+
+    def fake(function: object, n: int, device: torch.device) -> float:
+        assert device == CUDA
+        found.append(n)
+        return seconds[len(found) - 1]
+
+    monkeypatch.setattr(timing, "seconds_per_call", fake)
+    return found
+
+
+def test_short_calls_of_a_gpu_are_timed_in_a_queue(calls: list[int]) -> None:
+    assert without_launches(lambda: None, 1e-4, CUDA) == 5e-6  # the median
+    assert calls == [200] * 9
+    for long, device in ((2e-3, CUDA), (1e-5, torch.device("cpu"))):
+        assert without_launches(lambda: None, long, device) == long
+    assert len(calls) == 9
+
+
+@pytest.mark.parametrize(("median", "n"), [(1e-7, 1000), (9e-4, 22), (1.0, 0)])
+def test_length_of_a_queue(median: float, n: int, calls: list[int]) -> None:
+    without_launches(lambda: None, median, CUDA)
+    assert calls == ([n] * 9 if n else [])

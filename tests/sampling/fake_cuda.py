@@ -95,7 +95,7 @@ class FakeCuda:
         self.current = before
 
     def snapshot(self) -> list[dict[str, Any]]:
-        """Kept memory by pool: graphs of one pool share it, and what the largest needed stays."""
+        """Memory segments: one for each graph, and another one."""
         return [{"segment_pool_id": pool, "total_size": size} for pool, size in self.memory.values()] + [
             {"segment_pool_id": (0, 0), "total_size": 10**9}  # not of graphs
         ]
