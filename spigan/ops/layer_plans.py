@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +76,15 @@ class LayerCall:
         """(H', W') of the result."""
         return result_size(*self.x.shape[1:3], self.shape[-1], self.up, self.padding)
 
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What a plan depends on, except the backend."""
+        x, rgb = self.x, self.end.rgb_weight
+        return (
+            x.device, x.shape, _precision(x), self.shape, self.up, self.padding, self.filter.shape, self.keep,
+            self.kept, self.style is None, rgb is None,
+        )  # fmt: skip
+
     def key(self, names: tuple[str, ...]) -> str:
         """Return the name of the layer in the list of plans.
 
@@ -111,17 +119,36 @@ def layer_plan(backend: str, call: LayerCall, pack: Pack, *, others: bool = Fals
         pack: Packs its weights.
         others: Whether other backends may run it, because "auto" has chosen `backend`.
     """
-    n, dtype, shape = call.x.shape[0], call.x.dtype, call.shape
-    arguments: tuple[Any, ...] = (shape, call.size, dtype, n, call.up, call.padding, call.filter, call.kept)
-    fixed = LayerPlan(backend, weight_form(backend, *arguments))
-    if n == 0 or not plans.measures(call.x.device, call.kept):
+    if not plans.measures(call.x.device, call.kept):
+        return _fixed_plan(backend, call)
+    if backend == "cpp":  # where the values of the filter matter too
+        return _measured_plan(backend, call, pack, others) or _fixed_plan(backend, call)
+    # The host should launch the next layer before a GPU has finished this one.
+    signature = (backend, others, call.signature)
+    if (known := plans.decisions.get(signature)) is None:
+        if (known := _measured_plan(backend, call, pack, others)) is None:
+            return _fixed_plan(backend, call)
+        plans.decisions[signature] = known
+    return known  # type: ignore[no-any-return]
+
+
+def _fixed_plan(backend: str, call: LayerCall) -> LayerPlan:
+    arguments = (call.shape, call.size, call.x.dtype, call.x.shape[0], call.up, call.padding, call.filter, call.kept)
+    return LayerPlan(backend, weight_form(backend, *arguments))
+
+
+def _measured_plan(backend: str, call: LayerCall, pack: Pack, others: bool) -> LayerPlan | None:
+    """Return the fastest plan, or None if it is not known and cannot be measured now."""
+    fixed = _fixed_plan(backend, call)
+    if call.x.shape[0] == 0:
         return fixed
     names = (backend, *(_other_backends(backend, call.x.device) if others else ()))
     candidates = {str(plan): plan for plan in (fixed, *_alternatives(names, call))}
     if len(candidates) == 1:
         return fixed
     prepared = {name: partial(_prepared, plan, call, pack) for name, plan in candidates.items()}
-    return candidates[plans.choose(call.key(names), call.x.device, prepared)]
+    chosen = plans.choose(call.key(names), call.x.device, prepared)
+    return None if chosen is None else candidates[chosen]
 
 
 def _other_backends(backend: str, device: torch.device) -> list[str]:

@@ -15,7 +15,7 @@ import platform
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def measures(device: torch.device, kept: bool) -> bool:
     return setting == "1" or (setting == "" and kept and device.type == "cuda")
 
 
-def choose(key: str, device: torch.device, candidates: Mapping[str, Callable[[], Callable[[], object]]]) -> str:
+def choose(key: str, device: torch.device, candidates: Mapping[str, Callable[[], Callable[[], object]]]) -> str | None:
     """Return the name of the fastest candidate for `key` on `device`, measured now if it is not known.
 
     Args:
@@ -76,14 +76,14 @@ def choose(key: str, device: torch.device, candidates: Mapping[str, Callable[[],
         candidates: by name, the fixed choice first. Each value prepares the candidate and returns the function to time.
 
     Returns:
-        A name. While a CUDA graph is captured, nothing can be timed: the fixed choice if no plan is known.
+        A name. While a CUDA graph is captured, nothing can be timed: None if no plan is known.
     """
     with _lock:
         plans = _plans_of(device)
         plan = plans.get(key)
         if plan is None or plan.milliseconds.keys() != candidates.keys():
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return next(iter(candidates))
+                return None
             plan, lasting = _measured(candidates, device)
             plans[key] = plan
             if lasting:
@@ -122,10 +122,15 @@ _lock = threading.RLock()
 _known: dict[tuple[torch.device, int], dict[str, Plan]] = {}  # by device and number of threads
 
 
+decisions: dict[Hashable, Any] = {}
+"""What was derived from plans, by what it depends on: shortcuts of callers, which are forgotten with the plans."""
+
+
 def forget() -> None:
     """Forget the plans in memory. Those in files are read again."""
     with _lock:
         _known.clear()
+        decisions.clear()
 
 
 def describe_device(device: torch.device) -> dict[str, str]:

@@ -45,6 +45,7 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     found = Choices()
     monkeypatch.setenv("SPIGAN_AUTOTUNE", "1")
     monkeypatch.setattr(plans, "choose", found.choose)
+    monkeypatch.setattr(plans, "decisions", {})
     return found
 
 
@@ -106,6 +107,7 @@ def test_the_cpu_measures_nothing_by_default(
 
 def candidates_of(choices: Choices, backend: str, call: LayerCall, others: bool = False) -> list[str] | None:
     choices.candidates.clear()
+    plans.decisions.clear()
     layer_plan(backend, call, pack, others=others)
     assert len(choices.candidates) <= 1
     return next(iter(choices.candidates.values()), None)
@@ -153,6 +155,28 @@ def test_candidates_on_a_gpu(choices: Choices, monkeypatch: pytest.MonkeyPatch) 
     assert found("triton", up=2, n=1) == ["triton taps", "triton transposed"]
 
 
+def test_a_gpu_is_asked_once_for_each_layer(choices: Choices, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices.runs, asked = False, []
+    answers = iter([None, "cuda direct", "triton taps", "triton taps"])
+
+    def choose(*arguments: Any) -> str | None:
+        asked.append(arguments[0])
+        return next(answers)
+
+    monkeypatch.setattr(backends, "why_unavailable", lambda op, name, device: None)
+    monkeypatch.setattr(plans, "choose", choose)
+    call = call_of(device="meta")
+
+    def found(call: LayerCall) -> str:
+        return str(layer_plan("cuda", call, pack, others=True))
+
+    assert found(call) == "cuda direct"  # the fixed choice: nothing is known while a graph is captured
+    assert found(call) == found(call) == "cuda direct"  # measured, and then known
+    assert found(call_of(device="meta", n=3)) == "triton taps" and len(asked) == 3
+    plans.forget()
+    assert found(call) == "triton taps"
+
+
 def test_keys_tell_layers_apart() -> None:
     style, rgb = torch.ones(2, 8), LayerEnd(rgb_weight=torch.ones(2, 3, 8))
     calls = [
@@ -162,7 +186,7 @@ def test_keys_tell_layers_apart() -> None:
         call_of(up=2, filter=torch.ones(2, 2) / 4),
     ]  # fmt: skip
     keys = [call.key(("cpp",)) for call in calls]
-    assert len(set(keys)) == len(keys)
+    assert len(set(keys)) == len({call.signature for call in calls}) == len(calls)
     assert calls[0].key(("cuda",)) != calls[0].key(("cuda", "triton"))
     # Batches count up to the next power of two.
     by_n = [call_of(n=n).key(("cpp",)) for n in (1, 2, 3, 4, 5, 8, 9)]
