@@ -74,7 +74,8 @@ class LayerCall:
     @property
     def size(self) -> tuple[int, int]:
         """(H', W') of the result."""
-        return result_size(*self.x.shape[1:3], self.shape[-1], self.up, self.padding)
+        _, height, width, _ = self.x.shape
+        return result_size(height, width, self.shape[-1], self.up, self.padding)
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -106,8 +107,10 @@ class LayerCall:
 
 
 def _precision(x: Tensor) -> str:
-    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "TF32" if tf32 else str(x.dtype).removeprefix("torch.")
+    if x.dtype == torch.float32 and x.device.type == "cuda":
+        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return "TF32" if precision == "tf32" else "float32"
+    return str(x.dtype).removeprefix("torch.")
 
 
 def layer_plan(backend: str, call: LayerCall, pack: Pack, *, others: bool = False) -> LayerPlan:
@@ -129,7 +132,7 @@ def layer_plan(backend: str, call: LayerCall, pack: Pack, *, others: bool = Fals
         if (known := _measured_plan(backend, call, pack, others)) is None:
             return _fixed_plan(backend, call)
         plans.decisions[signature] = known
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def _fixed_plan(backend: str, call: LayerCall) -> LayerPlan:
