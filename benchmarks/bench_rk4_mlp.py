@@ -105,7 +105,7 @@ def test_forward(row: Any, dtype: torch.dtype, batch: int, implementation: str) 
         tolerance=tolerance,
         flop=2 * 4 * STEPS * LAYERS * DIM * DIM * batch,
         moved=(LAYERS * DIM * DIM + 2 * batch * DIM) * dtype.itemsize,
-        dtype=dtype,
+        precision=str(dtype)[6:],
     )
 
 

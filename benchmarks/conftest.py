@@ -10,7 +10,8 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 import spigan
 from spigan.ops import fir_bias_act
+from spigan.ops.convolution import allows_tf32
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,16 +50,46 @@ def _median_seconds(function: Callable[[], object], repeats: int = 9) -> float:
     return statistics.median(times)
 
 
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """Convolve float32 on a GPU in "tf32" or "ieee" precision inside the `with` block."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def convolution_precision(dtype: torch.dtype) -> str:
+    """Return the precision in which every backend convolves `dtype` here: "tf32", which is PyTorch's default for
+    float32 on a GPU, or the name of the dtype."""
+    return "tf32" if allows_tf32(torch.empty(0, device=DEVICE, dtype=dtype)) else str(dtype)[6:]
+
+
+def convolution_tolerance(dtype: torch.dtype, exact: float, bfloat16: float) -> float:
+    """Return the tolerance of results whose convolutions are compared with exact ones.
+
+    Args:
+        dtype: Of the images.
+        exact: The tolerance for float32 that is not rounded to TF32.
+        bfloat16: The tolerance for bfloat16. TF32 keeps 3 bits more, so that its tolerance is an eighth.
+    """
+    return {"bfloat16": bfloat16, "tf32": bfloat16 / 8}.get(convolution_precision(dtype), exact)
+
+
 @cache
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large square matrix product in `dtype`.
+def matrix_rate(precision: str) -> float:
+    """Measure the FLOP/s of a large square matrix product in "float32", "tf32" or "bfloat16".
 
     The faster of a product and a 1x1 convolution counts; on a CPU, they use two libraries, MKL and oneDNN.
     """
     size = 8192 if DEVICE.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     image, weight = a.view(1, size, 1, size).permute(0, 3, 1, 2), b[:, :, None, None]
-    return 2 * size**3 / min(_median_seconds(lambda: a @ b), _median_seconds(lambda: F.conv2d(image, weight)))
+    with convolutions_in("tf32" if precision == "tf32" else "ieee"):
+        return 2 * size**3 / min(_median_seconds(lambda: a @ b), _median_seconds(lambda: F.conv2d(image, weight)))
 
 
 @cache
@@ -151,8 +183,8 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         tolerance: the largest absolute difference allowed.
         check: called with the result instead of a comparison; raises if the result is wrong.
         flop, moved: floating-point operations, and bytes read and written, that one call needs at least. They take
-            some time at `matrix_rate(dtype)` and `copy_rate()`; the longer of the two times is the limit.
-        dtype: dtype of the matrix products.
+            some time at `matrix_rate(precision)` and `copy_rate()`; the longer of the two times is the limit.
+        precision: of the matrix products; for those of convolutions, `convolution_precision(dtype)`.
         layer_bytes: size of the largest layer's input and output, with which the call's peak memory is compared.
         memory: whether to measure the call's peak memory.
         images: number of images that one call makes or trains on.
@@ -171,7 +203,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         check: Callable[[Any], None] | None = None,
         flop: float = 0.0,
         moved: float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
         layer_bytes: int | None = None,
         memory: bool = False,
         images: int | None = None,
@@ -211,7 +243,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             "seconds": seconds,
             "rounds": rounds,
         }
-        limits = {"products": flop / matrix_rate(dtype), "copying": moved / copy_rate()} if flop or moved else {}
+        limits = {"products": flop / matrix_rate(precision), "copying": moved / copy_rate()} if flop or moved else {}
         if limits:
             bound = max(limits, key=limits.__getitem__)
             numbers |= {
@@ -242,7 +274,14 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["spigan"] = {
         "device": device_name(),
         "versions": versions(),
-        "matrix_rate": {str(dtype)[6:]: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)},
+        "float32": {
+            "convolutions": convolution_precision(torch.float32),
+            "products": "tf32" if DEVICE.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32",
+        },
+        "matrix_rate": {
+            precision: matrix_rate(precision)
+            for precision in dict.fromkeys(("float32", convolution_precision(torch.float32), "bfloat16"))
+        },
         "copy_rate": copy_rate(),
     }
 
