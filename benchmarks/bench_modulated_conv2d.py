@@ -25,7 +25,7 @@ from spigan.ops.layer_weights import prepare_weight
 from spigan.ops.upfirdn2d import fir_filter
 
 from .conftest import grouped_modulated_conv2d
-from .measuring import DEVICE
+from .measuring import DEVICE, convolution_tolerance, float32_products, precision_of
 
 IMPLEMENTATIONS = [
     *(b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None),
@@ -127,15 +127,17 @@ def test_modulated_conv2d(row: Any, dtype: torch.dtype, name: str, implementatio
     compiled = torch.compile(layer)
     if implementation == "torch.compile":
         torch.compiler.reset()
-    expected = layer(x.float(), "reference")
+    with float32_products("ieee"):
+        expected = layer(x.float(), "reference")
+    precision = precision_of(dtype)
     row(
-        f"{name}, {n} images, {str(dtype)[6:]}",
+        f"{name}, {n} images, {precision}",
         implementation,
         run,
         expected=expected,
-        tolerance=(2e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
+        tolerance=convolution_tolerance(dtype, exact=1e-4, bfloat16=2e-2) * expected.abs().max().item(),
         # By definition of the convolution: a stride-2 transposed convolution has the products that its input needs.
         flop=2.0 * n * size * size * channels_in * channels_out * kernel**2,
         moved=(x.numel() + n * channels_out * (up * size) ** 2 + weight.numel()) * dtype.itemsize,
-        dtype=dtype,
+        precision=precision,
     )

@@ -25,7 +25,7 @@ from spigan.ops.backends import why_unavailable
 from spigan.sampling import count_evaluations
 
 from .bench_synthesis import convolution_flop
-from .measuring import DEVICE
+from .measuring import DEVICE, convolution_tolerance, float32_products, precision_of
 from .peers import PEERS, Peer
 
 GPU = DEVICE.type == "cuda"
@@ -46,7 +46,8 @@ def model_of(preset: str, **changes: Any) -> SPIGAN:
 
 @cache
 def reference_images(preset: str, n: int, **changes: Any) -> Tensor:
-    return Sampler(model_of(preset, **changes), backend="reference", batch_size=n, output="uint8")(range(n))
+    with float32_products("ieee"):
+        return Sampler(model_of(preset, **changes), backend="reference", batch_size=n, output="uint8")(range(n))
 
 
 def flop(model: SPIGAN, n: int) -> float:
@@ -69,7 +70,7 @@ def time_sampler(
     def check(images: Tensor) -> None:
         # Random weights give images of high contrast, so bfloat16 differs by a few of the 255 grey levels.
         difference = (images.int() - expected.int()).abs().float()
-        assert difference.mean() < (4.0 if dtype == torch.bfloat16 else 0.05), difference.mean()
+        assert difference.mean() < convolution_tolerance(dtype, exact=0.05, bfloat16=4.0), difference.mean()
 
     row(
         group,
@@ -77,7 +78,7 @@ def time_sampler(
         lambda: sampler(range(n)),
         check=check,
         flop=flop(model, n),
-        dtype=dtype,
+        precision=precision_of(dtype),
         images=n,
         nfe=evaluations[0] // n,
         memory=True,
@@ -89,21 +90,21 @@ def time_sampler(
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("n", [100, 16, 1])
 def test_cifar10(row: Any, n: int, dtype: torch.dtype, backend: str) -> None:
-    name = f"SPI-GAN, {backend}, {str(dtype)[6:]}"
+    name = f"SPI-GAN, {backend}, {precision_of(dtype)}"
     time_sampler(row, f"{n} image{'s' * (n > 1)}, 3 x 32 x 32", name, "cifar10", n, backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 def test_stylegan2(row: Any, dtype: torch.dtype) -> None:
     """Time the same generator with StyleGAN2's mapping network."""
-    name = f"StyleGAN2, {BACKENDS_HERE[-1]}, {str(dtype)[6:]}"
+    name = f"StyleGAN2, {BACKENDS_HERE[-1]}, {precision_of(dtype)}"
     time_sampler(row, "100 images, 3 x 32 x 32", name, "cifar10", 100, BACKENDS_HERE[-1], dtype, mapping="mlp")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", CHOICES)
 def test_celebahq256(row: Any, backend: str, dtype: torch.dtype) -> None:
-    name = f"SPI-GAN, {backend}, {str(dtype)[6:]}"
+    name = f"SPI-GAN, {backend}, {precision_of(dtype)}"
     time_sampler(row, f"{IMAGES_256} images, 3 x 256 x 256", name, "celebahq256", IMAGES_256, backend, dtype)
 
 
@@ -125,7 +126,7 @@ def test_peer(row: Any, peer: Peer) -> None:
         lambda: peer.sample(network, batch, evaluations=evaluations),
         check=check,
         flop=peer.flop() * batch * evaluations,
-        dtype=torch.bfloat16,
+        precision="bfloat16",
         images=images,
         nfe=peer.nfe,
         share=batch / images * evaluations / peer.nfe,
@@ -203,7 +204,7 @@ def test_where_the_time_goes(row: Any, stage: str, dtype: torch.dtype) -> None:
     """Time each stage; the time that `sampler` and `spigan.sample` need beyond the four stages is overhead."""
     functions, results = stages_of(dtype)
     row(
-        f"where the time goes, 100 images, {str(dtype)[6:]}",
+        f"where the time goes, 100 images, {precision_of(dtype)}",
         stage,
         functions[stage],
         expected=results[stage],

@@ -19,7 +19,7 @@ from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
 
 from .conftest import grouped_modulated_conv2d
-from .measuring import DEVICE
+from .measuring import DEVICE, convolution_tolerance, float32_products, precision_of
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -40,7 +40,7 @@ def latents(preset: str, batch: int) -> Tensor:
 
 @cache
 def reference_images(preset: str, batch: int) -> Tensor:
-    with torch.no_grad(), use_backend("reference"):
+    with torch.no_grad(), use_backend("reference"), float32_products("ieee"):
         return network(preset)(latents(preset, batch))
 
 
@@ -77,14 +77,14 @@ def time_network(row: Any, monkeypatch: Any, preset: str, batch: int, dtype: tor
         monkeypatch.setattr(synthesis, "modulated_conv2d", grouped_modulated_conv2d_of_layer)
     with use_backend(implementation if implementation in BACKENDS else "reference"):
         row(
-            f"synthesis, {preset}, {batch} images, {str(dtype)[6:]}",
+            f"synthesis, {preset}, {batch} images, {precision_of(dtype)}",
             implementation,
             lambda: synthesize(forward),
             expected=expected,
-            tolerance=(4e-2 if dtype == torch.bfloat16 else 1e-4) * expected.abs().max().item(),
+            tolerance=convolution_tolerance(dtype, exact=1e-4, bfloat16=4e-2) * expected.abs().max().item(),
             flop=convolution_flop(generator) * batch,
             images=batch,
-            dtype=dtype,
+            precision=precision_of(dtype),
             layer_bytes=largest_layer(generator, dtype) * batch,
         )
 

@@ -22,7 +22,7 @@ from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
 from spigan.training.trainer import Trainer
 
-from .measuring import DEVICE
+from .measuring import DEVICE, convolution_tolerance, float32_products, precision_of
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("fir_bias_act", b, DEVICE) is None]
 PRESET, BATCH = ("cifar10", 64) if DEVICE.type == "cuda" else ("cifar10-small", 16)
@@ -105,14 +105,14 @@ def test_training_step(row: Any, dtype: torch.dtype, step: str, implementation: 
         found = torch.autograd.grad(loss(*networks), parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in found if g is not None])
 
-    with use_backend("reference"):
+    with use_backend("reference"), float32_products("ieee"):
         expected = gradients(generator, discriminator)
     with use_backend(implementation if implementation in BACKENDS else "reference"):
         scale = expected.abs().max().item()
         row(
-            f"{step}, {PRESET}, batch {BATCH}, {str(dtype)[6:]}",
+            f"{step}, {PRESET}, batch {BATCH}, {precision_of(dtype)}",
             implementation,
             gradients,
             expected=expected,
-            tolerance=(1e-1 if dtype == torch.bfloat16 else 1e-3) * scale,
+            tolerance=convolution_tolerance(dtype, exact=1e-3, bfloat16=1e-1) * scale,
         )

@@ -19,7 +19,7 @@ from spigan.ops.timing import without_launches
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
 from . import measuring
-from .measuring import DEVICE, copy_rate, device_name, matrix_rate, peak_memory, synchronize, versions
+from .measuring import DEVICE, copy_rate, device_name, matrix_rate, peak_memory, precision_of, synchronize, versions
 
 _rows: list[dict[str, Any]] = []
 
@@ -66,8 +66,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         check: called with the result instead of a comparison; raises if the result is wrong.
         flop, moved: floating-point operations, and bytes read and written, that one call needs at least. They take
             some time at `matrix_rate` of their precision and `copy_rate()`; the longer of the two times is the limit.
-        dtype: dtype of the matrix products.
-        products: how they are computed, "convolution" or "matrix", on which the precision of float32 depends on a GPU.
+        precision: precision of the products, which depends on how they are computed; see `precision_of`.
         layer_bytes: size of the largest layer's input and output, with which the call's peak memory is compared.
         memory: whether to measure the call's peak memory.
         images: number of images that one call makes or trains on.
@@ -86,8 +85,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         check: Callable[[Any], None] | None = None,
         flop: float = 0.0,
         moved: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        products: str = "convolution",
+        precision: str = "float32",
         layer_bytes: int | None = None,
         memory: bool = False,
         images: int | None = None,
@@ -130,7 +128,6 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             "rounds": rounds,
         }
         if flop or moved:
-            precision = measuring.precision_of(dtype, products)
             limits = {"products": flop / matrix_rate(precision), "copying": moved / copy_rate()}
             bound = max(limits, key=limits.__getitem__)
             numbers |= {
@@ -162,6 +159,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["spigan"] = {
         "device": device_name(),
         "versions": versions(),
+        "float32": {"convolutions": precision_of(torch.float32), "products": precision_of(torch.float32, "matrix")},
         "matrix_rate": {precision: matrix_rate(precision) for precision in measuring.PRECISIONS},
         "copy_rate": copy_rate(),
     }

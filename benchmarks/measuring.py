@@ -20,7 +20,7 @@ from spigan.ops.timing import seconds_per_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-PRECISIONS = ("float32", "TF32", "bfloat16") if DEVICE.type == "cuda" else ("float32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16") if DEVICE.type == "cuda" else ("float32", "bfloat16")
 """Precisions of products whose rates are reported. On a GPU, float32 is IEEE's, without TF32."""
 
 
@@ -37,7 +37,7 @@ def _median_seconds(function: Callable[[], object], repeats: int = 9) -> float:
     return statistics.median(seconds_per_call(function, 1, DEVICE) for _ in range(repeats))
 
 
-def precision_of(dtype: torch.dtype, products: str) -> str:
+def precision_of(dtype: torch.dtype, products: str = "convolution") -> str:
     """Return the precision in which the device computes products of `dtype` now, one of `PRECISIONS` or float16.
 
     Args:
@@ -46,17 +46,29 @@ def precision_of(dtype: torch.dtype, products: str) -> str:
     """
     if DEVICE.type == "cuda" and dtype == torch.float32:
         settings = torch.backends.cudnn.conv if products == "convolution" else torch.backends.cuda.matmul
-        return "TF32" if settings.fp32_precision == "tf32" else "float32"
+        return "tf32" if settings.fp32_precision == "tf32" else "float32"
     return str(dtype).removeprefix("torch.")
 
 
+def convolution_tolerance(dtype: torch.dtype, exact: float, bfloat16: float) -> float:
+    """Return the tolerance of results whose convolutions are compared with exact ones.
+
+    Args:
+        dtype: dtype of the images.
+        exact: the tolerance for float32 that is not rounded to TF32.
+        bfloat16: the tolerance for bfloat16. TF32 keeps 3 bits more, so that its tolerance is an eighth.
+    """
+    return {"bfloat16": bfloat16, "tf32": bfloat16 / 8}.get(precision_of(dtype), exact)
+
+
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def float32_products(precision: str) -> Iterator[None]:
+    """Compute float32 products on a GPU in "tf32" or "ieee" precision inside the `with` block."""
     settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
-            setting.fp32_precision = "tf32" if allowed else "ieee"
+            setting.fp32_precision = precision
         yield
     finally:
         for setting, precision in zip(settings, before, strict=True):
@@ -73,10 +85,10 @@ def matrix_rate(precision: str) -> float:
         precision: see `precision_of`. The settings for TF32 do not matter.
     """
     size = 8192 if DEVICE.type == "cuda" else 2048
-    dtype = torch.float32 if precision == "TF32" else getattr(torch, precision)
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     image, weight = a.view(1, size, 1, size).permute(0, 3, 1, 2), b[:, :, None, None]
-    with _tf32(precision == "TF32"):
+    with float32_products("tf32" if precision == "tf32" else "ieee"):
         return 2 * size**3 / min(_median_seconds(lambda: a @ b), _median_seconds(lambda: F.conv2d(image, weight)))
 
 

@@ -33,12 +33,12 @@ def precisions() -> Any:
 def test_the_precision_of_a_row(precisions: Any) -> None:
     convolution, matrix = precisions
     convolution.fp32_precision, matrix.fp32_precision = "tf32", "ieee"
-    assert precision_of(torch.float32, "convolution") == "TF32"
+    assert precision_of(torch.float32, "convolution") == "tf32"
     assert precision_of(torch.float32, "matrix") == "float32"
     assert precision_of(torch.bfloat16, "convolution") == "bfloat16"
     convolution.fp32_precision, matrix.fp32_precision = "ieee", "tf32"
     assert precision_of(torch.float32, "convolution") == "float32"
-    assert precision_of(torch.float32, "matrix") == "TF32"
+    assert precision_of(torch.float32, "matrix") == "tf32"
 
 
 def test_a_cpu_has_no_tf32(precisions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_a_cpu_has_no_tf32(precisions: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert precision_of(torch.float32, "convolution") == "float32"
 
 
-@pytest.mark.parametrize(("precision", "setting"), [("float32", "ieee"), ("TF32", "tf32")])
+@pytest.mark.parametrize(("precision", "setting"), [("float32", "ieee"), ("tf32", "tf32")])
 @pytest.mark.parametrize("before", ["ieee", "tf32"])
 def test_a_rate_is_measured_at_its_precision(
     precision: str, setting: str, before: str, precisions: Any, monkeypatch: pytest.MonkeyPatch

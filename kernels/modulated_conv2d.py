@@ -275,19 +275,16 @@ def properties(device: torch.device) -> tuple[int, int]:
     return found.major, found.multi_processor_count
 
 
-def blocks_for(images: int, pixels: int, x: torch.Tensor, weight: torch.Tensor, rgb: bool) -> tuple[Blocks, str]:
-    """Choose the block sizes for `pixels` pixels of each image, and how float32 is multiplied."""
+def blocks_for(images: int, pixels: int, x: torch.Tensor, weight: torch.Tensor, rgb: bool, tf32: bool) -> Blocks:
+    """Choose the block sizes for `pixels` pixels of each image."""
     channels_out, channels_in = weight.shape[2:]
-    # Not allow_tf32, which raises once precisions have been set by their new names; the new ones follow the old ones.
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    precision = "tf32" if tf32 else "ieee"
-    exact = x.dtype == torch.float32 and precision == "ieee"
+    exact = x.dtype == torch.float32 and not tf32
     capability, processors = properties(x.device)
     # The widest tile is only for sm_90, whose operands take no registers, and only without sums over channels.
     widest = 256 if capability >= 9 and x.dtype != torch.float32 and not rgb else 128
     widest = min(widest, max(32, triton.next_power_of_2(channels_out)))
     bits = 8 * x.element_size()
-    return choose_blocks(images, pixels, channels_out, channels_in, bits, exact, widest, processors), precision
+    return choose_blocks(images, pixels, channels_out, channels_in, bits, exact, widest, processors)
 
 
 def conv2d(
@@ -307,6 +304,7 @@ def conv2d(
     slope: float,
     gain: float,
     clamp: float,
+    tf32: bool = False,
 ) -> None:
     """Compute out = next_factor clamp(gain act(factor conv(x, weight) + strength noise + bias)), rounded once.
 
@@ -316,6 +314,7 @@ def conv2d(
         x: [N, H, W, I] float32, bfloat16 or float16, already scaled by the style.
         weight: [k, k, O, I], of x's dtype; correlated as by `torch.nn.functional.conv2d`.
         padding: Zeros around x.
+        tf32: Round the float32 factors of products to TF32. The sums are float32.
         factor, ..., clamp: See `spigan.kernels.fir_bias_act.fir_bias_act`.
     """
     size = out if out is not None else rgb
@@ -323,7 +322,7 @@ def conv2d(
         return
     n, height, width, _ = size.shape
     pixels, channels_out = height * width, weight.shape[2]
-    blocks, precision = blocks_for(n, pixels, x, weight, rgb is not None)
+    blocks = blocks_for(n, pixels, x, weight, rgb is not None, tf32)
     tiles_m = triton.cdiv(pixels, blocks.pixels) * n if blocks.one_image else triton.cdiv(n * pixels, blocks.pixels)
     tiles_o = triton.cdiv(channels_out, blocks.channels)
     sums = partial_sums(rgb, tiles_o)
@@ -337,7 +336,7 @@ def conv2d(
         BIAS_OF_IMAGE=bias is not None and bias.ndim == 2,
         R=0 if rgb is None else rgb.shape[3],
         WHOLE=x.shape[3] % blocks.depth == 0,
-        PRECISION=precision,
+        PRECISION="tf32" if tf32 else "ieee",
         BLOCK_M=blocks.pixels,
         BLOCK_O=blocks.channels,
         BLOCK_I=blocks.depth,
@@ -348,20 +347,21 @@ def conv2d(
     add_partial_sums(rgb, sums)
 
 
-def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, tf32: bool = False) -> None:
     """Compute the stride-2 transposed convolution of `torch.nn.functional.conv_transpose2d` without padding.
 
     Args:
         y: [N, 2 H + k - 2, 2 W + k - 2, O] result; fewer than 2^30 pixels per image.
         x: [N, H, W, I] float32, bfloat16 or float16; all tensors are contiguous, on one device and of one dtype.
         weight: [k, k, O, I].
+        tf32: See `conv2d`.
     """
     if y.numel() == 0:
         return
     n, height, width, channels_out = y.shape
     most = triton.cdiv(height, 2) * triton.cdiv(width, 2)  # pixels of an image whose row and column are even
     # Tiles may span images, because no factor depends on the image.
-    blocks, precision = blocks_for(1, 4 * n * most, x, weight, False)
+    blocks = blocks_for(1, 4 * n * most, x, weight, False, tf32)
     tiles = triton.cdiv(n * most, blocks.pixels) * triton.cdiv(channels_out, blocks.channels)
     transposed_conv2d_kernel[(tiles, 4)](
         y,
@@ -372,7 +372,7 @@ def transposed_conv2d(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
         channels_out,
         KERNEL=weight.shape[0],
         WHOLE=x.shape[3] % blocks.depth == 0,
-        PRECISION=precision,
+        PRECISION="tf32" if tf32 else "ieee",
         BLOCK_M=blocks.pixels,
         BLOCK_O=blocks.channels,
         BLOCK_I=blocks.depth,

@@ -154,7 +154,8 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read a run and reduce it to what the report shows. The JSON of a report is also accepted.
 
     Returns:
-        {"device", "date", "versions", "matrix_rate", "copy_rate", "rows": [...]}.
+        {"device", "date", "versions", "float32": {"convolutions", "products"} (the precision of each; of later runs),
+        "matrix_rate" by precision, "copy_rate", "rows": [...]}.
 
     Raises:
         ValueError: if the file is not a run of the benchmark suite.
@@ -197,7 +198,10 @@ def merge(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def markdown(report: dict[str, Any], picture: str) -> str:
     """Return the tables of a report in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in report["matrix_rate"].items())
+    if "float32" in report:
+        in_precision = ", ".join(f"{what} in {name}" for what, name in report["float32"].items())
+        versions += f"; float32 {in_precision}"
+    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in report["matrix_rate"].items())
     lines = [
         f"# {report['device']}",
         "",

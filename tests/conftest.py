@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,13 +22,49 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
     torch.set_num_threads(1)
 
 os.environ["SPIGAN_AUTOTUNE"] = "0"  # tests that measure say so
+GPU_CASES = 24  # of each function, with SPIGAN_GPU=required
 
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)
 settings.load_profile("spigan")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def why_no_gpu() -> str | None:
+    """Why the cuda backend cannot be tested here, or None."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    for op in backends.operations():
+        if (cause := backends.why_unavailable(op, "cuda", torch.device("cuda"))) is not None:
+            return f"the cuda backend of {op} cannot run: {cause}"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("SPIGAN_GPU") == "required" and (cause := why_no_gpu()) is not None:
+        raise pytest.UsageError(f"SPIGAN_GPU=required, but {cause}")
+
+
+def thinned(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """`most` of a function's cases, always the same ones, with every value of its parameters among them."""
+    seen: set[str] = set()
+    first, rest = [], []
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        values = set(item.name.partition("[")[2].rstrip("]").split("-"))
+        (first if values - seen else rest).append(item)
+        seen |= values
+    return [*first, *rest][: max(most, len(first))]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("SPIGAN_GPU") == "required":
+        functions: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        kept = {id(item) for cases in functions.values() for item in thinned(cases, GPU_CASES)}
+        left_out = [item for item in items if item.get_closest_marker("gpu") and id(item) not in kept]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available():
         return
     for item in items:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["spigan.__main__"],
     ["spigan.cli"],
-    ["spigan", "spigan.ablation", "spigan.app", "spigan.bench", "spigan.info"],
+    ["spigan", "spigan.ablation", "spigan.app", "spigan.bench", "spigan.doctor", "spigan.info"],
     ["spigan.training"],
     ["spigan.evaluation"],
     ["spigan.sampling"],

@@ -30,7 +30,8 @@ ROWS = [
 MACHINE = {
     "device": "Some CPU, AVX512, 2 threads",
     "versions": {"spigan": "0.1.0", "torch": "2.13.0"},
-    "matrix_rate": {"float32": 2e11, "bfloat16": 8e11},
+    "float32": {"convolutions": "tf32", "products": "float32"},
+    "matrix_rate": {"float32": 2e11, "tf32": 4e11, "bfloat16": 8e11},
     "copy_rate": 2e10,
 }
 
@@ -48,7 +49,10 @@ def test_report(tmp_path: Path) -> None:
     paths = write_report([save(tmp_path / "run.json", ROWS)], tmp_path / "results")
     assert [path.name for path in paths] == [f"some-cpu-avx512-2-threads.{suffix}" for suffix in ("json", "md", "png")]
     text = paths[1].read_text()
-    assert "# Some CPU, AVX512, 2 threads" in text and "2026-11-25; spigan 0.1.0, torch 2.13.0" in text
+    assert (
+        "# Some CPU, AVX512, 2 threads" in text
+        and "2026-11-25; spigan 0.1.0, torch 2.13.0; float32 convolutions in tf32, products in float32." in text
+    )
     assert "| rk4, batch 8, float32 | 6 | **1.5** | 4.00 | 80 % (products) |" in text
     assert "| SPI-GAN, cpp, float32 | 1 | 1.25 s | 80 | 90 % | 1024 MiB | 0.05 s |" in text
     assert "| DDPM, bfloat16 | 1000 | ~ 1,230 s | 0.081 |  |  | 80.5 s |" in text

@@ -11,6 +11,15 @@
 
 namespace spigan::cuda {
 
+// Loads a kernel of this build on the current device, without launching it. The error says why no kernel can run, such
+// as cudaErrorInsufficientDriver or cudaErrorNoKernelImageForDevice. The versions are in CUDA's notation, for example
+// 12040 for 12.4: the latest CUDA that the driver supports, and the one of this build.
+struct Probe {
+  cudaError_t error;
+  int driver, runtime;
+};
+Probe probe();
+
 // Each function returns the error of its launch.
 cudaError_t philox_normal(const PhiloxNormal& args, cudaStream_t stream);
 cudaError_t path_interpolate(const PathInterpolate& args, cudaStream_t stream);

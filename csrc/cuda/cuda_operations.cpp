@@ -12,9 +12,12 @@
 namespace spigan {
 namespace {
 
+std::string describe(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
 void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(describe(error));
 }
 
 struct Cuda {
@@ -50,6 +53,23 @@ cuda::Rk4Plan plan_of(int dtype, std::int64_t batch, std::int64_t dim, std::int6
 void bind_cuda(pybind11::module_& m) {
   namespace py = pybind11;
   bind_operations<Cuda>(m);
+
+  m.def(
+      "probe",
+      [] {
+        const cuda::Probe found = cuda::probe();
+        py::dict result;
+        const bool runs = found.error == cudaSuccess;
+        result["error"] = runs ? py::object(py::none()) : py::object(py::str(describe(found.error)));
+        result["driver"] = found.driver;
+        result["runtime"] = found.runtime;
+        return result;
+      },
+      R"(Load a kernel on the current device, without launching it.
+
+Returns:
+    Dictionary of error (str: why kernels cannot run, or None), driver (int: the latest version of CUDA that the driver
+    supports, for example 12040 for 12.4; 0 without a driver) and runtime (int: the version of this build).)");
 
   m.def(
       "rk4_mlp_workspace_bytes",

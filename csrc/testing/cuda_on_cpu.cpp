@@ -233,6 +233,24 @@ cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, const
 
 }  // namespace cuda_on_cpu
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = cuda_on_cpu::current_device.driver;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
+// As with a build for CUDA 13 whose machine code is for 8.0 and later.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)()) {
+  *attributes = {};
+  const cuda_on_cpu::Device& device = cuda_on_cpu::current_device;
+  if (device.driver < 13000) return cudaErrorInsufficientDriver;
+  return device.major < 8 ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = cuda_on_cpu::device_number;
   return cudaSuccess;
@@ -266,7 +284,9 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaSuccess: return "cudaSuccess";
     case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
     case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
     case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
     case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
   }
   return "unknown";

@@ -11,11 +11,11 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   spigan::bind_cuda(m);
   m.def(
       "set_device",
-      [](int major, int processors, int threads, int shared_bytes, int largest_cluster) {
-        cuda_on_cpu::set_device({major, processors, threads, shared_bytes, largest_cluster});
+      [](int major, int processors, int threads, int shared_bytes, int largest_cluster, int driver) {
+        cuda_on_cpu::set_device({major, processors, threads, shared_bytes, largest_cluster, driver});
       },
       py::kw_only(), py::arg("major"), py::arg("processors"), py::arg("threads"), py::arg("shared_bytes"),
-      py::arg("largest_cluster"),
+      py::arg("largest_cluster"), py::arg("driver") = 13000,
       "Set the device that the kernels see: major compute capability, number of multiprocessors, maximum threads and "
-      "bytes of shared memory per block, maximum blocks per cluster.");
+      "bytes of shared memory per block, maximum blocks per cluster, the latest CUDA that the driver supports.");
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spigan.cli import ablate, bench, data, demo, evaluate, info, sample, serve, share, train
+from spigan.cli import ablate, bench, data, demo, doctor, evaluate, info, sample, serve, share, train
 from spigan.cli.errors import Program, fail
 from spigan.cli.options import HELP_NAMES, help_text
 from spigan.training.launcher import process_count
@@ -31,6 +31,7 @@ for _name, _panel, _command in (
     ("train", _TRAIN, train.train),
     ("ablate", _TRAIN, ablate.ablate),
     ("evaluate", _MEASURE, evaluate.evaluate),
+    ("doctor", _MEASURE, doctor.doctor),
     ("info", _MEASURE, info.info),
     ("export", _SHARE, share.export),
     ("push", _SHARE, share.push),

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -202,16 +202,19 @@ def choose(op: str, backend: str | None, device: torch.device, limit: Callable[[
 # ---- Where spigan's own backends run ----
 
 
-def _load_extension() -> tuple[ModuleType | None, str | None]:
+def _load_extension() -> tuple[ModuleType | None, dict[str, Any], str | None]:
+    """Return (the extension, what its `build_info` reports, why there is none)."""
     try:
-        return importlib.import_module("spigan._C"), None
+        found = importlib.import_module("spigan._C")
+        return found, dict(found.build_info()), None
     except Exception as error:
         # Not only ImportError: a damaged extension may raise anything, and `spigan info` must still report it.
-        return None, f"the compiled extension spigan._C does not load ({type(error).__name__}: {error})"
+        return None, {}, f"the compiled extension spigan._C does not load ({type(error).__name__}: {error})"
 
 
-# Loaded here rather than at first use: torch.compile traces `choose` and cannot trace an import.
-_extension, _extension_cause = _load_extension()
+# Loaded and read here rather than at first use: torch.compile traces `choose`, and can trace neither an import nor a
+# call of the extension.
+_extension, _build, _extension_cause = _load_extension()
 
 
 def extension() -> ModuleType:
@@ -235,19 +238,66 @@ def extension_on_cpu(device: torch.device) -> str | None:
 # Determined once, here: compilers trace `choose` and could not trace this.
 _TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_ROCM = torch.version.hip is not None
+
+# By index of the CUDA device; see `_once`.
+_capabilities: dict[int, tuple[int, int]] = {}
+_extension_causes: dict[int, str | None] = {}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-_capabilities: dict[int, tuple[int, int]] = {}  # by index of the CUDA device
+def _once(function: Function) -> Function:
+    """Mark what asks the driver: torch.compile calls it while tracing, and takes its result for a constant.
+
+    This cannot be asked at import, because it initialises CUDA, after which a process cannot fork.
+    """
+    # As torch.compiler.assume_constant_result does, which would import torch._dynamo: that takes seconds.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
-def _old_gpu(device: torch.device) -> str | None:
-    index = device.index or 0
-    if index not in _capabilities:  # not at import: it would initialise CUDA, after which a process cannot fork
+@_once
+def _old_gpu(index: int) -> str | None:
+    """Return why GPU `index` is too old for every kernel, or None."""
+    if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     major, minor = _capabilities[index]
     if major < 8:
-        return f"it needs compute capability 8.0 or higher, {device} has {major}.{minor}"
+        return f"it needs compute capability 8.0 or higher, cuda:{index} has {major}.{minor}"
     return None
+
+
+@_once
+def _extension_on_gpu(index: int) -> str | None:
+    """Return why the kernels of the extension do not run on GPU `index`, or None."""
+    if index not in _extension_causes:
+        _extension_causes[index] = _probe(index)
+    return _extension_causes[index]
+
+
+def _probe(index: int) -> str | None:
+    """Load a kernel of the extension on GPU `index`, and return why that fails, or None."""
+    try:
+        with torch.cuda.device(index):
+            found = extension().cuda.probe()
+    except Exception as error:  # whatever it is, another backend can take over
+        return f"spigan._C cannot be asked for its CUDA kernels ({type(error).__name__}: {error})"
+    if found["error"] is None:
+        return None
+    cause = (
+        f"its kernels do not load on cuda:{index} ({found['error']}): spigan._C was built with CUDA "
+        f"{_build['cuda_version']} for {', '.join(_build['cuda_architectures'])}, the driver supports CUDA "
+        f"{cuda_version(found['driver'])}. "
+    )
+    if found["driver"] < found["runtime"]:
+        return cause + "Update the driver, or reinstall spigan with an older CUDA toolkit"
+    return cause + "Reinstall spigan for this GPU: pip install -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native ..."
+
+
+def cuda_version(number: int) -> str:
+    """Return a version as CUDA encodes it, such as 12040, as "12.4"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def triton_on_gpu(device: torch.device) -> str | None:
@@ -255,24 +305,30 @@ def triton_on_gpu(device: torch.device) -> str | None:
     if not _TRITON:
         return "the package triton is not installed"
     if device.type == "cuda":
-        return _old_gpu(device)
+        return _no_rocm() or _old_gpu(device.index or 0)
     if device.type == "cpu" and _TRITON_INTERPRET:
         return None
     return f"it runs on CUDA devices, not on {device.type}"
 
 
+def _no_rocm() -> str | None:
+    # Triton's compiler for AMD's GPUs refuses options of our kernels, such as maxnreg.
+    return "it runs on NVIDIA's GPUs, and this torch is built for ROCm" if _ROCM else None
+
+
 def cuda_on_gpu(device: torch.device) -> str | None:
-    """Availability of the cuda backends: they need `spigan._C` built with CUDA, and CUDA tensors."""
+    """Availability of the cuda backends: `spigan._C` with CUDA kernels that load on the device, and CUDA tensors."""
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
     if _extension is None:
         return _extension_cause
-    if not _extension.build_info()["cuda"]:
+    if not _build["cuda"]:
         return (
             "spigan._C was built without CUDA: put nvcc on PATH and reinstall spigan "
             "(with SPIGAN_CUDA=ON a missing nvcc is an error)"
         )
-    return _old_gpu(device)
+    index = device.index or 0
+    return _no_rocm() or _old_gpu(index) or _extension_on_gpu(index)
 
 
 def always_available(device: torch.device) -> str | None:

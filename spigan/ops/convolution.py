@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Return whether a convolution of x may round its float32 factors to TF32, which keeps 10 bits after the point.
+
+    Every backend follows torch.backends.cudnn, as PyTorch's own convolutions do.
+    """
+    # Not allow_tf32: it raises once precisions have been set by their new names, which follow the old ones.
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def result_size(height: int, width: int, kernel: int, up: int, padding: int) -> tuple[int, int]:

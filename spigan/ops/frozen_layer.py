@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spigan.ops.convolution import convolution, fir_padding, result_size
+from spigan.ops.convolution import allows_tf32, convolution, fir_padding, result_size
 from spigan.ops.layer_end import Fir, LayerEnd, channels_last, finish_layer, wide
 from spigan.ops.layer_weights import LayerWeight
 from spigan.ops.library import launch, on
@@ -157,7 +157,7 @@ def _convolved(x: Tensor, weight: LayerWeight, style: Tensor | None, fir: Fir | 
     from spigan.kernels.modulated_conv2d import transposed_conv2d
 
     y = x.new_empty((n, 2 * height + weight.kernel - 2, 2 * width + weight.kernel - 2, weight.channels))
-    transposed_conv2d(y, x, weight.value)
+    transposed_conv2d(y, x, weight.value, tf32=allows_tf32(x))
     return y
 
 
@@ -170,7 +170,7 @@ def _fused(x: Tensor, weight: LayerWeight, end: LayerEnd, out: Tensor | None, rg
     noise = None if end.noise is None else end.noise.view(-1, *result.shape[1:3])
     conv2d(
         out, rgb, x, weight.value, end.factor, noise, end.seed, end.strength, end.bias, end.next_factor, end.rgb_weight,
-        padding=padding, **end.pointwise,
+        padding=padding, **end.pointwise, tf32=allows_tf32(x),
     )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def bias_act_backward(dtype, n=4, pixels=1024, channels=512, sum_c=True, gain=1.
     return tensors, {"slope": 0.2, "gain": gain, "clamp": 256.0}
 
 
-def conv2d(dtype, n=100, size=32, channels_in=512, channels=512, rgb=0, seed=1, gain=1.4, kernel=3):
+def conv2d(dtype, n=100, size=32, channels_in=512, channels=512, rgb=0, seed=1, gain=1.4, kernel=3, tf32=False):
     shape = (n, size, size)
     tensors = (
         given_if(True, *shape, channels, dtype=dtype), given_if(rgb, *shape, rgb),
@@ -152,12 +152,13 @@ def conv2d(dtype, n=100, size=32, channels_in=512, channels=512, rgb=0, seed=1, 
         None if seed is None else torch.full((1,), seed), given_if(True, 1), given_if(True, channels),
         given_if(True, n, channels), given_if(rgb, n, rgb, channels),
     )  # fmt: skip
-    return tensors, {"padding": kernel // 2, "slope": 0.2, "gain": gain, "clamp": math.inf if gain > 2 else 256.0}
+    end = {"slope": 0.2, "gain": gain, "clamp": math.inf if gain > 2 else 256.0}
+    return tensors, {"padding": kernel // 2, **end, "tf32": tf32}
 
 
-def transposed_conv2d(dtype, n=100, size=16, channels_in=512, channels=512):
+def transposed_conv2d(dtype, n=100, size=16, channels_in=512, channels=512, tf32=False):
     y, x = (n, 2 * size + 1, 2 * size + 1, channels), (n, size, size, channels_in)
-    return tuple(given_if(True, *shape, dtype=dtype) for shape in (y, x, (3, 3, channels, channels_in))), {}
+    return tuple(given_if(True, *shape, dtype=dtype) for shape in (y, x, (3, 3, channels, channels_in))), {"tf32": tf32}
 
 
 def layer(host, what: str, dtype: torch.dtype, arch: int, arguments: tuple) -> None:
@@ -217,10 +218,12 @@ def modulated_conv2d_kernels(arch: int) -> None:
         layer(transposed, "16x16", dtype, arch, transposed_conv2d(dtype))
         layer(transposed, "1 image 4x4", dtype, arch, transposed_conv2d(dtype, n=1, size=4))
         layer(transposed, "C = 37", dtype, arch, transposed_conv2d(dtype, channels_in=37, channels=37))
-    torch.backends.cuda.matmul.allow_tf32 = True
-    layer(conv, "32x32, rgb, TF32", SINGLE, arch, conv2d(SINGLE, rgb=3))
-    layer(transposed, "16x16, TF32", SINGLE, arch, transposed_conv2d(SINGLE))
-    torch.backends.cuda.matmul.allow_tf32 = False
+    layer(conv, "32x32, TF32", SINGLE, arch, conv2d(SINGLE, tf32=True))
+    layer(conv, "32x32, rgb, TF32", SINGLE, arch, conv2d(SINGLE, rgb=3, tf32=True))
+    layer(conv, "1 image 4x4, TF32", SINGLE, arch, conv2d(SINGLE, n=1, size=4, tf32=True))
+    layer(conv, "C = 37, TF32", SINGLE, arch, conv2d(SINGLE, channels_in=37, channels=37, tf32=True))
+    layer(transposed, "16x16, TF32", SINGLE, arch, transposed_conv2d(SINGLE, tf32=True))
+    layer(transposed, "C = 37, TF32", SINGLE, arch, transposed_conv2d(SINGLE, channels_in=37, channels=37, tf32=True))
 
 
 def count_compiled(host, arguments, variants: tuple[dict[str, object], ...]) -> None:

@@ -54,6 +54,7 @@ def pretend(
     threads: int = 32,
     shared_bytes: int = 232448,
     largest_cluster: int = 16,
+    driver: int = 13000,
 ) -> None:
     kernels.set_device(
         major=major,
@@ -61,6 +62,7 @@ def pretend(
         threads=threads,
         shared_bytes=shared_bytes,
         largest_cluster=largest_cluster,
+        driver=driver,
     )
 
 

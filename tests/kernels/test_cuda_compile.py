@@ -23,6 +23,7 @@ MOST_REGISTERS = {
     "bias_act_backward": 80,
     "path_interpolate": 48,
     "philox_normal": 48,
+    "probe": 8,
 }
 
 

@@ -255,59 +255,6 @@ def test_what_no_kernel_takes_is_computed_by_the_reference(noted_kernels):
     torch.testing.assert_close(i, torch.stack([t * x0 + (1 - t) * x_T for t in times]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("installed", "interpret", "device", "cause"),
-    [
-        (False, True, "cpu", "the package triton is not installed"),
-        (False, False, "cuda", "the package triton is not installed"),
-        (True, False, "cpu", "it runs on CUDA devices, not on cpu"),
-        (True, True, "cpu", None),
-        (True, True, "meta", "it runs on CUDA devices, not on meta"),
-        (True, False, "cuda", None),
-        (True, False, "cuda:1", "it needs compute capability 8.0 or higher, cuda:1 has 7.5"),
-    ],
-)
-def test_where_triton_runs(installed, interpret, device, cause, monkeypatch):
-    monkeypatch.setattr(backends, "_TRITON", installed)
-    monkeypatch.setattr(backends, "_TRITON_INTERPRET", interpret)
-    monkeypatch.setattr(backends, "_capabilities", {0: (8, 0), 1: (7, 5)})
-    assert backends.triton_on_gpu(torch.device(device)) == cause
-
-
-def test_where_cuda_runs(monkeypatch):
-    class Extension:
-        @staticmethod
-        def build_info():
-            return {"cuda": with_cuda}
-
-    monkeypatch.setattr(backends, "_capabilities", {0: (9, 0), 1: (7, 5)})
-    monkeypatch.setattr(backends, "_extension", Extension)
-    with_cuda = True
-    assert backends.cuda_on_gpu(torch.device("cuda")) is None
-    assert backends.cuda_on_gpu(CPU) == "it runs on CUDA devices, not on cpu"
-    assert "it needs compute capability 8.0 or higher" in backends.cuda_on_gpu(torch.device("cuda:1"))
-    with_cuda = False
-    assert backends.cuda_on_gpu(torch.device("cuda")).startswith("spigan._C was built without CUDA: put nvcc on PATH")
-    monkeypatch.setattr(backends, "_extension", None)
-    monkeypatch.setattr(backends, "_extension_cause", "it is gone")
-    assert backends.cuda_on_gpu(torch.device("cuda")) == "it is gone"
-
-
-def test_capability_is_asked_once_for_each_device(monkeypatch):
-    asked = []
-
-    def capability(index):
-        asked.append(index)
-        return (9, 0)
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    monkeypatch.setattr(backends, "_capabilities", {})
-    monkeypatch.setattr(backends, "_TRITON", True)
-    for device in ("cuda", "cuda:0", "cuda:1", "cuda:1"):
-        assert backends.triton_on_gpu(torch.device(device)) is None
-    assert asked == [0, 1]
-
-
 def test_describe(monkeypatch):
     entry = backends.describe(CPU)[OP]
     assert entry["chosen"] == "cpp" and entry["why"] == "auto: first that runs on cpu"

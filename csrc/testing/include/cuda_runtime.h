@@ -30,6 +30,7 @@ struct Device {
   int threads = 64;           // maximum threads per block
   int shared_bytes = 232448;  // maximum shared memory per block
   int largest_cluster = 16;   // maximum blocks per cluster
+  int driver = 13000;         // latest version of CUDA that the driver supports
 };
 void set_device(const Device& device);
 const Device& device();
@@ -60,7 +61,9 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorCooperativeLaunchTooLarge = 720
 };
 using cudaStream_t = struct CUstream_st*;
@@ -108,6 +111,13 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+struct cudaFuncAttributes {
+  std::size_t sharedSizeBytes;
+};
+
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)());
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);

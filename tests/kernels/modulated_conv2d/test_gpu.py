@@ -79,3 +79,18 @@ def test_gradients_of_layers(backend, n, channels, kernel, size, up, dtype, asse
         found.append([g.cpu() for g in torch.autograd.grad(y, list(leaves.values()), weight.to(y))])
     for gradient in zip(*found, strict=True):
         assert_accurate(*gradient, convolution_slack(dtype))
+
+
+@over_backends("modulated_conv2d")
+@pytest.mark.parametrize("up", [1, 2])
+def test_float32_follows_cudnn(backend, up):
+    """With TF32 allowed, every backend rounds factors, and by no more than plain PyTorch does."""
+    arguments = {name: v for name, v in layer(2, (512, 512), 3, 16, up, torch.float32).items() if "noise" not in name}
+    exact = modulated_conv2d(**place(arguments, torch.device("cpu"), torch.float64), backend="reference")  # type: ignore[arg-type]
+
+    def error(name: str, allowed: bool) -> float:
+        torch.backends.cudnn.allow_tf32 = allowed  # the fixture of this folder restores it
+        result = modulated_conv2d(**place(arguments, CUDA), backend=name)  # type: ignore[arg-type]
+        return (result.cpu() - exact).abs().max().item()
+
+    assert 8 * error(backend, False) < error(backend, True) < 2 * error("reference", True)
