@@ -1,4 +1,4 @@
-// Device functions beyond plain C++: wide loads and stores, and instructions that need PTX. Without a CUDA compiler
+// Device functions beyond plain C++: wide loads and stores, and instructions that need intrinsics or PTX. Without a CUDA compiler
 // they call the stand-ins in csrc/testing, so that tests can execute the kernels on a CPU.
 #pragma once
 
@@ -36,12 +36,33 @@ __device__ __forceinline__ Words<N> load_words(const void* p) {
   return *static_cast<const Words<N>*>(p);
 }
 
+// Stores to shared memory.
 template <int N>
-__device__ __forceinline__ void store_words(void* p, const Words<N>& words) {
+__device__ __forceinline__ void store_shared(void* p, const Words<N>& words) {
 #if !defined(__CUDACC__)
   cuda_on_cpu::check_aligned(p, 4 * N);
 #endif
   *static_cast<Words<N>*>(p) = words;
+}
+
+// Stores to global memory. From a plain assignment of Words nvcc makes stores of one word each, which write every sector
+// of 32 bytes in parts.
+template <int N>
+__device__ __forceinline__ void store_global(void* p, const Words<N>& words) {
+  static_assert(N == 2 || N == 4);
+#if defined(__CUDA_ARCH__)
+  const std::size_t to = __cvta_generic_to_global(p);
+  if constexpr (N == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words.word[0]), "r"(words.word[1]) : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.word[0]), "r"(words.word[1]),
+                 "r"(words.word[2]), "r"(words.word[3])
+                 : "memory");
+  }
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::check_aligned(p, 4 * N);
+  *static_cast<Words<N>*>(p) = words;
+#endif
 }
 
 // The words that hold N elements of T.
@@ -106,14 +127,53 @@ __device__ __forceinline__ void load_elements(const T* p, float (&to)[N]) {
   }
 }
 
+// Stores N neighbouring elements to global memory, 1 or as many as 16 bytes hold.
 template <class T, int N>
 __device__ __forceinline__ void store_elements(T* p, const float (&from)[N]) {
   if constexpr (N == 1) {
     *p = from_float<T>(from[0]);
   } else {
     static_assert(N * sizeof(T) == 16);
-    store_words(p, pack_as<T>(from));
+    store_global(p, pack_as<T>(from));
   }
+}
+
+// ---- Approximate functions: one instruction each, with the error that NVIDIA states ----
+
+// Absolute error 2^-22 for x in [1/2, 2], relative error 2^-22 elsewhere. x is a positive normal number.
+__device__ __forceinline__ float approximate_log2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif !defined(__CUDACC__)
+  return cuda_on_cpu::approximate_log2(x);
+#else
+  return x;
+#endif
+}
+
+// Relative error 2^-23.
+__device__ __forceinline__ float approximate_sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif !defined(__CUDACC__)
+  return cuda_on_cpu::approximate_sqrt(x);
+#else
+  return x;
+#endif
+}
+
+// Absolute error 2^-21.19 (cosine) and 2^-21.41 (sine) for x in [-pi, pi].
+__device__ __forceinline__ void approximate_cos_sin(float x, float& cosine, float& sine) {
+#if defined(__CUDA_ARCH__)
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(x));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(x));
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::approximate_cos_sin(x, cosine, sine);
+#endif
 }
 
 // ---- Memory of a block ----
@@ -192,7 +252,7 @@ __device__ __forceinline__ void store_in_cluster(void* own, int rank, const Word
                  : "memory");
   }
 #elif !defined(__CUDACC__)
-  store_words<N>(cuda_on_cpu::in_cluster(own, rank), words);
+  store_shared<N>(cuda_on_cpu::in_cluster(own, rank), words);
 #endif
 }
 

@@ -99,7 +99,7 @@ struct WorkspaceExchange {
   __device__ void wait_for_start() {}
 
   __device__ void write(int offset, const Packed<T, 4>& values, int replica, int) {
-    if (replica == 0) store_words(next + offset, values);
+    if (replica == 0) store_global(next + offset, values);
   }
 
   __device__ void finish(int rows) {
@@ -114,7 +114,7 @@ struct WorkspaceExchange {
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
     const int stride = static_cast<int>(blockDim.x) * kVector;
     for (int at = static_cast<int>(threadIdx.x) * kVector; at < rows * dim; at += stride) {
-      store_words(x + at, load_from_l2(next + at));
+      store_shared(x + at, load_from_l2(next + at));
     }
     __syncthreads();
     // Writing to `other` is safe from here on: every block had finished reading it before it reached this barrier.

@@ -1,5 +1,6 @@
 // Runs CUDA kernels on threads of the operating system (see include/cuda_runtime.h).
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -193,6 +194,29 @@ void copy_async(void* to, const void* from) {
 void copies_wait() {
   for (const auto& [to, from] : self.copies) std::memcpy(to, from, 16);
   self.copies.clear();
+}
+
+// `most` above or below the exact value of f(x), depending on the bits of x. So tests meet the largest errors, in all
+// combinations.
+float off_by(float x, double exact, double most) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return static_cast<float>((bits * 0x9E3779B9u) >> 31 != 0 ? exact + most : exact - most);
+}
+
+float approximate_log2(float x) {
+  const double exact = std::log2(static_cast<double>(x));
+  return off_by(x, exact, std::ldexp(x >= 0.5f && x <= 2.0f ? 1.0 : std::fabs(exact), -22));
+}
+
+float approximate_sqrt(float x) {
+  const double exact = std::sqrt(static_cast<double>(x));
+  return off_by(x, exact, std::ldexp(exact, -23));
+}
+
+void approximate_cos_sin(float x, float& cosine, float& sine) {
+  cosine = off_by(x, std::cos(static_cast<double>(x)), std::exp2(-21.19));
+  sine = off_by(1.0f - x, std::sin(static_cast<double>(x)), std::exp2(-21.41));
 }
 
 void yield() { std::this_thread::yield(); }

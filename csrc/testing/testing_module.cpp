@@ -1,7 +1,11 @@
 // The Python module _cuda_on_cpu: the functions of spigan._C.cuda, which take addresses of ordinary memory here.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <tuple>
+
 #include "cuda/cuda_operations.h"
+#include "cuda/normals.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;
@@ -9,6 +13,14 @@ namespace py = pybind11;
 PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.doc() = "The CUDA kernels of spigan, executed on threads of the operating system. For tests.";
   spigan::bind_cuda(m);
+  m.def(
+      "box_muller",
+      [](std::uint32_t word0, std::uint32_t word1) {
+        float n0, n1;
+        spigan::cuda::approximate_box_muller(word0, word1, n0, n1);
+        return std::tuple<float, float>(n0, n1);
+      },
+      py::arg("word0"), py::arg("word1"), "Return the two normals that the kernels make of two words.");
   m.def(
       "set_device",
       [](int major, int processors, int threads, int shared_bytes, int largest_cluster) {

@@ -49,6 +49,11 @@ void copies_wait();
 
 void yield();  // call this in a loop that waits for other threads
 
+// Approximate functions of a GPU, as far from the exact value as csrc/cuda/device.h says they may be.
+float approximate_log2(float x);
+float approximate_sqrt(float x);
+void approximate_cos_sin(float x, float& cosine, float& sine);
+
 // Aborts with a message if `p` is not a multiple of `bytes`. A GPU would abort the kernel.
 void check_aligned(const void* p, std::size_t bytes);
 
