@@ -96,7 +96,7 @@ double layer_clocks(const Rk4Plan& plan, int dim, int size) {
   const double shared = dim * (kOutputs + rows) * size / 128.0;                       // 128 bytes per clock
   const double products = dim * (kOutputs * rows) / 128.0 * (size == 2 ? 1.5 : 1.0);  // and conversion of half types
   const double l2 = plan.weights_in_shared ? 0.0 : dim * kOutputs * size / 16.0;      // if all blocks read at once
-  const double exchange = plan.cluster ? 700.0 : 2500.0 + plan.rows * dim * size / 32.0;
+  const double exchange = plan.cluster ? 1400.0 : 2500.0 + plan.rows * dim * size / 32.0;
   return tiles * std::max({shared, products, l2}) + 300.0 + exchange;
 }
 

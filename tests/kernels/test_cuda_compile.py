@@ -1,5 +1,8 @@
-"""The CUDA kernels compiled for every architecture that is shipped: they spill nothing to memory, load and store as many
-bytes at once as they should, and take no more instructions than docs/kernels.md counts on."""
+"""The CUDA kernels compiled for every architecture that is shipped.
+
+They spill nothing to memory, load and store as many bytes at once as they should, and take no more instructions than
+docs/kernels.md counts on.
+"""
 
 from __future__ import annotations
 

@@ -271,6 +271,22 @@ def test_plans_of_real_devices(kernels: ModuleType) -> None:
     assert (plan["exchange"], plan["weights"]) == ("workspace", "shared")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "plan"),  # sizes: batch, D, L
+    [
+        ((100, 512, 3), ("cluster", "shared", 16, 8, 8)),
+        # With an exchange of 700 clocks instead of 1,400, clusters would win these: 16 x 8 blocks that read their
+        # weights from the L2 cache, and one row per pass.
+        ((64, 512, 4), ("workspace", "shared", 32, 4, 16)),
+        ((16, 640, 2), ("workspace", "shared", 32, 2, 8)),
+    ],
+)
+def test_plans_weigh_exchanges(kernels: ModuleType, sizes: tuple[int, int, int], plan: tuple[object, ...]) -> None:
+    pretend(kernels, **H200)
+    found = kernels.rk4_mlp_plan(0, *sizes)
+    assert tuple(found[name] for name in ("exchange", "weights", "members", "groups", "rows")) == plan
+
+
 @pytest.mark.parametrize("device", [H200, A100, {**A100, "processors": 46, "shared_bytes": 101376}])
 def test_every_size_has_a_plan(kernels: ModuleType, device: dict[str, int]) -> None:
     pretend(kernels, **device)
