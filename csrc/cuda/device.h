@@ -215,6 +215,25 @@ __device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
   return value;
 }
 
+// The part of x that a matrix instruction reads of a TF32 operand: the upper 11 bits of the significand.
+__device__ __forceinline__ float tf32_part(float x) { return float_of_bits(float_bits(x) & 0xFFFFE000u); }
+
+// d += a b for a [16, 8], b [8, 8] and d [16, 8] of a warp; of a and b it reads tf32_part(). With g = lane / 4 and
+// t = lane % 4, a lane holds a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4], further b[t][g], b[t + 4][g], and
+// d[g][2 t], d[g][2 t + 1], d[g + 8][2 t], d[g + 8][2 t + 1]. The whole warp must call it.
+__device__ __forceinline__ void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(float_bits(a[0])), "r"(float_bits(a[1])), "r"(float_bits(a[2])), "r"(float_bits(a[3])),
+        "r"(float_bits(b[0])), "r"(float_bits(b[1])));
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::multiply_tf32(a, b, d);
+#endif
+}
+
 // ---- Thread-block clusters ----
 
 // A barrier for all threads of a cluster. What a thread wrote to shared memory before it arrived is visible to all

@@ -339,11 +339,11 @@ void test_rk4_mlp(Dtype dtype, std::size_t batch, std::size_t dim, std::size_t l
                        static_cast<std::int64_t>(layers), intervals, 2, false, Activation::kTanh, workspace.data()},
                       nullptr),
         "rk4_mlp");
-  char what[100];
-  std::snprintf(what, sizeof(what), "rk4_mlp [%d, %d], L %d, %d bytes, %s of %d, %d groups, %d rows, weights %s",
+  char what[120];
+  std::snprintf(what, sizeof(what), "rk4_mlp [%d, %d], L %d, %d bytes, %s of %d, %d groups, %d rows, weights %s%s",
                 static_cast<int>(batch), static_cast<int>(dim), static_cast<int>(layers), static_cast<int>(sizeof(T)),
                 plan.cluster ? "cluster" : "workspace", plan.members, plan.groups, plan.rows,
-                plan.weights_in_shared ? "shared" : "global");
+                plan.weights_in_shared ? "shared" : "global", plan.matrix ? ", matrix unit" : "");
   compare(what, out, mlp.solve(), tolerance);
 }
 
@@ -382,6 +382,9 @@ int main() {
   test_rk4_mlp<float>(Dtype::kFloat32, 19, 16, 1, {9, 1, 32, 3600, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 19, 16, 1, {8, 1, 64, 3000, 1}, f32);
   test_rk4_mlp<float>(Dtype::kFloat32, 5, 16, 1, {9, 2, 32, 1000, 2}, f32);
+  // The matrix unit.
+  test_rk4_mlp<float>(Dtype::kFloat32, 19, 32, 2, {9, 2, 64, 64 << 10, 2, true}, f32);
+  test_rk4_mlp<float>(Dtype::kFloat32, 3, 32, 2, {8, 2, 64, 64 << 10, 1, true}, f32);
   std::printf(failures == 0 ? "all equal\n" : "%d differ\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -23,11 +23,11 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
       py::arg("word0"), py::arg("word1"), "Return the two normals that the kernels make of two words.");
   m.def(
       "set_device",
-      [](int major, int processors, int threads, int shared_bytes, int largest_cluster) {
-        cuda_on_cpu::set_device({major, processors, threads, shared_bytes, largest_cluster});
+      [](int major, int processors, int threads, int shared_bytes, int largest_cluster, bool matrix_only) {
+        cuda_on_cpu::set_device({major, processors, threads, shared_bytes, largest_cluster, matrix_only});
       },
       py::kw_only(), py::arg("major"), py::arg("processors"), py::arg("threads"), py::arg("shared_bytes"),
-      py::arg("largest_cluster"),
+      py::arg("largest_cluster"), py::arg("matrix_only"),
       "Set the device that the kernels see: major compute capability, number of multiprocessors, maximum threads and "
-      "bytes of shared memory per block, maximum blocks per cluster.");
+      "bytes of shared memory per block, maximum blocks per cluster, whether rk4_mlp uses only the matrix unit.");
 }

@@ -56,6 +56,7 @@ def pretend(
     threads: int = 32,
     shared_bytes: int = 232448,
     largest_cluster: int = 16,
+    matrix_only: bool = False,
 ) -> None:
     kernels.set_device(
         major=major,
@@ -63,6 +64,7 @@ def pretend(
         threads=threads,
         shared_bytes=shared_bytes,
         largest_cluster=largest_cluster,
+        matrix_only=matrix_only,
     )
 
 

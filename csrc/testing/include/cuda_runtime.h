@@ -30,6 +30,7 @@ struct Device {
   int threads = 64;           // maximum threads per block
   int shared_bytes = 232448;  // maximum shared memory per block
   int largest_cluster = 16;   // maximum blocks per cluster
+  bool matrix_only = false;   // whether rk4_mlp plans only with the matrix unit, which small sizes would not use
 };
 void set_device(const Device& device);
 const Device& device();
@@ -42,6 +43,7 @@ void cluster_wait();
 void* in_cluster(void* own, int rank);  // the address in block `rank` of the cluster that corresponds to `own`
 std::uint32_t shuffle(std::uint32_t value, int source_lane);
 int lane();
+void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]);
 
 // Copies happen as late as a GPU may do them: in copies_wait.
 void copy_async(void* to, const void* from);
