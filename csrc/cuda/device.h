@@ -215,10 +215,10 @@ __device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
   return value;
 }
 
-// The part of x that a matrix instruction reads of a TF32 operand: the upper 11 bits of the significand.
-__device__ __forceinline__ float tf32_part(float x) { return float_of_bits(float_bits(x) & 0xFFFFE000u); }
+// x rounded to TF32, whose significand has 11 bits. The NaN of a GPU, whose bits are all set, becomes -0.
+__device__ __forceinline__ float round_to_tf32(float x) { return float_of_bits((float_bits(x) + 0x1000u) & 0xFFFFE000u); }
 
-// d += a b for a [16, 8], b [8, 8] and d [16, 8] of a warp; of a and b it reads tf32_part(). With g = lane / 4 and
+// d += a b for a [16, 8], b [8, 8] and d [16, 8] of a warp; of a and b it reads only the bits of TF32. With g = lane / 4 and
 // t = lane % 4, a lane holds a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4], further b[t][g], b[t + 4][g], and
 // d[g][2 t], d[g][2 t + 1], d[g + 8][2 t], d[g + 8][2 t + 1]. The whole warp must call it.
 __device__ __forceinline__ void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]) {

@@ -3,7 +3,7 @@
 #include "cuda_kernels.h"
 #include "indexing.h"
 #include "launch.h"
-#include "normals.h"
+#include "box_muller.h"
 
 namespace spigan::cuda {
 namespace {

@@ -105,7 +105,8 @@ double layer_clocks(const Rk4Plan& plan, int dim, int size) {
     const int outputs = dim / plan.members;
     const double loads = dim * (outputs + kMatrixRows * (outputs / kMatrixOutputs)) * size / 128.0;
     const double terms = 3.0 * kMatrixRows * outputs * dim / 660.0;  // multiply-adds per clock of mma.sync
-    return std::max(loads, terms) + 450.0 + exchange + (plan.cluster ? 400.0 : 0.0);  // the second barrier
+    const double issue = outputs / kMatrixOutputs * (dim / 16.0) * 70.0 / 4.0;  // instructions for 16 terms, mostly splits
+    return std::max({loads, terms, issue}) + 450.0 + exchange + (plan.cluster ? 400.0 : 0.0);  // the second barrier
   }
   return tiles * std::max({shared, products, l2}) + 300.0 + exchange;
 }

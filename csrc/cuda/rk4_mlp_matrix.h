@@ -1,8 +1,9 @@
 // rk4_mlp in float32 with the matrix unit, for many rows. A group integrates 16 rows at a time, in half as many passes as
 // with the tiles of 8 rows of rk4_mlp_kernel.h, and reads each weight once for all of them.
 //
-// Every float32 factor is split into two TF32 numbers, x = hi + lo, and a product is hi hi' + hi lo' + lo hi'. What is
-// left out is 2^-22 of it, like the rounding of float32 sums. (Three products of bfloat16 would leave out 2^-16.)
+// Every float32 factor is split into two TF32 numbers, x = hi + lo, and a product is hi hi' + hi lo' + lo hi'. hi is
+// rounded and lo cut off, so what is left out is at most 2^-21 of the product, and 2^-23 on average. (Three products of
+// bfloat16 would leave out 2^-16.) A NaN is in lo.
 //
 // A warp computes 16 outputs x 16 rows for a part of the summed dimension. The parts are added in shared memory, in a
 // fixed order. There is only one buffer of activations, because weights and two of them would not fit: a group
@@ -101,12 +102,12 @@ struct MatrixIntegrator {
         float hi[4], lo[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          hi[i] = tf32_part(whole[i]);
+          hi[i] = round_to_tf32(whole[i]);
           lo[i] = whole[i] - hi[i];
         }
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
-          const float x_hi[2] = {tf32_part(b_x[tile][k]), tf32_part(b_x[tile][k + 1])};
+          const float x_hi[2] = {round_to_tf32(b_x[tile][k]), round_to_tf32(b_x[tile][k + 1])};
           const float x_lo[2] = {b_x[tile][k] - x_hi[0], b_x[tile][k + 1] - x_hi[1]};
           multiply_tf32(lo, x_hi, d[tile]);
           multiply_tf32(hi, x_lo, d[tile]);

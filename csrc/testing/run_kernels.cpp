@@ -16,7 +16,7 @@ using namespace spigan;
 
 int failures = 0;
 
-constexpr double kNormalError = 7.4e-6;  // see cuda/normals.h
+constexpr double kNormalError = 7.4e-6;  // see cuda/box_muller.h
 
 // `tolerance` is relative to 1 + |expected|. NaN never compares equal.
 template <class Actual>

@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "cuda/cuda_operations.h"
-#include "cuda/normals.h"
+#include "cuda/box_muller.h"
 #include "cuda_runtime.h"
 
 namespace py = pybind11;
