@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,14 @@ class Trainer:
                 write_text(self.run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
 
     @classmethod
-    def resume(cls, run_dir: str | Path, *, total_kimg: float | None = None, progress: bool = True) -> Trainer:
+    def resume(
+        cls,
+        run_dir: str | Path,
+        *,
+        total_kimg: float | None = None,
+        total_seconds: float | None = None,
+        progress: bool = True,
+    ) -> Trainer:
         """Resume a run exactly from its newest checkpoint. On a CPU the result is bit for bit that of an unbroken run.
 
         A run that was killed before its first checkpoint starts from the beginning.
@@ -92,6 +101,7 @@ class Trainer:
         Args:
             run_dir: folder of the run.
             total_kimg: new length of the run. Default: the configured length.
+            total_seconds: new limit of the training time. Default: the configured limit.
             progress: whether to show a progress bar.
 
         Raises:
@@ -102,8 +112,9 @@ class Trainer:
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
-        if total_kimg is not None:
-            config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
+        given = {"total_kimg": total_kimg, "total_seconds": total_seconds}
+        if changes := {name: value for name, value in given.items() if value is not None}:
+            config = TrainConfig.model_validate(config.model_dump() | changes)
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
         if newest is None and (run_dir / STATS_FILE).exists():  # made after the first checkpoint
@@ -125,7 +136,7 @@ class Trainer:
         if saved is not None:
             trainer.snapshots.load(*saved)
         trainer._check_agreement()
-        if total_kimg is not None and trainer.processes.main:
+        if changes and trainer.processes.main:
             write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
         return trainer
 
@@ -135,6 +146,11 @@ class Trainer:
         self.device = self.processes.device
         self.progress = progress and self.processes.main
         self.interrupted = False
+        if config.total_seconds is not None and self.processes.count > 1:
+            raise ValueError(
+                f"total_seconds={config.total_seconds:g} cannot end a run of {self.processes.count} processes, whose "
+                "clocks differ: use total_kimg"
+            )
         images_at_a_time(config, self.processes)  # raises before anything takes long
         self.dataset = open_for_model(
             config.data, config.model.resolution, config.model.img_channels, progress=self.progress
@@ -194,6 +210,8 @@ class Trainer:
     def fit(self) -> SPIGAN:
         """Train until `total_kimg` thousand images have been seen. Ctrl-C and SIGTERM end it after saving a checkpoint.
 
+        With `total_seconds`, training ends at the first generator iteration after that time, if that comes first.
+
         Returns:
             The averaged model, in eval mode.
 
@@ -219,9 +237,11 @@ class Trainer:
         # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
         with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
             self._measure(log, stop)  # if a signal ended it in an earlier session
-            clock = Clock(state.elapsed, state.images_seen)
+            clock = Clock(state.elapsed, state.images_seen, self._clock())
             # The last images seen still get their generator iteration.
-            while (state.images_seen < total or state.iteration % 2) and not self.processes.any(stop.is_set()):
+            while (
+                (state.images_seen < total and not self._time_is_up()) or state.iteration % 2
+            ) and not self.processes.any(stop.is_set()):
                 state.elapsed = clock.seconds()
                 with stop.iteration(self.snapshots.backup):
                     images = next(batches)
@@ -242,8 +262,17 @@ class Trainer:
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)
             state.elapsed = clock.seconds()
+            if self._time_is_up() and self.metrics is not None and not stop.is_set():
+                self.metrics.update(self.snapshots, log, stop)  # seldom the end of a tick, but runs are compared by it
             self._finish(stop)
         return self.ema
+
+    def _clock(self) -> Callable[[], float]:
+        by_cpu = self.config.total_seconds is not None and self.device.type == "cpu"
+        return time.process_time if by_cpu else time.perf_counter
+
+    def _time_is_up(self) -> bool:
+        return self.config.total_seconds is not None and self.state.elapsed >= self.config.total_seconds
 
     def _finish(self, stop: StopSignals) -> None:
         """Save the end of a session."""

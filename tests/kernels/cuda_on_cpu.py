@@ -23,7 +23,7 @@ from spigan.ops.philox_normal import philox4x32_10
 TESTING = Path(__file__).parents[2] / "csrc" / "testing"
 HALVES = (torch.bfloat16, torch.float16)
 NORMAL_ERROR = 7.4e-6
-"""Most that a drawn normal differs from the definition in float64: what csrc/cuda/box_muller.h states for the largest."""
+"""Most that a drawn normal differs from the definition in float64, as csrc/cuda/box_muller.h states."""
 
 
 def find(*names: str) -> str | None:
