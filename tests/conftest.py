@@ -128,7 +128,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float = 2.0) -> None:
+def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float = 2.0, absolute: float = 0.0) -> None:
     assert actual.dtype == plain.dtype
     assert actual.shape == plain.shape == exact.shape
     assert exact.dtype == torch.float64
@@ -141,7 +141,7 @@ def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float 
     assert exact.isfinite().all() and plain.isfinite().all(), "the references themselves overflow"
     if actual.dtype == torch.float64:
         slack = 100.0  # the reference itself is only that exact
-    floor = slack * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    floor = slack * torch.finfo(actual.dtype).eps * exact.abs().max().item() + absolute
     # Written so that a NaN fails.
     assert error(actual) <= 2.0 * error(plain) + floor, (
         f"{error(actual):.3e} against {error(plain):.3e} in plain PyTorch"
@@ -150,7 +150,7 @@ def _assert_accurate(actual: Tensor, plain: Tensor, exact: Tensor, slack: float 
 
 @pytest.fixture(scope="session")
 def assert_accurate() -> Callable[..., None]:
-    """assert_accurate(actual, plain, exact): error(actual) <= 2 error(plain) + 2 eps max|exact|.
+    """assert_accurate(actual, plain, exact): error(actual) <= 2 error(plain) + 2 eps max|exact| + `absolute`.
 
     `plain` is plain PyTorch in the dtype of `actual`, `exact` the same in float64.
     """

@@ -16,24 +16,48 @@ struct PhiloxKey {
   std::uint32_t k0, k1;
 };
 
+SPIGAN_HD std::uint64_t wide_product(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  std::uint64_t product;  // one instruction; for a product of 64-bit factors nvcc also adds their upper words
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return std::uint64_t{a} * b;
+#endif
+}
+
+SPIGAN_HD Philox4x32 philox_round(Philox4x32 counter, PhiloxKey key) {
+  const std::uint64_t product0 = wide_product(0xD2511F53u, counter.x0);
+  const std::uint64_t product1 = wide_product(0xCD9E8D57u, counter.x2);
+  return {static_cast<std::uint32_t>(product1 >> 32) ^ counter.x1 ^ key.k0,
+          static_cast<std::uint32_t>(product1),
+          static_cast<std::uint32_t>(product0 >> 32) ^ counter.x3 ^ key.k1,
+          static_cast<std::uint32_t>(product0)};
+}
+
+// Weyl sequence: golden ratio and sqrt(3) - 1.
+SPIGAN_HD PhiloxKey next_key(PhiloxKey key) { return {key.k0 + 0x9E3779B9u, key.k1 + 0xBB67AE85u}; }
+
 // The block function. For each 64-bit key it is a bijection of the 128-bit counter.
 SPIGAN_HD Philox4x32 philox4x32_10(Philox4x32 counter, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = std::uint64_t{0xD2511F53} * counter.x0;
-    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57} * counter.x2;
-    counter = {static_cast<std::uint32_t>(product1 >> 32) ^ counter.x1 ^ key.k0,
-               static_cast<std::uint32_t>(product1),
-               static_cast<std::uint32_t>(product0 >> 32) ^ counter.x3 ^ key.k1,
-               static_cast<std::uint32_t>(product0)};
-    key = {key.k0 + 0x9E3779B9u, key.k1 + 0xBB67AE85u};  // Weyl sequence: golden ratio and sqrt(3) - 1
+    counter = philox_round(counter, key);
+    key = next_key(key);
   }
   return counter;
 }
 
+SPIGAN_HD Philox4x32 counter_of(std::uint64_t block) {
+  return {static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0, 0};
+}
+
+SPIGAN_HD PhiloxKey key_of(std::uint64_t seed) {
+  return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
+}
+
 // The words of elements 4 * block to 4 * block + 3 of the stream of `seed`; block < 2^62.
 SPIGAN_HD Philox4x32 philox_block(std::uint64_t seed, std::uint64_t block) {
-  return philox4x32_10({static_cast<std::uint32_t>(block), static_cast<std::uint32_t>(block >> 32), 0, 0},
-                       {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
+  return philox4x32_10(counter_of(block), key_of(seed));
 }
 
 // Two independent standard normals from two words; |n| <= sqrt(66 ln 2) = 6.77.

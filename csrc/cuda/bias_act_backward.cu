@@ -75,16 +75,16 @@ __global__ void __launch_bounds__(kElementwiseThreads, 3)
       float factor[V] = {};
       if (exists) load_or(a.factor, image * a.channels + channel, 1.0f, factor);
       Sums<T, V> sums;
+      const std::int64_t last = image * a.pixels + end;
 #pragma unroll 1
-      for (std::int64_t pixel = begin + unit; pixel - unit < end; pixel += t.units) {  // all lanes iterate together
+      for (std::int64_t pixel = image * a.pixels + begin + unit; pixel - unit < last;  // all lanes iterate together
+           pixel += t.units) {
         float total = 0.0f;
-        if (exists && pixel < end) {
-          total = sums.add(a, factor, (image * a.pixels + pixel) * a.channels + channel);
-        }
+        if (exists && pixel < last) total = sums.add(a, factor, pixel * a.channels + channel);
         if (a.sum_c == nullptr) continue;
         total = sum_of_lanes(total, t.lanes);
-        float* const sum_c = static_cast<float*>(a.sum_c) + image * a.pixels + pixel;
-        if (lane == 0 && pixel < end) *sum_c = loop == 0 ? total : *sum_c + total;  // the same thread in every loop
+        float* const sum_c = static_cast<float*>(a.sum_c) + pixel;
+        if (lane == 0 && pixel < last) *sum_c = loop == 0 ? total : *sum_c + total;  // the same thread in every loop
       }
       if (a.sum_u == nullptr && a.sum_ux == nullptr) continue;
       __syncthreads();  // wait until the previous sums have been read

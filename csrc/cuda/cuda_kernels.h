@@ -37,6 +37,7 @@ cudaError_t rk4_mlp(const Rk4Mlp& args, cudaStream_t stream);
 struct Rk4Plan {
   bool cluster;            // whether a group is a thread-block cluster; if not, its blocks use the workspace
   bool weights_in_shared;  // whether a block keeps its weights in shared memory; if not, it reads them for every tile
+  bool matrix;             // whether the matrix unit multiplies (float32 as three products of TF32)
   int members, groups, rows, threads;
   std::size_t shared_bytes, workspace_bytes;
 };

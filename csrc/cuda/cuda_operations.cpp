@@ -89,6 +89,7 @@ time.)");
         py::dict result;
         result["exchange"] = plan.cluster ? "cluster" : "workspace";
         result["weights"] = plan.weights_in_shared ? "shared" : "global";
+        result["matrix"] = plan.matrix;
         result["members"] = plan.members;
         result["groups"] = plan.groups;
         result["rows"] = plan.rows;
@@ -101,7 +102,8 @@ time.)");
       R"(Return how rk4_mlp divides its work on the current device, for tests and benchmarks.
 
 Returns:
-    Dictionary of exchange ("cluster" or "workspace"), weights ("shared" or "global"), members (blocks per group),
+    Dictionary of exchange ("cluster" or "workspace"), weights ("shared" or "global"), matrix
+    (bool: products on the matrix unit), members (blocks per group),
     groups, rows (of the batch that a group integrates at a time), threads (per block), shared_bytes (per block) and
     workspace_bytes.)");
 }

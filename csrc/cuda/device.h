@@ -1,4 +1,4 @@
-// Device functions beyond plain C++: wide loads and stores, and instructions that need PTX. Without a CUDA compiler
+// Device functions beyond plain C++: wide loads and stores, and instructions that need intrinsics or PTX. Without a CUDA compiler
 // they call the stand-ins in csrc/testing, so that tests can execute the kernels on a CPU.
 #pragma once
 
@@ -36,12 +36,33 @@ __device__ __forceinline__ Words<N> load_words(const void* p) {
   return *static_cast<const Words<N>*>(p);
 }
 
+// Stores to shared memory.
 template <int N>
-__device__ __forceinline__ void store_words(void* p, const Words<N>& words) {
+__device__ __forceinline__ void store_shared(void* p, const Words<N>& words) {
 #if !defined(__CUDACC__)
   cuda_on_cpu::check_aligned(p, 4 * N);
 #endif
   *static_cast<Words<N>*>(p) = words;
+}
+
+// Stores to global memory. From a plain assignment of Words nvcc makes stores of one word each, which write every sector
+// of 32 bytes in parts.
+template <int N>
+__device__ __forceinline__ void store_global(void* p, const Words<N>& words) {
+  static_assert(N == 2 || N == 4);
+#if defined(__CUDA_ARCH__)
+  const std::size_t to = __cvta_generic_to_global(p);
+  if constexpr (N == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words.word[0]), "r"(words.word[1]) : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.word[0]), "r"(words.word[1]),
+                 "r"(words.word[2]), "r"(words.word[3])
+                 : "memory");
+  }
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::check_aligned(p, 4 * N);
+  *static_cast<Words<N>*>(p) = words;
+#endif
 }
 
 // The words that hold N elements of T.
@@ -106,14 +127,53 @@ __device__ __forceinline__ void load_elements(const T* p, float (&to)[N]) {
   }
 }
 
+// Stores N neighbouring elements to global memory, 1 or as many as 16 bytes hold.
 template <class T, int N>
 __device__ __forceinline__ void store_elements(T* p, const float (&from)[N]) {
   if constexpr (N == 1) {
     *p = from_float<T>(from[0]);
   } else {
     static_assert(N * sizeof(T) == 16);
-    store_words(p, pack_as<T>(from));
+    store_global(p, pack_as<T>(from));
   }
+}
+
+// ---- Approximate functions: one instruction each, with the error that NVIDIA states ----
+
+// Absolute error 2^-22 for x in [1/2, 2], relative error 2^-22 elsewhere. x is a positive normal number.
+__device__ __forceinline__ float approximate_log2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif !defined(__CUDACC__)
+  return cuda_on_cpu::approximate_log2(x);
+#else
+  return x;
+#endif
+}
+
+// Relative error 2^-23.
+__device__ __forceinline__ float approximate_sqrt(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#elif !defined(__CUDACC__)
+  return cuda_on_cpu::approximate_sqrt(x);
+#else
+  return x;
+#endif
+}
+
+// Absolute error 2^-21.19 (cosine) and 2^-21.41 (sine) for x in [-pi, pi].
+__device__ __forceinline__ void approximate_cos_sin(float x, float& cosine, float& sine) {
+#if defined(__CUDA_ARCH__)
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(cosine) : "f"(x));
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(sine) : "f"(x));
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::approximate_cos_sin(x, cosine, sine);
+#endif
 }
 
 // ---- Memory of a block ----
@@ -155,6 +215,25 @@ __device__ __forceinline__ float sum_of_lanes(float value, int lanes) {
   return value;
 }
 
+// x rounded to TF32, whose significand has 11 bits. The NaN of a GPU, whose bits are all set, becomes -0.
+__device__ __forceinline__ float round_to_tf32(float x) { return float_of_bits((float_bits(x) + 0x1000u) & 0xFFFFE000u); }
+
+// d += a b for a [16, 8], b [8, 8] and d [16, 8] of a warp; of a and b it reads only the bits of TF32. With g = lane / 4 and
+// t = lane % 4, a lane holds a[g][t], a[g + 8][t], a[g][t + 4], a[g + 8][t + 4], further b[t][g], b[t + 4][g], and
+// d[g][2 t], d[g][2 t + 1], d[g + 8][2 t], d[g + 8][2 t + 1]. The whole warp must call it.
+__device__ __forceinline__ void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(float_bits(a[0])), "r"(float_bits(a[1])), "r"(float_bits(a[2])), "r"(float_bits(a[3])),
+        "r"(float_bits(b[0])), "r"(float_bits(b[1])));
+#elif !defined(__CUDACC__)
+  cuda_on_cpu::multiply_tf32(a, b, d);
+#endif
+}
+
 // ---- Thread-block clusters ----
 
 // A barrier for all threads of a cluster. What a thread wrote to shared memory before it arrived is visible to all
@@ -192,7 +271,7 @@ __device__ __forceinline__ void store_in_cluster(void* own, int rank, const Word
                  : "memory");
   }
 #elif !defined(__CUDACC__)
-  store_words<N>(cuda_on_cpu::in_cluster(own, rank), words);
+  store_shared<N>(cuda_on_cpu::in_cluster(own, rank), words);
 #endif
 }
 

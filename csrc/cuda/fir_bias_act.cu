@@ -7,10 +7,10 @@
 // a filter, rows do not matter, and an image is treated as one row. With rgb, the lanes of a strip loop over all of its
 // channels and add their sums at the end.
 #include "../common/activate_and_clamp.h"
-#include "../common/philox.h"
 #include "cuda_kernels.h"
 #include "indexing.h"
 #include "launch.h"
+#include "box_muller.h"
 
 namespace spigan::cuda {
 namespace {
@@ -61,9 +61,10 @@ __device__ __forceinline__ void draw_four(std::uint64_t seed, std::uint64_t firs
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (half == 1 && first % 4 == 0) break;  // one block has all four, always so if the row length is a multiple of 4
-    const Philox4x32 words = philox_block(seed, (first / 4 + static_cast<std::uint64_t>(half)) & kBlockMask);
-    box_muller(words.x0, words.x1, drawn[4 * half], drawn[4 * half + 1]);
-    box_muller(words.x2, words.x3, drawn[4 * half + 2], drawn[4 * half + 3]);
+    float block[4];
+    draw_block(seed, first / 4 + static_cast<std::uint64_t>(half), block);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) drawn[4 * half + i] = block[i];
   }
 #pragma unroll
   for (int i = 0; i < 6; ++i) drawn[i] = first % 2 != 0 ? drawn[i + 1] : drawn[i];
@@ -210,9 +211,9 @@ __device__ __forceinline__ void store(const LayerEnd& e, const Strip& s, std::in
   }
 }
 
-// Blocks per multiprocessor, which leaves 64 or 128 registers per thread.
+// Blocks per multiprocessor, which leaves 80 or 128 registers per thread.
 template <class F, bool Rgb>
-constexpr int kBlocks = std::is_same_v<F, NoFilter> && !Rgb ? 4 : 2;
+constexpr int kBlocks = std::is_same_v<F, NoFilter> && !Rgb ? 3 : 2;
 
 template <class T, int V, class F, bool Rgb>
 __global__ void __launch_bounds__(kElementwiseThreads, kBlocks<F, Rgb>)

@@ -1,9 +1,10 @@
-// rk4_mlp on a GPU: plans how the blocks divide the work, then launches the kernel of rk4_mlp_kernel.h.
-#include "rk4_mlp_kernel.h"
-
+// rk4_mlp on a GPU: plans how the blocks divide the work, then launches a kernel of rk4_mlp_kernel.h or
+// rk4_mlp_matrix.h.
 #include <algorithm>
 #include <map>
 #include <mutex>
+
+#include "rk4_mlp_matrix.h"
 
 namespace spigan::cuda {
 namespace {
@@ -31,6 +32,9 @@ Kernel kernel_of(const Rk4Plan& plan) {
 }
 
 Kernel kernel_of(Dtype dtype, const Rk4Plan& plan) {
+  if (plan.matrix) {
+    return plan.cluster ? rk4_mlp_matrix_kernel<SingleBufferExchange> : rk4_mlp_matrix_kernel<GlobalExchange>;
+  }
   switch (dtype) {
     case Dtype::kBFloat16: return kernel_of<bfloat16>(plan);
     case Dtype::kFloat16: return kernel_of<float16>(plan);
@@ -96,22 +100,49 @@ double layer_clocks(const Rk4Plan& plan, int dim, int size) {
   const double shared = dim * (kOutputs + rows) * size / 128.0;                       // 128 bytes per clock
   const double products = dim * (kOutputs * rows) / 128.0 * (size == 2 ? 1.5 : 1.0);  // and conversion of half types
   const double l2 = plan.weights_in_shared ? 0.0 : dim * kOutputs * size / 16.0;      // if all blocks read at once
-  const double exchange = plan.cluster ? 700.0 : 2500.0 + plan.rows * dim * size / 32.0;
+  const double exchange = plan.cluster ? 1400.0 : 2500.0 + plan.rows * dim * size / 32.0;
+  if (plan.matrix) {
+    const int outputs = dim / plan.members;
+    const double loads = dim * (outputs + kMatrixRows * (outputs / kMatrixOutputs)) * size / 128.0;
+    const double terms = 3.0 * kMatrixRows * outputs * dim / 660.0;  // multiply-adds per clock of mma.sync
+    const double issue = outputs / kMatrixOutputs * (dim / 16.0) * 70.0 / 4.0;  // instructions for 16 terms, mostly splits
+    return std::max({loads, terms, issue}) + 450.0 + exchange + (plan.cluster ? 400.0 : 0.0);  // the second barrier
+  }
   return tiles * std::max({shared, products, l2}) + 300.0 + exchange;
 }
 
-// Completes a plan in which cluster, weights_in_shared and members are set. Returns false if it does not fit the
+// Sets what follows from the rows of a group.
+void finish(const Limits& limits, std::int64_t batch, int dim, int size, int most, Rk4Plan* plan) {
+  plan->groups = static_cast<int>(std::min<std::int64_t>(most, divide_up(batch, plan->rows)));
+  plan->threads = limits.threads;
+  plan->workspace_bytes =
+      plan->cluster ? 0
+                    : static_cast<std::size_t>(plan->groups) *
+                          (kCounterStride * sizeof(std::uint32_t) +
+                           2 * static_cast<std::size_t>(plan->rows) * static_cast<std::size_t>(dim * size));
+}
+
+// Completes a plan in which cluster, weights_in_shared, matrix and members are set. Returns false if it does not fit the
 // device.
 bool complete(const Limits& limits, std::int64_t batch, int dim, int layers, int size, Rk4Plan* plan) {
   if (dim / kOutputs % plan->members != 0) return false;
   const int columns = dim / plan->members;
+  if (plan->matrix && !(plan->weights_in_shared && size == 4 && suits_matrix(dim, columns, limits.threads))) return false;
   const int most = plan->cluster ? limits.clusters[plan->members]
                                  : (limits.cooperative ? limits.processors / plan->members : 0);
   const std::size_t fixed =
       vector_bytes(columns, layers) + (plan->weights_in_shared ? weight_bytes(dim, columns, layers, size) : 0);
   const std::size_t row = row_bytes(dim, columns, buffers_of(plan->cluster), size);
   const std::size_t shared = static_cast<std::size_t>(limits.shared);
-  if (most < 1 || fixed + row > shared) return false;
+  if (most < 1) return false;
+  if (plan->matrix) {
+    plan->rows = kMatrixRows;
+    plan->shared_bytes = matrix_shared_bytes(dim, columns, layers);
+    if (plan->shared_bytes > shared) return false;
+    finish(limits, batch, dim, size, most, plan);
+    return true;
+  }
+  if (fixed + row > shared) return false;
 
   const std::int64_t fit = static_cast<std::int64_t>((shared - fixed) / row), share = divide_up(batch, most);
   if (plan->weights_in_shared && (share == 1 || fit < kTileRows)) {
@@ -122,14 +153,8 @@ bool complete(const Limits& limits, std::int64_t batch, int dim, int layers, int
     const std::int64_t passes = divide_up(share, limit);
     plan->rows = static_cast<int>(divide_up(divide_up(share, passes), kTileRows) * kTileRows);
   }
-  plan->groups = static_cast<int>(std::min<std::int64_t>(most, divide_up(batch, plan->rows)));
-  plan->threads = limits.threads;
   plan->shared_bytes = fixed + row * static_cast<std::size_t>(plan->rows);
-  plan->workspace_bytes =
-      plan->cluster ? 0
-                    : static_cast<std::size_t>(plan->groups) *
-                          (kCounterStride * sizeof(std::uint32_t) +
-                           2 * static_cast<std::size_t>(plan->rows) * static_cast<std::size_t>(dim * size));
+  finish(limits, batch, dim, size, most, plan);
   return true;
 }
 
@@ -152,11 +177,15 @@ cudaError_t plan_rk4_mlp(Dtype dtype, std::int64_t batch, std::int64_t dim, std:
   double best = 0.0;
   for (const bool cluster : {true, false}) {
     for (int members = 1; members <= (cluster ? kMaxCluster : kMaxMembers); members *= 2) {
-      for (const bool weights_in_shared : {true, false}) {
+      for (const int kind : {0, 1, 2}) {
         Rk4Plan candidate = {};
         candidate.cluster = cluster;
         candidate.members = members;
-        candidate.weights_in_shared = weights_in_shared;
+        candidate.weights_in_shared = kind != 1;
+        candidate.matrix = kind == 2;
+#if !defined(__CUDACC__)
+        if (cuda_on_cpu::device().matrix_only && !candidate.matrix) continue;
+#endif
         if (!complete(limits, batch, static_cast<int>(dim), static_cast<int>(layers), size, &candidate)) continue;
         const std::int64_t passes = divide_up(divide_up(batch, candidate.rows), candidate.groups);
         const double clocks = static_cast<double>(passes) * layer_clocks(candidate, static_cast<int>(dim), size);

@@ -99,7 +99,7 @@ struct WorkspaceExchange {
   __device__ void wait_for_start() {}
 
   __device__ void write(int offset, const Packed<T, 4>& values, int replica, int) {
-    if (replica == 0) store_words(next + offset, values);
+    if (replica == 0) store_global(next + offset, values);
   }
 
   __device__ void finish(int rows) {
@@ -114,7 +114,7 @@ struct WorkspaceExchange {
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
     const int stride = static_cast<int>(blockDim.x) * kVector;
     for (int at = static_cast<int>(threadIdx.x) * kVector; at < rows * dim; at += stride) {
-      store_words(x + at, load_from_l2(next + at));
+      store_shared(x + at, load_from_l2(next + at));
     }
     __syncthreads();
     // Writing to `other` is safe from here on: every block had finished reading it before it reached this barrier.
@@ -308,30 +308,74 @@ struct Integrator {
     }
     exchange.finish(rows);
   }
+};
 
-  __device__ __forceinline__ void integrate(std::int64_t first, int rows) {
-    begin(first, rows);
-    std::int64_t slot = 0;
-    for (int interval = 0; interval < a.interval_count; ++interval) {
-      const double start = a.intervals[interval].start, length = a.intervals[interval].length;
-      const std::int64_t count = a.intervals[interval].count;
-      for (std::int64_t i = 0; i < count; ++i) {
-        const bool wanted = a.every_step || i + 1 == count;
-        for (int number = 0; number < kRk4Stages; ++number) {
-          Stage stage;
-          stage.first = number == 0;
-          stage.last = number + 1 == kRk4Stages;
-          stage.time = static_cast<float>(start + static_cast<double>(i) * length + rk4_node(number) * length);
-          stage.weight = static_cast<float>(rk4_weight(number) * length);
-          stage.node = stage.last ? 0.0f : static_cast<float>(rk4_node(number + 1) * length);
-          stage.slot = wanted ? slot : -1;
-          for (int l = 0; l < a.layers; ++l) layer(stage, l, first, rows);
+// Integrates rows [first, first + rows) from the first to the last time.
+template <class I>
+__device__ __forceinline__ void integrate(I& integrator, const Arguments& a, std::int64_t first, int rows) {
+  integrator.begin(first, rows);
+  std::int64_t slot = 0;
+  for (int interval = 0; interval < a.interval_count; ++interval) {
+    const double start = a.intervals[interval].start, length = a.intervals[interval].length;
+    const std::int64_t count = a.intervals[interval].count;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const bool wanted = a.every_step || i + 1 == count;
+      for (int number = 0; number < kRk4Stages; ++number) {
+        Stage stage;
+        stage.first = number == 0;
+        stage.last = number + 1 == kRk4Stages;
+        stage.time = static_cast<float>(start + static_cast<double>(i) * length + rk4_node(number) * length);
+        stage.weight = static_cast<float>(rk4_weight(number) * length);
+        stage.node = stage.last ? 0.0f : static_cast<float>(rk4_node(number + 1) * length);
+        stage.slot = wanted ? slot : -1;
+        for (int l = 0; l < a.layers; ++l) integrator.layer(stage, l, first, rows);
+      }
+      slot += wanted ? 1 : 0;
+    }
+  }
+}
+
+// Integrates all rows of a block's group.
+template <class I>
+__device__ __forceinline__ void integrate_all(I& integrator, const Arguments& a) {
+  const int group = static_cast<int>(blockIdx.x) / a.members;
+  const std::int64_t stride = static_cast<std::int64_t>(a.groups) * a.rows;
+  for (std::int64_t first = static_cast<std::int64_t>(group) * a.rows; first < a.batch; first += stride) {
+    const std::int64_t left = a.batch - first;
+    integrate(integrator, a, first, left < a.rows ? static_cast<int>(left) : a.rows);
+  }
+}
+
+// Index within the parameters of a block, as they are in global memory.
+struct Linear {
+  static __device__ __forceinline__ int index(int element, int) { return element; }
+};
+
+// Starts loading a block's biases and, if InShared, its weights. Layout gives the place of each weight.
+template <class T, bool InShared, class Layout>
+__device__ __forceinline__ void load_parameters(const Arguments& a, T* weight, float* bias, float* time_weight,
+                                                int columns, int first_column) {
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  for (int layer = 0; layer < a.layers; ++layer) {
+    const std::int64_t from = static_cast<std::int64_t>(layer) * a.dim + first_column;
+    for (int c = thread; c < columns; c += threads) {
+      bias[layer * columns + c] = to_float(static_cast<const T*>(a.bias)[from + c]);
+      time_weight[layer * columns + c] = to_float(static_cast<const T*>(a.time_weight)[from + c]);
+    }
+    if constexpr (InShared) {
+      const T* const source = static_cast<const T*>(a.weight) + from * a.dim;
+      T* const target = weight + layer * columns * a.dim;
+      if (a.aligned) {
+        constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+        for (int e = thread * kVector; e < columns * a.dim; e += threads * kVector) {
+          copy_async(target + Layout::index(e, a.dim), source + e);
         }
-        slot += wanted ? 1 : 0;
+      } else {
+        for (int e = thread; e < columns * a.dim; e += threads) target[Layout::index(e, a.dim)] = source[e];
       }
     }
   }
-};
+}
 
 // Sizes in shared memory, which holds in this order: weights, activations, h, sum, bias, time_weight.
 std::size_t weight_bytes(int dim, int columns, int layers, int size) {
@@ -348,8 +392,7 @@ template <class T, template <class> class ExchangeOf, int Rows, bool WeightsInSh
 __global__ void __launch_bounds__(kThreads, 1) rk4_mlp_kernel(const __grid_constant__ Arguments a) {
   using Exchange = ExchangeOf<T>;
   if constexpr (kHasClusters || !Exchange::kCluster) {
-    const int columns = a.dim / a.members, group = static_cast<int>(blockIdx.x) / a.members;
-    const int first_column = static_cast<int>(blockIdx.x) % a.members * columns;
+    const int columns = a.dim / a.members, first_column = static_cast<int>(blockIdx.x) % a.members * columns;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
     T* const weight = reinterpret_cast<T*>(shared_memory());
@@ -361,35 +404,10 @@ __global__ void __launch_bounds__(kThreads, 1) rk4_mlp_kernel(const __grid_const
     Integrator<T, Exchange, Rows, WeightsInShared> integrator = {
         a,          {weight, h, sum, bias, time_weight}, Exchange(a, buffers), thread % kWarp, thread / kWarp,
         threads / kWarp, columns,                             first_column};
-
-    for (int layer = 0; layer < a.layers; ++layer) {
-      const std::int64_t from = static_cast<std::int64_t>(layer) * a.dim + first_column;
-      for (int c = thread; c < columns; c += threads) {
-        bias[layer * columns + c] = to_float(static_cast<const T*>(a.bias)[from + c]);
-        time_weight[layer * columns + c] = to_float(static_cast<const T*>(a.time_weight)[from + c]);
-      }
-      if constexpr (WeightsInShared) {
-        const T* const source = static_cast<const T*>(a.weight) + from * a.dim;
-        T* const target = weight + layer * columns * a.dim;
-        if (a.aligned) {
-          constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-          for (int e = thread * kVector; e < columns * a.dim; e += threads * kVector) {
-            copy_async(target + e, source + e);
-          }
-        } else {
-          for (int e = thread; e < columns * a.dim; e += threads) target[e] = source[e];
-        }
-      }
-    }
+    load_parameters<T, WeightsInShared, Linear>(a, weight, bias, time_weight, columns, first_column);
     copies_wait();
     integrator.exchange.wait_for_start();
-
-    // The barrier at the end of the first begin() also makes the copied weights visible.
-    const std::int64_t stride = static_cast<std::int64_t>(a.groups) * a.rows;
-    for (std::int64_t first = static_cast<std::int64_t>(group) * a.rows; first < a.batch; first += stride) {
-      const std::int64_t left = a.batch - first;
-      integrator.integrate(first, left < a.rows ? static_cast<int>(left) : a.rows);
-    }
+    integrate_all(integrator, a);  // the barrier at the end of the first begin() also makes the weights visible
   }
 }
 

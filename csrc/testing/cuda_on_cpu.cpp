@@ -1,5 +1,6 @@
 // Runs CUDA kernels on threads of the operating system (see include/cuda_runtime.h).
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -51,7 +52,9 @@ class Barrier {
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes) {}
   Barrier barrier;
-  std::uint32_t values[2][kWarp] = {};  // used alternately, so that a shuffle needs only one barrier
+  // Used alternately, so that a shuffle or product needs only one barrier.
+  std::uint32_t values[2][kWarp] = {};
+  float operands[2][kWarp][6] = {};
 };
 
 // Exactly as many bytes as the launch requests. They are initialised to NaN in every type, so that reading an element
@@ -92,7 +95,7 @@ struct Block {
 
 struct Thread {
   Block* block = nullptr;
-  unsigned shuffles = 0, cluster_phase = 0;
+  unsigned shuffles = 0, products = 0, cluster_phase = 0;
   std::vector<std::pair<void*, const void*>> copies;
 };
 
@@ -184,6 +187,30 @@ std::uint32_t shuffle(std::uint32_t value, int source_lane) {
   return values[source_lane];
 }
 
+// Sums in the order of the 8 terms; that of a GPU is not documented.
+void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]) {
+  Warp& warp = self.block->warps[threadIdx.x / kWarp];
+  float(&operands)[kWarp][6] = warp.operands[self.products++ % 2];
+  const auto read = [](float x) {  // the hardware ignores the lower bits
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    bits &= 0xFFFFE000u;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+  };
+  for (int i = 0; i < 4; ++i) operands[lane()][i] = read(a[i]);
+  for (int i = 0; i < 2; ++i) operands[lane()][4 + i] = read(b[i]);
+  warp.barrier.arrive_and_wait();
+  const int g = lane() / 4, t = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      const float left = operands[row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)];
+      d[i] += left * operands[column * 4 + k % 4][4 + k / 4];
+    }
+  }
+}
+
 void copy_async(void* to, const void* from) {
   check_aligned(to, 16);
   check_aligned(from, 16);
@@ -193,6 +220,29 @@ void copy_async(void* to, const void* from) {
 void copies_wait() {
   for (const auto& [to, from] : self.copies) std::memcpy(to, from, 16);
   self.copies.clear();
+}
+
+// `most` above or below the exact value of f(x), depending on the bits of x. So tests meet the largest errors, in all
+// combinations.
+float off_by(float x, double exact, double most) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return static_cast<float>((bits * 0x9E3779B9u) >> 31 != 0 ? exact + most : exact - most);
+}
+
+float approximate_log2(float x) {
+  const double exact = std::log2(static_cast<double>(x));
+  return off_by(x, exact, std::ldexp(x >= 0.5f && x <= 2.0f ? 1.0 : std::fabs(exact), -22));
+}
+
+float approximate_sqrt(float x) {
+  const double exact = std::sqrt(static_cast<double>(x));
+  return off_by(x, exact, std::ldexp(exact, -23));
+}
+
+void approximate_cos_sin(float x, float& cosine, float& sine) {
+  cosine = off_by(x, std::cos(static_cast<double>(x)), std::exp2(-21.19));
+  sine = off_by(1.0f - x, std::sin(static_cast<double>(x)), std::exp2(-21.41));
 }
 
 void yield() { std::this_thread::yield(); }

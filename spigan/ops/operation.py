@@ -35,6 +35,7 @@ class Operation:
         fake: Returns tensors with the shapes and dtypes of the results, from the same named tuple, for compilers.
         limit: limit(backend, *details) returns why the kernel of that backend does not accept a call, or None if it
             does. The details are those given to `choose`.
+        forms: By name, further functions like the kernels. `kernel` accepts the name as its backend, users do not.
         setup_context: setup_context(ctx, args, output) saves what `backward` needs; see `register_operator`.
         backward: backward(ctx, *grads) returns the gradients of the schema's arguments.
 
@@ -51,14 +52,15 @@ class Operation:
         kernels: Mapping[str, Callable[..., Any]],
         fake: Callable[..., Any],
         limit: Callable[..., str | None] = _no_limit,
+        forms: Mapping[str, Callable[..., Any]] | None = None,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         self.limit = limit
-        kernels = dict(kernels)
+        functions = {**kernels, **(forms or {})}
         self.kernel = register_operator(
-            schema, lambda args: kernels[args.backend](args), fake, setup_context=setup_context, backward=backward
+            schema, lambda args: functions[args.backend](args), fake, setup_context=setup_context, backward=backward
         )
         backends.register(self.name, "reference", backends.always_available, reference)
         for backend in kernels:

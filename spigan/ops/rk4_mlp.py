@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spigan.ops import backends
 from spigan.ops.checks import check_index, check_tensor, check_times
 from spigan.ops.layer_end import LRELU_SLOPE
 from spigan.ops.library import compiled, dtype_number, launch, register_operator
 from spigan.ops.limits import MAX_ODE_DIM, MAX_ODE_LAYERS, MAX_ODE_TIMES, ODE_DIM_MULTIPLE
 from spigan.ops.operation import Operation
 from spigan.ops.rk4_mlp_backward import Gradients, Solve, batched_gradients, stepwise_gradients
+from spigan.ops.rk4_mlp_products import PRODUCT_ROWS, integrate_by_products
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -144,7 +146,8 @@ def rk4_mlp(
         steps: Number of steps for the whole interval [0, 1].
         activation: "silu", "lrelu" (slope 0.2), "tanh" or "softplus".
         backend: "auto" or one of `BACKENDS`; for the default see `spigan.ops.use_backend`. "triton" and "cuda" accept D
-            that is a multiple of 16 up to 1024, up to 8 layers, up to 64 times, and no float64.
+            that is a multiple of 16 up to 1024, up to 8 layers, up to 64 times, and no float64. For 512 rows and more,
+            "auto" takes matrix products of PyTorch's library instead of either of them.
 
     Returns:
         [K, N, D] h at the requested times. Differentiable in all tensors, to any order. A kernel's first derivatives
@@ -172,12 +175,25 @@ def rk4_mlp(
     name, function = _OPERATION.choose(backend, h0.device, inputs, h0.dtype, dim, weight.shape[0], len(times))
     if function is not None:
         return function(h0, weight, bias, time_weight, times, steps, activation)
+    if takes_products(backend, name, h0.shape[0]):
+        name = "products"
     # If a backward pass may follow, the state after every step is written and kept for it.
     every_step = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     states = _OPERATION.kernel(*inputs, times, steps, every_step, activation, name)
     if not every_step:
         return states
     return torch.stack([states[step] for step in _written(times, steps, False)])
+
+
+def takes_products(requested: str | None, chosen: str, rows: int) -> bool:
+    """Whether a call runs as large matrix products instead of on the kernel that was chosen.
+
+    Args:
+        requested: The `backend` argument of the call. A backend requested by name runs itself.
+        chosen: The backend chosen for it.
+        rows: Number of rows.
+    """
+    return chosen in ("cuda", "triton") and rows >= PRODUCT_ROWS and backends.requested(requested)[0] == "auto"
 
 
 def _limit(backend: str, dtype: torch.dtype, dim: int, layers: int, times: int) -> str | None:
@@ -229,6 +245,12 @@ def _triton(args: Any) -> Tensor:
     h0, weight, bias, time_weight = (x.contiguous() for x in (args.h0, args.weight, args.bias, args.time_weight))
     solve(out, h0, weight, bias, time_weight, tuple(segments(args.times, args.steps)), args.every_step, args.activation)
     return out
+
+
+def _products(args: Any) -> Tensor:
+    grid = ((t, dt, ends or args.every_step) for t, dt, ends in step_grid(args.times, args.steps))
+    inputs = (args.h0, args.weight, args.bias, args.time_weight)
+    return integrate_by_products(*inputs, grid, ACTIVATIONS[args.activation], _empty(args))
 
 
 # ---- Derivatives ----
@@ -307,6 +329,7 @@ _OPERATION = Operation(
     "str activation, str backend) -> Tensor",
     reference=rk4_mlp_reference,
     kernels={"cpp": _compiled, "triton": _triton, "cuda": _compiled},
+    forms={"products": _products},
     fake=_empty,
     limit=_limit,
     setup_context=_setup_context,

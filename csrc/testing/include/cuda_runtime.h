@@ -31,6 +31,7 @@ struct Device {
   int shared_bytes = 232448;  // maximum shared memory per block
   int largest_cluster = 16;   // maximum blocks per cluster
   int driver = 13000;         // latest version of CUDA that the driver supports
+  bool matrix_only = false;   // whether rk4_mlp plans only with the matrix unit, which small sizes would not use
 };
 void set_device(const Device& device);
 const Device& device();
@@ -43,12 +44,18 @@ void cluster_wait();
 void* in_cluster(void* own, int rank);  // the address in block `rank` of the cluster that corresponds to `own`
 std::uint32_t shuffle(std::uint32_t value, int source_lane);
 int lane();
+void multiply_tf32(const float (&a)[4], const float (&b)[2], float (&d)[4]);
 
 // Copies happen as late as a GPU may do them: in copies_wait.
 void copy_async(void* to, const void* from);
 void copies_wait();
 
 void yield();  // call this in a loop that waits for other threads
+
+// Approximate functions of a GPU, as far from the exact value as csrc/cuda/device.h says they may be.
+float approximate_log2(float x);
+float approximate_sqrt(float x);
+void approximate_cos_sin(float x, float& cosine, float& sine);
 
 // Aborts with a message if `p` is not a multiple of `bytes`. A GPU would abort the kernel.
 void check_aligned(const void* p, std::size_t bytes);

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from cuda_on_cpu import HALVES, exact_normals, number, pretend
+from cuda_on_cpu import HALVES, NORMAL_ERROR, exact_box_muller, exact_normals, number, pretend
 from guarded_array import Array
 
-from spigan.ops.philox_normal import philox_normal_reference
+from spigan.ops.philox_normal import _box_muller, philox_normal_reference
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,23 @@ def test_philox_normal(
     plain = exact.float()  # the reference takes no offset beyond 2^63
     if offset < 2**60:
         plain = philox_normal_reference(seeds, row_numel, offset)
-    assert_accurate(out.checked(), plain.to(dtype), exact)
+    assert_accurate(out.checked(), plain.to(dtype), exact, absolute=NORMAL_ERROR)
+
+
+def test_normals_of_a_gpu_are_those_of_the_definition(kernels: ModuleType) -> None:
+    """csrc/testing gives each approximate function the largest error that it may have."""
+    generator = torch.Generator().manual_seed(1)
+    powers = 2 ** torch.arange(33)
+    ends = torch.cat((powers - 1, powers[:-1], 2**32 - powers, 2**32 - 2**26 + 256 * torch.arange(-4, 5)))
+    firsts, seconds = (x.flatten() for x in torch.meshgrid(ends, ends, indexing="ij"))
+    words = torch.cat((torch.stack((firsts, seconds)), torch.randint(2**32, (2, 50_000), generator=generator)), 1)
+    drawn = torch.tensor([kernels.box_muller(*pair) for pair in words.t().tolist()]).t()
+    radius, angle = exact_box_muller(*words)
+    error = (drawn - radius * torch.stack((torch.cos(angle), torch.sin(angle)))).abs()
+    assert (error <= 1.1e-6 * radius.clamp(min=1.1)).all(), error.max()
+    assert error.max() <= NORMAL_ERROR
+    reference = torch.stack(_box_muller(*words))
+    assert (drawn - reference).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("rows", "row_numel"), [(0, 5), (3, 0)])
