@@ -80,6 +80,19 @@ def shorten(text: object) -> str:
     return shown if len(shown) <= 100 else shown[:97] + "..."
 
 
+def printable(text: object, keep: str = "") -> str:
+    """Escape what may not be shown as it is, because names from untrusted files may contain terminal commands.
+
+    Every name of a file, a member or a column passes through this function before it is printed or becomes part of a
+    message. Bytes of a name that are not UTF-8 are escaped too.
+
+    Args:
+        text: a name, or a text that contains one.
+        keep: control characters to keep, such as the "\\n" of a message of several lines.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
 # ---- Writing ----
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from spigan import SPIGAN, DataConfig
+from spigan.cli import app
 from spigan.evaluation.cache import cache_folder, load, save
 from spigan.evaluation.evaluate import evaluate
 from spigan.evaluation.evaluator import Evaluator
@@ -27,6 +29,10 @@ def measure(model: SPIGAN, scripts: Path, **changes: Any) -> dict[str, Any]:
         "progress": False,
     }
     return evaluate(model, **options | changes)
+
+
+def cli(*args: Any) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -116,6 +122,9 @@ def test_cache_that_cannot_be_written(model: SPIGAN, scripts: Path, cache: Path)
     with pytest.warns(UserWarning, match="cannot be cached .*set SPIGAN_CACHE"):
         result = measure(model, scripts)
     assert result["metrics"]["FD-pixels"] > 0
+    assert any("cannot be cached" in text for text in result["warnings"])
+    program = cli("evaluate", "--features", scripts / "pixels.pt", "--samples", 60, "--device", "cpu", "--quiet")
+    assert program.exit_code == 0 and "warning: " in program.stderr and "cannot be cached" in program.stderr
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
-from spigan.data.sources.base import SPLITS, no_split
+from spigan.data.sources.base import no_split, split_word
+from spigan.files import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -95,11 +96,13 @@ def tar_files(root: Path, split: str) -> list[Path]:
     """
     files = sorted(root.glob("*.tar"))
     splits = {file: re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files}
-    if not set(splits.values()) <= SPLITS:
+    if not all(map(split_word, splits.values())):
         if split == "train":
             return files
         raise no_split(root, split, f"the names of its tar files, such as {files[0].name}, do not give a split")
-    found = [file for file in files if splits[file] == split]
+    found = [file for file in files if splits[file] == split] or [
+        file for file in files if split_word(splits[file]) == split_word(split)
+    ]
     if not found:
         raise no_split(root, split, f"the splits of its tar files are {sorted(set(splits.values()))}")
     return found
@@ -107,6 +110,7 @@ def tar_files(root: Path, split: str) -> list[Path]:
 
 def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
     """Yield the members of `file` that are images, without reading them. For `column`, see `TarSource`."""
+    seen: set[str] = set()  # extensions
     try:
         with file.open("rb") as opened:
             sample = ""
@@ -117,10 +121,15 @@ def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
                 wanted = name.lower().endswith(IMAGE_SUFFIXES) if column is None else extension == column
                 if hidden or not wanted or not member.isreg() or member.issparse():
                     continue
-                if column is None and f"{folder}/{stem}" == sample:
+                # The dots of 2024.05.01_17.png are those of a date or a number: digits follow, and no other image has
+                # the same extension.
+                dotted = "." in extension and extension[0].isdigit() and extension not in seen
+                seen.add(extension)
+                if column is None and f"{folder}/{stem}" == sample and not dotted:
                     raise ValueError(
-                        f"{file} has several images of the sample {sample.strip('/')!r}: set `column` to the extension "
-                        f'of one, everything after the first dot of their names, such as "{extension}"'
+                        f"{file} has several images of the sample {printable(sample.strip('/'))!r}: set `column` "
+                        "(--column) to the extension of one, everything after the first dot of their names, such as "
+                        f'"{printable(extension)}"'
                     )
                 sample = f"{folder}/{stem}"
                 yield member
