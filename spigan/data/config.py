@@ -17,9 +17,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid"):
     source: str = Field(
         min_length=1,
         description='"digits" (bundled with scikit-learn), "cifar10" (from the Hugging Face Hub), a path, or a Hub '
-        'dataset id such as "uoft-cs/cifar10". A path can be a folder or zip file of images, a parquet file or a '
-        "folder of them, an LMDB folder (as LSUN uses), a tar file or a folder of them (as WebDataset uses), "
-        'cifar-10-python.tar.gz, or its extracted folder. To use a local folder called "digits", write "./digits".',
+        'dataset id such as "uoft-cs/cifar10" or "owner/name:configuration". A path can be a folder or zip file of '
+        "images, a parquet file or a folder of them, an LMDB folder (as LSUN uses) or a folder of them, a tar file or "
+        "a folder of them (as WebDataset uses), cifar-10-python.tar.gz, or its extracted folder. To use a local folder "
+        'called "digits", write "./digits".',
     )
     split: str = Field(
         "train",

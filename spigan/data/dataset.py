@@ -221,7 +221,13 @@ def open_dataset(
     """
     require("PIL.Image", "pillow")  # otherwise a missing Pillow would be reported as an error of the first image
     source = find_source(config, progress, reading)
-    dataset = ImageDataset(source, config, progress=progress, skipped=skipped, reading=reading)
+    try:
+        dataset = ImageDataset(source, config, progress=progress, skipped=skipped, reading=reading)
+    except ValueError as error:  # about one image, and there may be more
+        raise ValueError(
+            f"{error} (`spigan data check` lists all such images; data.skip=true, or `spigan data convert "
+            "--skip-broken`, leaves them out)"
+        ) from error
     if dataset.left_out:
         warnings.warn(f"{dataset.name} has files that are left out: {describe(dataset.left_out)}", stacklevel=2)
     smallest = min(dataset.description["native_width"][0], dataset.description["native_height"][0])

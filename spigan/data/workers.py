@@ -104,7 +104,18 @@ def _started(batches: torch.utils.data.DataLoader[Any]) -> Iterator[Any]:
 
 def _received(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield what the workers have sent. The batches stay their own iterator, which ends the workers when dropped."""
-    for batch in batches:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # DataLoader's, which cannot know why
+            method = multiprocessing.get_start_method()
+            guard = 'put your program\'s calls under `if __name__ == "__main__":`, ' if method != "fork" else ""
+            raise RuntimeError(
+                f"{error}: a process that decodes images has ended (start method {method}): {guard}check that the "
+                "memory suffices, or set data.workers=0"
+            ) from error
         if isinstance(batch, Failed):
             raise ValueError(batch.message)
         yield batch.tensor() if isinstance(batch, _Pixels) else batch

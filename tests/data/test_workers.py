@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,21 @@ def test_cores_within_the_quota(monkeypatch: pytest.MonkeyPatch, quota: float, c
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.setattr(workers, "cpu_quota", lambda *_: quota)
     assert workers.available_cores() == cores
+
+
+@pytest.mark.slow
+def test_a_program_without_the_guard_is_told(tmp_path: Path) -> None:
+    """With spawn, every worker runs the program again, and would start workers itself."""
+    write_folder(tmp_path / "set", {"a.png": encoded(picture(0))})
+    program = f"""
+import multiprocessing
+multiprocessing.set_start_method("spawn", force=True)
+from spigan.data import DataConfig, loader, open_dataset
+dataset = open_dataset(DataConfig(source={str(tmp_path / "set")!r}, cache="none"), progress=False)
+next(loader(dataset, batch_size=1, seed=0, num_workers=1))
+"""
+    (tmp_path / "program.py").write_text(program)
+    result = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert '(start method spawn): put your program\'s calls under `if __name__ == "__main__":`' in last

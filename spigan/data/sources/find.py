@@ -67,11 +67,12 @@ def find_source(config: DataConfig, progress: bool, reading: int = READING) -> S
         return _open_folder(path, config, progress, reading)
     if path.is_file():
         return _open_file(path, config, progress, reading)
-    if is_hub_id(source) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
-        return open_hub(source, config.split, config.column)
+    identifier, _, configuration = source.partition(":")
+    if is_hub_id(identifier) and path.suffix not in (".zip", ".parquet", ".gz", ".tgz", ".tar"):
+        return open_hub(identifier, config.split, config.column, configuration or None)
     raise FileNotFoundError(
         f'source {source!r} does not exist: expected "digits", "cifar10", the path of a folder, .zip, .parquet, .tar '
-        'or cifar-10-python.tar.gz, or a Hub dataset id "owner/name"'
+        'or cifar-10-python.tar.gz, or a Hub dataset id "owner/name" or "owner/name:configuration"'
     )
 
 
@@ -90,7 +91,7 @@ def _open_folder(path: Path, config: DataConfig, progress: bool, reading: int) -
         return LMDBSource(found, config)
     if tar := next(path.glob("*.tar"), None):
         _refuse_pictures(path, "tar", tar, reading)
-        return TarSource(tar_files(path, config.split), config.column, progress)
+        return TarSource(tar_files(path, config.split, reading), config.column, progress, reading)
     return open_folder(path, config.split, reading)
 
 
@@ -99,7 +100,7 @@ def _open_file(path: Path, config: DataConfig, progress: bool, reading: int) -> 
     if is_cifar_archive(path):
         return open_cifar(path, config.split)
     if suffix == ".tar":
-        return TarSource([path], config.column, progress)
+        return TarSource([path], config.column, progress, reading)
     if suffix == ".parquet":
         return open_parquet(parquet_file(path, config.split), config.column)
     if suffix == ".zip":
