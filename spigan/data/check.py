@@ -153,11 +153,26 @@ class _Inspector:
         return _Found(size, mode, kind, profile, digest, time.thread_time() - hashed + decoded - began)
 
 
+_SRGB = {  # XYZ of the primaries, adapted to D50 (ICC.1:2022 and IEC 61966-2-1)
+    b"rXYZ": (0.4360, 0.2225, 0.0139),
+    b"gXYZ": (0.3851, 0.7169, 0.0971),
+    b"bXYZ": (0.1431, 0.0606, 0.7139),
+}
+
+
 def _profile(data: object) -> str:
-    """Return what a colour profile says that it is. Its name is ASCII or, in version 4, UTF-16."""
+    """Return "sRGB" if a colour profile says so in its name (ASCII or UTF-16) and its primaries, else "other"."""
     if not isinstance(data, bytes) or not data:
         return ""
-    return "sRGB" if b"sRGB" in data or "sRGB".encode("utf-16-be") in data else "other"
+    if b"sRGB" not in data and "sRGB".encode("utf-16-be") not in data:
+        return "other"
+    found = 0
+    for at in range(132, min(132 + 12 * int.from_bytes(data[128:132], "big"), len(data), 2000), 12):  # table of tags
+        start = int.from_bytes(data[at + 4 : at + 8], "big") + 8
+        values = [int.from_bytes(data[i : i + 4], "big", signed=True) / 65536 for i in range(start, start + 12, 4)]
+        expected = _SRGB.get(data[at : at + 4])
+        found += expected is not None and all(abs(a - b) < 0.01 for a, b in zip(values, expected, strict=True))
+    return "sRGB" if found == len(_SRGB) else "other"
 
 
 def _equal(digests: np.ndarray, indices: np.ndarray) -> list[list[int]]:

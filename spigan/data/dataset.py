@@ -274,7 +274,8 @@ def open_for_model(
     if dataset.channels != channels:
         raise ValueError(
             f"{config.source!r} has images of {dataset.channels} channel(s), but the model makes {channels}: set "
-            f"data.channels to {channels} to convert them, or use a model of {dataset.channels}"
+            f"data.channels to {channels} to convert them (spigan evaluate: --channels {channels}; spigan train: --set "
+            f"data.channels={channels}), or use a model of {dataset.channels}"
         )
     return dataset
 

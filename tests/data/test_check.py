@@ -64,7 +64,7 @@ def test_check(tmp_path: Path) -> None:
         }
         assert report["workers"] == workers
         assert report["images_per_second"] > 0 and report["images_per_second_core"] > 0
-    result = cli("check", good, "--quiet")
+    result = cli("check", good, "--quiet", "--channels", 3)
     assert result.exit_code == 0
     assert "7, 0 broken" in result.stdout and "20 x 14 (4)" in result.stdout and "3 in 2 groups" in result.stdout
 
@@ -124,12 +124,14 @@ def test_check_counts_colours_that_are_taken_as_they_are(tmp_path: Path) -> None
     image.save(tmp_path / "a.png", icc_profile=profile)
     image.save(tmp_path / "b.png", icc_profile=profile.replace(b"s\0R\0G\0B", b"A\0B\0C\0D").replace(b"sRGB", b"ABCD"))
     image.convert("CMYK").save(tmp_path / "c.jpg")
+    exchanged = profile.replace(b"rXYZ", b"tXYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"tXYZ", b"bXYZ", 1)
+    image.save(tmp_path / "d.png", icc_profile=exchanged)  # red and blue, under the name of sRGB
     result = cli("check", tmp_path, "--quiet", "--workers", 0, "--json")
     report = json.loads(result.stdout)
-    assert report["profiles"] == {"sRGB": 1, "other": 1} and report["modes"] == {"RGB": 2, "CMYK": 1}
+    assert report["profiles"] == {"other": 2, "sRGB": 1} and report["modes"] == {"RGB": 3, "CMYK": 1}
     result = cli("check", tmp_path, "--quiet", "--workers", 0, "--resolution", 64)
-    assert "warning: 2 images are CMYK or have a colour profile other than sRGB" in result.stderr
-    assert "warning: 3 images are smaller than the resolution" in result.stderr
+    assert "warning: 3 images are CMYK or have a colour profile other than sRGB" in result.stderr
+    assert "warning: 4 images are smaller than the resolution" in result.stderr
 
 
 def test_names_reach_the_terminal_escaped(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_workers_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(multiprocessing.context.BaseContext, "Queue", full)
+    monkeypatch.setattr(torch.multiprocessing, "Queue", full)
     dataset = open_source(write_folder(tmp_path, {"a.png": encoded(picture(0))}), cache="none")
     with pytest.raises(OSError, match=r"/dev/shm is .*: set data\.workers=0 \(--workers 0\), or .* --shm-size"):
         loader(dataset, batch_size=1, seed=0, num_workers=1)

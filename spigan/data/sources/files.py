@@ -40,7 +40,11 @@ class FolderSource:
 
     def identity(self) -> Iterator[bytes]:
         for name in self._names:
-            yield f"{name}\0{(self._root / name).stat().st_size}\0".encode(errors="surrogateescape")
+            try:
+                size = (self._root / name).stat().st_size
+            except FileNotFoundError:  # a broken link, or removed since; reported when it is opened
+                size = -1
+            yield f"{name}\0{size}\0".encode(errors="surrogateescape")
 
 
 class ZipSource:
