@@ -140,6 +140,11 @@ class TrainConfig(BaseModel):
     total_kimg: Annotated[float, Field(gt=0)] = Field(
         25000, description="length of training, in thousands of real images shown to D"
     )
+    total_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="end training after this many seconds, if that comes before total_kimg; on a CPU, seconds of CPU "
+        "time of the training process, so that a busy machine trains as long as an idle one; None: no limit",
+    )
     batch: Annotated[int, Field(ge=1, le=2**20)] = Field(64, description="images per minibatch")
     batch_gpu: Positive | None = Field(
         None,

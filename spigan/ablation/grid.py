@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,7 +25,7 @@ else:
 BUILT_IN = Path(__file__).parents[1] / "assets" / "grids"
 """Folder of the bundled grid files: table5 (the paper's Table 5) and digits (a small study)."""
 
-MAX_ARMS = 1000  # each arm is a training run
+MAX_RUNS = 1000
 
 
 class GridFile(BaseModel):
@@ -40,6 +40,14 @@ class GridFile(BaseModel):
         {},
         description='values of fields ("intervals", "model.ode_steps"); each combination is added to each arm, if any',
     )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
+        [], description="seeds with which to train each arm; the table shows the mean and the spread over them"
+    )
+    budget: list[Annotated[float, Field(gt=0)]] = Field(
+        [],
+        description="seconds for which to train each run (see total_seconds), instead of total_kimg; with several, "
+        "increasing values, only the better half of the arms continues after each (successive halving)",
+    )
     metric: str = Field("FD-ResNet56", description="column of metrics.jsonl, or otherwise of stats.jsonl")
     better: Literal["lower", "higher"] | None = Field(
         None, description="which values of the metric are better; None if neither, as for a loss"
@@ -52,13 +60,17 @@ class Study:
 
     Attributes:
         preset: preset from which the arms start.
-        arms: configurations of the arms, by name.
+        runs: configurations of the runs, by name, which is also the name of the run folder.
+        arms: names of the runs of each arm, which differ in the seed alone, by the arm's name.
+        budget: seconds after each of which only the better half of the arms continues; the last is the end.
         metric: column of metrics.jsonl or stats.jsonl to report.
         better: which values of the metric are better; None if neither.
     """
 
     preset: str
-    arms: dict[str, TrainConfig]
+    runs: dict[str, TrainConfig]
+    arms: dict[str, list[str]]
+    budget: tuple[float, ...]
     metric: str
     better: Literal["lower", "higher"] | None
 
@@ -111,24 +123,41 @@ def _study(path: Path, content: dict[str, Any]) -> Study:
         file = GridFile.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {describe_problems(error, GridFile)}") from error
-    count = max(1, len(file.arms)) * math.prod(map(len, file.product.values()))
-    if count > MAX_ARMS:
-        raise ValueError(f"{path} has {shorten(count)} arms; at most {MAX_ARMS} are allowed")
+    count = max(1, len(file.arms)) * math.prod(map(len, file.product.values())) * max(1, len(file.seeds))
+    if count > MAX_RUNS:
+        raise ValueError(f"{path} has {shorten(count)} runs; at most {MAX_RUNS} are allowed")
+    _check_budget(path, file)
     changes = _combinations(file)
     if not changes:
         raise ValueError(f"{path} has no arms: add [arms.NAME] tables or a [product]")
+    runs: dict[str, TrainConfig] = {}
     arms = {}
     for name, fields in changes.items():
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]{0,199}", name):
             what = "at most 200 letters, digits and . _ - = , +"
             raise ValueError(f"{path}: {shorten(repr(name))} cannot be the name of a folder: use {what}")
+        limit = {"total_seconds": file.budget[-1]} if file.budget else {}
         try:
-            arms[name] = preset(file.preset, **_merged(file.base, fields))
+            config = preset(file.preset, **_merged(file.base, fields) | limit)
         except ValidationError as error:
             raise ValueError(f"{path}: arm {name}: {describe_problems(error)}") from error
         except ValueError as error:
             raise ValueError(f"{path}: arm {name}: {error}") from error
-    return Study(file.preset, arms, file.metric, file.better)
+        by_seed = {f"{name}_seed={seed}": config.model_copy(update={"seed": seed}) for seed in file.seeds}
+        runs |= by_seed or {name: config}
+        arms[name] = list(by_seed) or [name]
+    return Study(file.preset, runs, arms, tuple(file.budget), file.metric, file.better)
+
+
+def _check_budget(path: Path, file: GridFile) -> None:
+    if len(set(file.seeds)) != len(file.seeds):
+        raise ValueError(f"{path}: seeds {file.seeds} has a seed twice")
+    if file.budget != sorted(set(file.budget)):
+        raise ValueError(f"{path}: budget {file.budget} must increase")
+    if len(file.budget) > 1 and file.better is None:
+        raise ValueError(
+            f'{path}: a budget of several values keeps the better arms, so it needs better = "lower" or "higher"'
+        )
 
 
 def _combinations(file: GridFile) -> dict[str, dict[str, Any]]:

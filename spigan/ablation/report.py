@@ -23,18 +23,22 @@ _STATISTICS = (METRICS_FILE, STATS_FILE)
 
 
 def has_ended(folder: Path, config: TrainConfig) -> bool:
-    """Return whether an arm is finished: its run has trained to its full length, and the model is exported."""
+    """Return whether a run is finished: it has trained to its full length, and the model is exported."""
     file = end_file(folder)
-    return file.is_file() and read_json(file).get("total_kimg") == config.total_kimg
+    if not file.is_file():
+        return False
+    record = read_json(file)
+    seconds = record.get("total_seconds") or 0.0
+    return record.get("total_kimg") == config.total_kimg and seconds >= (config.total_seconds or 0.0)
 
 
 def end_file(folder: Path) -> Path:
-    """Return the file that marks a finished arm."""
+    """Return the file that marks a finished run."""
     return folder / "finished.json"
 
 
 def error_file(out: Path, name: str) -> Path:
-    """Return the file for the traceback of an arm that failed."""
+    """Return the file for the traceback of a run that failed."""
     return out / f"{name}.error.txt"
 
 
@@ -52,17 +56,24 @@ def write_report(study: Study, out: Path) -> list[Path]:
         ImportError: if matplotlib, for the curve, is not installed.
     """
     require_matplotlib()
-    curves = {name: read_curve(out / name, study.metric) for name in study.arms}
-    rows = [_row(study, out, name, curves[name]) for name in study.arms]
+    curves = {name: read_curve(out / name, study.metric) for name in study.runs}
+    rows = [_row(study, out, name, curves[name]) for name in study.runs]
     missing = _missing(study, out, curves)
     head = {"preset": study.preset, "metric": study.metric, "better": study.better}
+    arms = _arm_rows(study, rows)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "table.json", json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    write_text(out / "table.md", _markdown(study, rows, missing))
+    write_text(out / "table.json", json.dumps({**head, "arms": arms, "rows": rows}, indent=1) + "\n")
+    write_text(out / "table.md", _markdown(study, arms, rows, missing))
     if any(curves.values()):
         with atomic_path(out / "curve.png") as scratch:
             curve_figure(study, curves).savefig(scratch, format="png", dpi=110)
     return [path for name in ("table.md", "table.json", "curve.png") if (path := out / name).is_file()]
+
+
+def last_value(study: Study, out: Path, arm: str) -> float | None:
+    """Return the mean of an arm's last values of the metric over its seeds. None if a run has none."""
+    curves = [read_curve(out / name, study.metric) for name in study.arms[arm]]
+    return statistics.fmean(curve[-1][2] for curve in curves) if all(curves) else None
 
 
 def read_curve(folder: Path, metric: str) -> Curve:
@@ -88,7 +99,7 @@ def read_curve(folder: Path, metric: str) -> Curve:
 
 def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
     """Return a row of the table."""
-    config, folder = study.arms[name], out / name
+    config, folder = study.runs[name], out / name
     stats = read_rows(folder / STATS_FILE, "kimg", "seconds", "images_per_sec")
     measured = read_rows(folder / METRICS_FILE, "kimg", "seconds")
     reached = (stats or measured or [{"kimg": 0.0, "seconds": 0.0}])[-1]
@@ -101,7 +112,10 @@ def _row(study: Study, out: Path, name: str, curve: Curve) -> dict[str, Any]:
         state = f"failed: {error_file(out, name).read_text(encoding='utf-8').splitlines()[0]}"
     else:
         begun = reached["kimg"] > 0 or checkpoints(folder)
-        state = f"at {reached['kimg']:g} of {config.total_kimg:g} kimg" if begun else "not started"
+        length = f"{config.total_kimg:g} kimg" if config.total_seconds is None else f"{config.total_seconds:g} s"
+        state = f"at {reached['kimg']:g} of {length}" if begun else "not started"
+        if config.total_seconds is not None and begun:
+            state = f"at {reached['seconds']:.0f} of {length}"
     return {
         "arm": name,
         "intervals": config.intervals,
@@ -123,7 +137,7 @@ def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
     """Return a note if no run has the metric, but some runs have others. Otherwise return an empty text."""
     names = {
         key
-        for arm in study.arms
+        for arm in study.runs
         for file in _STATISTICS
         for row in read_rows(out / arm / file)
         for key in row
@@ -134,7 +148,40 @@ def _missing(study: Study, out: Path, curves: dict[str, Curve]) -> str:
     return f"No run has measured {study.metric}; available: {', '.join(sorted(names))}."
 
 
-def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
+def _arm_rows(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean and the standard deviation over the seeds for each arm; empty if the arms have no seeds."""
+    if all(len(names) == 1 for names in study.arms.values()):
+        return []
+    by_name = {row["arm"]: row for row in rows}
+    arms = []
+    for arm, names in study.arms.items():
+        runs = [by_name[name] for name in names]
+        last = [row["last"] for row in runs if row["last"] is not None]
+        arms.append(
+            {
+                "arm": arm,
+                "seeds": len(last),
+                "mean": statistics.fmean(last) if last else None,
+                "std": statistics.stdev(last) if len(last) > 1 else None,
+                "kimg": statistics.fmean(row["kimg"] for row in runs),
+                "seconds": statistics.fmean(row["seconds"] for row in runs),
+            }
+        )
+    return arms
+
+
+def _arms_markdown(study: Study, arms: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of arms, best first."""
+    sign = -1 if study.better == "higher" else 1
+    order = sorted(arms, key=lambda arm: (arm["mean"] is None, sign * (arm["mean"] or 0.0)))
+    lines = [f"| arm | {study.metric} (mean) | standard deviation | seeds | kimg | seconds |", "|" + " --- |" * 6]
+    for arm in order if study.better else arms:
+        mean, std = ("" if arm[key] is None else f"{arm[key]:.4g}" for key in ("mean", "std"))
+        lines.append(f"| {arm['arm']} | {mean} | {std} | {arm['seeds']} | {arm['kimg']:.4g} | {arm['seconds']:.0f} |")
+    return [*lines, ""]
+
+
+def _markdown(study: Study, arms: list[dict[str, Any]], rows: list[dict[str, Any]], missing: str) -> str:
     titles = ["arm", "K", "fixed t", "mapping", "updates", "kimg", f"last {study.metric}"]
     titles += [f"best {study.metric} (at kimg)", "seconds", "images/s", "state"]
     cells = [
@@ -159,7 +206,8 @@ def _markdown(study: Study, rows: list[dict[str, Any]], missing: str) -> str:
     table = [f"| {' | '.join(line)} |" for line in lines]
     better = f" ({study.better} is better)" if study.better else ""
     title = f"Preset `{study.preset}`, {study.metric}{better}. Written by `spigan ablate`."
-    return "\n".join([title, "", *([missing, ""] if missing else []), *table]) + "\n"
+    by_arm = _arms_markdown(study, arms) if arms else []
+    return "\n".join([title, "", *([missing, ""] if missing else []), *by_arm, *table]) + "\n"
 
 
 def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
@@ -176,7 +224,7 @@ def curve_figure(study: Study, curves: dict[str, Curve]) -> Figure:
     *fig8, images, hours = figure.subplots(1, panels)
     looks = {}  # an arm looks the same in all panels
     for (random, fixed), style in zip(pairs, ["-", "--", ":", "-."] * len(pairs), strict=False):
-        k = study.arms[random].intervals
+        k = study.runs[random].intervals
         for name, kind, colour in ((random, "random", "tab:blue"), (fixed, "fixed", "tab:orange")):
             looks[name] = {"color": colour, "linestyle": style}
             _draw(fig8[0], curves[name], 0, f"{kind} t, K = {k} ({name})", looks[name])
@@ -202,9 +250,9 @@ def _draw(ax: Axes, curve: Curve, x: Literal[0, 1], label: str, look: dict[str, 
 
 def _fixed_pairs(study: Study) -> list[tuple[str, str]]:
     """Return pairs (random, fixed) of arms that differ only in fixed_t."""
-    names = {config.model_dump_json(): name for name, config in study.arms.items()}
+    names = {config.model_dump_json(): name for name, config in study.runs.items()}
     found = []
-    for name, config in study.arms.items():
+    for name, config in study.runs.items():
         random = names.get(config.model_copy(update={"fixed_t": False}).model_dump_json())
         if config.fixed_t and random is not None:
             found.append((random, name))

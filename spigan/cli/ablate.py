@@ -22,19 +22,23 @@ def ablate(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Report on the runs in the folder without training.")
     ] = False,
+    cores: Annotated[
+        str | None,
+        typer.Option(help="CPU cores, for example 0,1: as many runs train at once, each with one thread on its core."),
+    ] = None,
     quiet: NoProgress = False,
 ) -> None:
     """Train the arms of an ablation study and compare them (Table 5, Fig. 8).
 
-    Trains the arms one after another, and writes table.md, table.json and curve.png. After an interruption, run the
-    same command again: finished arms are kept, and the interrupted arm resumes exactly. The exit status is 0 if all
-    arms finished, 1 if any failed, and 130 after Ctrl-C.
+    Trains the arms one after another, or several at once with --cores, and writes table.md, table.json and curve.png.
+    After an interruption, run the same command again: finished runs are kept, and an interrupted run resumes exactly.
+    The exit status is 0 if all runs finished, 1 if any failed, and 130 after Ctrl-C.
 
     \b
     Examples:
       spigan ablate digits
       spigan ablate table5 --show > my-grid.toml
-      spigan ablate my-grid.toml --out study
+      spigan ablate my-grid.toml --out study --cores 0,1
       spigan ablate my-grid.toml --out study --report-only
     """
     from spigan.ablation.grid import grid_path, read_grid
@@ -50,11 +54,21 @@ def ablate(
     failed: list[str] = []
     interrupted = False
     if not report_only:
-        failed, interrupted = run(study, out, progress=not quiet, say=typer.echo)
+        failed, interrupted = run(study, out, cores=_cores(cores), progress=not quiet, say=typer.echo)
     paths = write_report(study, out)
     if interrupted:
-        typer.echo(f"Stopped. Resume with: spigan ablate {grid} --out {out}")
+        on = "" if cores is None else f" --cores {cores}"
+        typer.echo(f"Stopped. Resume with: spigan ablate {grid} --out {out}{on}")
         raise typer.Exit(130)
     typer.echo(f"Report: {', '.join(map(str, paths))}")
     if failed:
-        fail(f"{len(failed)} of {len(study.arms)} arms failed: {', '.join(failed)}; run the command again to retry")
+        fail(f"{len(failed)} of {len(study.runs)} runs failed: {', '.join(failed)}; run the command again to retry")
+
+
+def _cores(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"expected numbers of CPU cores such as 0,1, got {text!r}", param_hint="--cores")
+    return list(map(int, parts))

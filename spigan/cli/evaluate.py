@@ -21,8 +21,13 @@ def _check_features(value: str) -> str:
     """Catch misspelled names of known networks. Anything else may be the path of a network."""
     from spigan.choices import did_you_mean
 
-    hint = did_you_mean(value, ("inception", "cifar10-resnet56=PATH"))
-    if hint and value not in ("inception", "cifar10-resnet56") and "=" not in value and not Path(value).exists():
+    hint = did_you_mean(value, ("inception", "cifar10-resnet56=PATH", "digits", "pixels"))
+    if (
+        hint
+        and value not in ("inception", "cifar10-resnet56", "digits", "pixels")
+        and "=" not in value
+        and not Path(value).exists()
+    ):
         raise ValueError(f"--features must be a known network or an existing file, got {value}{hint}")
     return value
 
@@ -67,8 +72,8 @@ def evaluate(
     features: Annotated[
         str,
         typer.Option(
-            help="Feature network: inception or inception=PATH (FID), cifar10-resnet56=PATH, or a TorchScript file as "
-            "PATH or NAME=PATH. A TorchScript file is a program: use only files you trust.",
+            help="Feature network: inception or inception=PATH (FID), cifar10-resnet56=PATH, digits, pixels, or a "
+            "TorchScript file as PATH or NAME=PATH. A TorchScript file is a program: use only files you trust.",
             callback=_check_features,
         ),
     ] = "inception",

@@ -303,7 +303,7 @@ def recorded_options(record: dict[str, Any]) -> dict[str, Any]:
     reading, skipped = record.get("reading", 1), record.get("skipped", [])
     if reading not in range(1, READING + 1) or not isinstance(skipped, list):
         raise ValueError(f"the record of a run's images has the reading {reading!r}; this version knows 1 to {READING}")
-    if not all(isinstance(index, int) and index >= 0 for index in skipped):
+    if not all(isinstance(index, int) and 0 <= index < 2**62 for index in skipped):
         raise ValueError("the record of a run's images is damaged: `skipped` must be a list of indices")
     return {"reading": reading, "skipped": skipped}
 

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """A source without some of its images."""
+    """A source without some of its images, given by their indices.
+
+    Raises:
+        ValueError: if none are left.
+    """
 
     def __init__(self, source: Source, skipped: Sequence[int]) -> None:
         self._source = source
         self._kept = np.setdiff1d(np.arange(len(source)), np.asarray(skipped, dtype=np.int64))
+        if not len(self._kept):
+            raise ValueError(f"all {len(source)} images are to be skipped: restore them, or start a new run")
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -4,11 +4,13 @@ A specification names a feature network:
 
     inception                       the Inception of 2015-12-05, from the user's cache
     inception=PATH                  the same file in another place
+    digits                          the bundled classifier of digits
+    pixels                          the pixels themselves, as 8 x 8 grey averages
     cifar10-resnet56=PATH           the CIFAR-10 ResNet-56, a safetensors file
     NAME=PATH, or PATH              any TorchScript network; NAME (default: the file's) names its metrics
 
-FID and IS are only defined with Inception. With any other network, the distance is called FD-<name> and the Inception
-Score IS-<name>.
+`digits` and `pixels` need no file. FID and IS are only defined with Inception. With any other network, the distance is
+called FD-<name> and the Inception Score IS-<name>.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spigan.evaluation import digits_net
 from spigan.evaluation.cache import cache_folder
 from spigan.evaluation.resnet56 import load_resnet56
 from spigan.files import user_path
@@ -144,7 +147,8 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
     A TorchScript file is a program: only load files that you trust. Torch's global random generator is not used.
 
     Args:
-        spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "NAME=PATH" or "PATH"; see the top of this module.
+        spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "digits", "pixels", "NAME=PATH" or "PATH"; see the
+            top of this module.
         device: device on which to run.
         cache_dir: folder that holds the file for "inception". Default: see `spigan.evaluation.cache.cache_folder`.
 
@@ -156,13 +160,20 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
     if not separator:
         name, path = ("", spec) if spec not in ("inception", RESNET56) else (spec, "")
     device = torch.device(device)
+    if spec == "digits":
+        sha256 = file_sha256(digits_net.WEIGHTS)
+        network = digits_net.load_digits_net(device)
+        return FeatureNet(network, "Digits", sha256, spec, digits_net.RESOLUTION, device)
+    if spec == "pixels":
+        sha256 = hashlib.sha256(b"8 x 8 grey").hexdigest()  # stands for the file that there is not
+        return FeatureNet(digits_net.pooled_pixels, "pixels", sha256, spec, None, device)
     if name == "inception":
         return _inception(spec, user_path(path) if path else cache_folder(cache_dir) / INCEPTION_NAME, device)
     if name == RESNET56:
         return _resnet56(spec, path, device)
     file = user_path(path)
     if not file.is_file():
-        known = f'"inception", "inception=PATH", "{RESNET56}=PATH", or the PATH of a TorchScript network'
+        known = f'"inception[=PATH]", "{RESNET56}=PATH", "digits", "pixels" or the PATH of a TorchScript network'
         raise FileNotFoundError(f"feature network {spec!r}: the file {path!r} does not exist; expected {known}")
     if not re.fullmatch(r"[\w.-]+", name or file.stem):
         raise ValueError(f"feature network {spec!r}: its name may only contain letters, digits, '.', '-' and '_'")

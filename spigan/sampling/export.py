@@ -142,6 +142,14 @@ def _write_pt2(program: ExportedProgram, path: Path, metadata: str) -> None:
 
 
 def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
+    stored = [*program.state_dict.values(), *program.constants.values()]
+    weights = sum(value.nbytes for value in stored if isinstance(value, torch.Tensor))
+    if weights > ONNX_MAX_WEIGHTS:
+        # ONNX could store the weights in a second file, but neither file would be complete without the other.
+        raise ValueError(
+            f"an ONNX file holds at most {ONNX_MAX_WEIGHTS} bytes of weights, but this model has {weights}: "
+            "export it as pt2"
+        )
     with _quietly():
         translated = torch.onnx.export(
             program,
@@ -153,14 +161,6 @@ def _write_onnx(program: ExportedProgram, path: Path, metadata: str) -> None:
             verbose=False,
         )
     assert translated is not None
-    tensors = [value.const_value for value in translated.model.graph.initializers.values()]
-    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    if weights > ONNX_MAX_WEIGHTS:
-        # ONNX could store the weights in a second file, but neither file would be complete without the other.
-        raise ValueError(
-            f"an ONNX file holds at most {ONNX_MAX_WEIGHTS} bytes of weights, but this model has {weights}: "
-            "export it as pt2"
-        )
     proto = translated.model_proto
     proto.metadata_props.add(key=METADATA, value=metadata)
     path.write_bytes(proto.SerializeToString())

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,17 +97,19 @@ class Clock:
     Args:
         seconds: training time in earlier sessions.
         images: number of images seen so far.
+        now: the clock, which returns seconds.
     """
 
-    def __init__(self, seconds: float, images: int) -> None:
-        now = time.perf_counter()
-        self._began = now - seconds
-        self._tick_began = now
+    def __init__(self, seconds: float, images: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        start = now()
+        self._began = start - seconds
+        self._tick_began = start
         self._tick_images = images
 
     def seconds(self) -> float:
         """Return the training time in seconds, including earlier sessions and excluding pauses."""
-        return time.perf_counter() - self._began
+        return self._now() - self._began
 
     def tick(self, images: int) -> float:
         """Return the images per second since the last tick, and begin a new tick.
@@ -115,7 +117,7 @@ class Clock:
         Args:
             images: number of images seen so far.
         """
-        now = time.perf_counter()
+        now = self._now()
         rate = (images - self._tick_images) / (now - self._tick_began)
         self._tick_began = now
         self._tick_images = images
@@ -124,9 +126,9 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the time that the block takes."""
-        began = time.perf_counter()
+        began = self._now()
         yield
-        paused = time.perf_counter() - began
+        paused = self._now() - began
         self._began += paused
         self._tick_began += paused
 

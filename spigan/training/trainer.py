@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ class Trainer:
         run_dir: str | Path,
         *,
         total_kimg: float | None = None,
+        total_seconds: float | None = None,
         data: str | Path | None = None,
         progress: bool = True,
     ) -> Trainer:
@@ -99,6 +102,7 @@ class Trainer:
         Args:
             run_dir: folder of the run.
             total_kimg: new length of the run. Default: the configured length.
+            total_seconds: new limit of the training time. Default: the configured limit.
             data: where the run's images are now, if they have moved. They must be the same images.
             progress: whether to show a progress bar.
 
@@ -110,11 +114,12 @@ class Trainer:
         """
         run_dir = Path(run_dir)
         config = read_config(run_dir)
-        if total_kimg is not None:
-            config = TrainConfig.model_validate(config.model_dump() | {"total_kimg": total_kimg})
+        given = {"total_kimg": total_kimg, "total_seconds": total_seconds}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if data is not None:
-            moved = config.data.model_copy(update={"source": str(data)})
-            config = config.model_copy(update={"data": moved})
+            changes["data"] = config.data.model_dump() | {"source": str(data)}
+        if changes:
+            config = TrainConfig.model_validate(config.model_dump() | changes)
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
         if newest is None and (run_dir / STATS_FILE).exists():  # made after the first checkpoint
@@ -128,7 +133,7 @@ class Trainer:
         try:
             trainer._build(config, progress, record)
         except FileNotFoundError as error:
-            if "source" not in str(error):
+            if not str(error).startswith("source "):  # a feature network is missing, for example
                 raise
             raise FileNotFoundError(
                 f"data.source in {run_dir / CONFIG_FILE}: {error}. If the images have moved, add --data PATH "
@@ -142,7 +147,7 @@ class Trainer:
         if data is not None and trainer.processes.main:
             record |= {name: value for name, value in trainer._data_record().items() if name in ("source", "path")}
             write_text(run_dir / DATA_FILE, json.dumps(record, indent=2) + "\n")
-        if (total_kimg is not None or data is not None) and trainer.processes.main:
+        if changes and trainer.processes.main:
             write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
         return trainer
 
@@ -152,6 +157,11 @@ class Trainer:
         self.device = self.processes.device
         self.progress = progress and self.processes.main
         self.interrupted = False
+        if config.total_seconds is not None and self.processes.count > 1:
+            raise ValueError(
+                f"total_seconds={config.total_seconds:g} cannot end a run of {self.processes.count} processes, whose "
+                "clocks differ: use total_kimg"
+            )
         images_at_a_time(config, self.processes)  # raises before anything takes long
         self.dataset = open_for_model(
             locate(config.data, record or {}),
@@ -214,6 +224,8 @@ class Trainer:
     def fit(self) -> SPIGAN:
         """Train until `total_kimg` thousand images have been seen. Ctrl-C and SIGTERM end it after saving a checkpoint.
 
+        With `total_seconds`, training ends at the first generator iteration after that time, if that comes first.
+
         Returns:
             The averaged model, in eval mode.
 
@@ -239,9 +251,11 @@ class Trainer:
         # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
         with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
             self._measure(log, stop)  # if a signal ended it in an earlier session
-            clock = Clock(state.elapsed, state.images_seen)
+            clock = Clock(state.elapsed, state.images_seen, self._clock())
             # The last images seen still get their generator iteration.
-            while (state.images_seen < total or state.iteration % 2) and not self.processes.any(stop.is_set()):
+            while (
+                (state.images_seen < total and not self._time_is_up()) or state.iteration % 2
+            ) and not self.processes.any(stop.is_set()):
                 state.elapsed = clock.seconds()
                 with stop.iteration(self.snapshots.backup):
                     images = next(batches)
@@ -262,8 +276,17 @@ class Trainer:
                 if (best or tick % self.config.snapshot_ticks == 0) and state.images_seen < total:
                     self.snapshot(stop)
             state.elapsed = clock.seconds()
+            if self._time_is_up() and self.metrics is not None and not stop.is_set():
+                self.metrics.update(self.snapshots, log, stop)  # seldom the end of a tick, but runs are compared by it
             self._finish(stop)
         return self.ema
+
+    def _clock(self) -> Callable[[], float]:
+        by_cpu = self.config.total_seconds is not None and self.device.type == "cpu"
+        return time.process_time if by_cpu else time.perf_counter
+
+    def _time_is_up(self) -> bool:
+        return self.config.total_seconds is not None and self.state.elapsed >= self.config.total_seconds
 
     def _finish(self, stop: StopSignals) -> None:
         """Save the end of a session."""

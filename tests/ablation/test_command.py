@@ -25,7 +25,7 @@ def test_command(
         disturb(monkeypatch, lambda: 1 // 0, "mlp", 5)
         result = spigan_cli(path, "--out", out, "--quiet")
     assert result.exit_code == 1
-    assert result.stderr == "error: 1 of 3 arms failed: mlp; run the command again to retry\n"
+    assert result.stderr == "error: 1 of 3 runs failed: mlp; run the command again to retry\n"
     result = spigan_cli(path, "--out", out, "--quiet")
     assert result.exit_code == 0 and result.stderr == ""
     report = ", ".join(str(out / name) for name in ("table.md", "table.json", "curve.png"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spigan.ablation.grid import MAX_ARMS, grid_path, read_grid
+from spigan.ablation.grid import MAX_RUNS, grid_path, read_grid
 
 
 def test_built_in_grids() -> None:
@@ -15,7 +15,7 @@ def test_built_in_grids() -> None:
     assert table5.preset == "cifar10" and table5.metric == "FD-ResNet56"
     arms = {
         name: (config.intervals, config.fixed_t, config.model.mapping, config.updates)
-        for name, config in table5.arms.items()
+        for name, config in table5.runs.items()
     }
     assert arms == {
         **{f"k{k}": (k, False, "ode", "sequential") for k in range(1, 6)},
@@ -25,19 +25,19 @@ def test_built_in_grids() -> None:
         "k2-fixed-joint": (2, True, "ode", "joint"),
     }
     # Nothing else differs, so that nothing else can be what makes the difference.
-    same = {"intervals": 2, "fixed_t": False, "updates": "sequential", "model": table5.arms["k1"].model}
-    assert len({config.model_copy(update=same).model_dump_json() for config in table5.arms.values()}) == 1
+    same = {"intervals": 2, "fixed_t": False, "updates": "sequential", "model": table5.runs["k1"].model}
+    assert len({config.model_copy(update=same).model_dump_json() for config in table5.runs.values()}) == 1
     assert list(read_grid(grid_path("digits")).arms) == ["k1", "k2", "k2-fixed", "mlp"]
 
 
 def test_products(tmp_path: Path, grid: Any, grid_text: str) -> None:
     text = grid_text.partition("[arms.k2]")[0] + '[product]\nintervals = [1, 3]\n"model.ode_steps" = [4, 8]\n'
-    arms = read_grid(grid(tmp_path, text)).arms
+    arms = read_grid(grid(tmp_path, text)).runs
     assert {name: (config.intervals, config.model.ode_steps) for name, config in arms.items()} == {
         f"intervals={k}_ode_steps={steps}": (k, steps) for k in (1, 3) for steps in (4, 8)
     }
     text = 'preset = "digits"\n[arms.a]\nseed = 1\n[arms.b]\nseed = 2\n[product]\nfixed_t = [false, true]\n'
-    arms = read_grid(grid(tmp_path, text)).arms
+    arms = read_grid(grid(tmp_path, text)).runs
     assert {name: (config.seed, config.fixed_t) for name, config in arms.items()} == {
         "a_fixed_t=false": (1, False), "a_fixed_t=true": (1, True),
         "b_fixed_t=false": (2, False), "b_fixed_t=true": (2, True),
@@ -46,7 +46,7 @@ def test_products(tmp_path: Path, grid: Any, grid_text: str) -> None:
 
 def test_json_can_say_null(tmp_path: Path) -> None:
     (tmp_path / "grid.json").write_text('{"preset": "cifar10", "arms": {"a": {"ema_rampup": null}}}')
-    assert read_grid(tmp_path / "grid.json").arms["a"].ema_rampup is None
+    assert read_grid(tmp_path / "grid.json").runs["a"].ema_rampup is None
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_grid_files_refused(tmp_path: Path, text: str, message: str, grid: Any) 
 
 
 def test_the_number_of_arms_is_limited(tmp_path: Path, grid: Any) -> None:
-    for count in (MAX_ARMS, MAX_ARMS + 1):
+    for count in (MAX_RUNS, MAX_RUNS + 1):
         path = grid(tmp_path, f"[product]\nseed = {list(range(count))}\n")
-        if count == MAX_ARMS:
+        if count == MAX_RUNS:
             assert len(read_grid(path).arms) == count
         else:
             with pytest.raises(ValueError, match=r"grid\.toml has 1001 arms; at most 1000 are allowed"):

@@ -118,7 +118,7 @@ def test_curves(tmp_path: Path, grid: Any) -> None:
         assert [line.get_color() for line in ax.lines] == ["tab:blue", "tab:orange"]
     assert [ax.get_xlabel() for ax in (fig8, images)] == 2 * ["images seen, thousands"]
     assert hours.get_xlabel() == "hours of training" and hours.get_ylabel() == fig8.get_ylabel() == "loss_g"
-    del study.arms["fixed"], curves["fixed"]
+    del study.runs["fixed"], curves["fixed"]
     images, hours = curve_figure(study, curves).axes
     assert [text.get_text() for ax in (images, hours) for text in ax.get_legend().get_texts()] == ["k2", "k2"]
 

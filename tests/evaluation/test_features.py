@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from spigan.data import DataConfig, open_dataset
 from spigan.evaluation import features
 from spigan.evaluation.features import FeatureNet, file_sha256, load_features, resized
 
@@ -135,3 +136,28 @@ def test_loading_leaves_the_random_state_alone(
     net(noise(2, 3, 32, 32), probabilities=True)
     load_features(str(scripts / "pixels.pt"))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bundled_classifier_of_digits() -> None:
+    """It was trained on all of these; benchmarks/train_digits_net.py measures it on others."""
+    from sklearn.datasets import load_digits
+
+    dataset = open_dataset(DataConfig(source="digits", resolution=16), progress=False)
+    images = torch.stack([dataset[i] for i in range(len(dataset))])
+    net = load_features("digits")
+    features, classes = net(images, probabilities=True)
+    assert classes is not None and features.shape == (1797, 64) and net.metric("FD") == "FD-Digits"
+    right = classes.argmax(1) == torch.from_numpy(load_digits().target)
+    assert right.float().mean() > 0.99
+    enlarged = torch.nn.functional.interpolate(images[:8].float(), scale_factor=2).to(torch.uint8)
+    assert torch.allclose(net(enlarged)[0], features[:8], atol=3.0)  # resized to 16 x 16
+
+
+def test_pixels_are_averages_of_blocks() -> None:
+    images = torch.zeros(2, 1, 16, 32, dtype=torch.uint8)
+    images[0, :, :2, :4] = 255
+    images[1] = 51
+    features, classes = load_features("pixels")(images, probabilities=True)
+    expected = torch.full((2, 8, 8), -1.0)
+    expected[0, 0, 0], expected[1] = 1.0, 51 / 127.5 - 1
+    assert classes is None and torch.allclose(features, expected.flatten(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from training_helpers import (
 )
 
 from spigan.models.load import resolve_device
-from spigan.runs import read_stats
+from spigan.runs import read_config, read_metrics, read_stats
 from spigan.training.trainer import Trainer
 
 
@@ -28,6 +29,31 @@ def test_fit_ends_after_total_kimg_with_a_generator_iteration(new_trainer, total
     ema = trainer.fit()
     assert ema is trainer.ema and not trainer.interrupted
     assert trainer.images_seen == seen and trainer.state.images_drawn == 2 * seen and trainer.iteration == seen // 2
+
+
+def test_fit_ends_after_total_seconds_of_cpu_time(new_trainer):
+    trainer = new_trainer(total_kimg=1000, total_seconds=0.5, tick_kimg=0.004)
+    began = time.process_time()
+    trainer.fit()
+    assert time.process_time() - began >= 0.5 <= trainer.state.elapsed
+    assert not trainer.interrupted and trainer.iteration % 2 == 0 and trainer.iteration > 0
+    assert read_stats(trainer.run_dir)[-1]["seconds"] <= trainer.state.elapsed
+    resumed = Trainer.resume(trainer.run_dir, progress=False)
+    resumed.fit()
+    assert resumed.iteration == trainer.iteration  # its time is up
+    longer = Trainer.resume(trainer.run_dir, total_seconds=0.8, progress=False)
+    longer.fit()
+    assert longer.iteration > trainer.iteration and longer.state.elapsed >= 0.8
+    assert read_config(trainer.run_dir).total_seconds == 0.8
+
+
+def test_a_run_that_time_ends_is_measured_at_its_end(new_trainer):
+    trainer = new_trainer(
+        total_kimg=1000, total_seconds=0.3, metric_features="pixels", metric_samples=16, metric_ticks=10**6
+    )
+    trainer.fit()
+    (row,) = read_metrics(trainer.run_dir)
+    assert row["iteration"] == trainer.iteration and row["FD-pixels"] > 0
 
 
 def test_every_iteration_draws_new_images(new_trainer, monkeypatch):
