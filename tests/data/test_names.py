@@ -35,6 +35,8 @@ def left_out(source: Path, **options: Any) -> tuple[int, dict[str, int]]:
         ("training/", "testing/"),
         ("mydata/Training/", "mydata/valid/"),
         ("a/b/train/cats/", "a/b/dev/cats/"),
+        ("train2017/", "val2017/"),
+        ("DIV2K_train_HR/", "DIV2K_valid_HR/"),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -64,6 +66,18 @@ def test_stray_files_are_left_out_and_named(tmp_path: Path) -> None:
         ),
         (numbered("train/", 5) | numbered("", 6), r"the folders train, which may be splits, and 6 images beside them"),
         (numbered("train/", 5) | numbered("Train/", 6), r"Train and train, which may both be the split 'train'"),
+        (
+            numbered("data/train/", 9) | numbered("data/test/", 5) | numbered("", 1),
+            r"test and train in data, .*pass \S+/x",
+        ),
+        (
+            numbered("cats/train/", 9) | numbered("cats/test/", 5) | numbered("dogs/train/", 2),
+            r"test and train in cats",
+        ),
+        (
+            numbered("train_a/", 5) | numbered("train_b/", 3) | numbered("test_a/", 3),
+            r"train_a and train_b, which may both",
+        ),
         (numbered("test/", 5), r"no split 'train': its folders are \['test'\]"),
     ],
 )
@@ -171,6 +185,11 @@ def test_archives_without_access_to_single_images(tmp_path: Path, name: str, mes
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / name)
+
+
+def test_backslashes_of_windows(tmp_path: Path) -> None:
+    files = numbered("train\\", 4) | numbered("test\\", 2)
+    assert left_out(write_zip(tmp_path / "x.zip", files)) == (4, {})
 
 
 def test_suffixes_of_archives_in_any_case(tmp_path: Path) -> None:

@@ -131,5 +131,7 @@ def open_zip(path: Path, split: str, reading: int = READING) -> ZipSource:
             members = {member.filename: member for member in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as a zip file ({error}): copy or download it again") from error
+    if reading > 1 and not any("/" in name for name in members):  # some Windows programs write backslashes
+        members = {name.replace("\\", "/"): member for name, member in members.items()}
     chosen = choose_images(list(members), split, path, reading)
     return ZipSource(path, [members[name] for name in chosen.images], chosen.left_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -23,8 +24,8 @@ class Chosen(NamedTuple):
 def choose_images(names: list[str], split: str, where: Path, reading: int = READING) -> Chosen:
     """Choose the images of a split.
 
-    The folders at the top are splits if their names say so, in any case of letters, for example Train and testing.
-    They may lie in a folder that holds everything. Files beside them are left out.
+    The folders at the top are splits if their names say so, in any case of letters, for example Train, testing or
+    val2017. They may lie in a folder that holds everything. Files beside them are left out.
 
     Args:
         names: names of files, relative to the folder or archive, with forward slashes. Hidden ones are ignored.
@@ -53,18 +54,20 @@ def choose_images(names: list[str], split: str, where: Path, reading: int = READ
     for name in images:
         folder, slash, _ = name.removeprefix(base).partition("/")
         tops.setdefault(folder if slash else "", []).append(name)
-    splits = {folder: word for folder in tops if (word := split_word(folder))}
+    splits = _splits(tops.keys() - {""})
     beside = [name for folder, inside in tops.items() if folder not in splits for name in inside]
     # One folder called train or test among others is rather a class of that name.
     if not splits or (len(set(splits.values())) == 1 and tops.keys() - splits.keys() - {""}):
         if split != "train":
             raise no_split(where, split, "it has no split folders at its top; pass the folder of images")
+        _refuse_inner_splits(images, where)
         return Chosen(images, dict(others))
     if len(beside) * 10 > len(images):
-        folders = " and ".join(sorted(splits))
+        folders = " and ".join(map(printable, sorted(splits)))
+        meant = min((folder for folder in splits if splits[folder] == split_word(split)), default=min(splits))
         raise ValueError(
             f"{where} has the folders {folders}, which may be splits, and {len(beside)} images beside them, such as "
-            f"{printable(beside[0])}: pass {where / base / min(splits)} to read only that folder, or move all images "
+            f"{printable(beside[0])}: pass {where / base / meant} to read only that folder, or move all images "
             "into folders with other names to read all of them"
         )
     return Chosen(_of_split(tops, splits, split, where), dict(others) | named("image beside the splits", beside))
@@ -81,18 +84,42 @@ def named(what: str, names: list[str]) -> dict[str, int]:
     return counts | ({f"more: {what}": len(names) - _NAMED} if len(names) > _NAMED else {})
 
 
+def _splits(folders: set[str]) -> dict[str, str]:
+    """Return the split of each folder that is named after one: train, or all of train2017, val2017 and the like."""
+    named = {folder: word for folder in folders if (word := split_word(folder))}
+    if named:
+        return named
+    found = {folder: {split_word(part) for part in re.split(r"[^a-zA-Z]+", folder)} - {None} for folder in folders}
+    spoken = {folder: str(*words) for folder, words in found.items() if len(words) == 1}
+    return spoken if len(spoken) == len(folders) and len(set(spoken.values())) > 1 else {}
+
+
 def _wrapping(images: list[str]) -> str:
-    """Return the folders that hold all images and are no splits, such as "mydata/", if splits follow; else ""."""
+    """Return the folder that holds all images and is no split, such as "mydata/", if splits are in it; else ""."""
     base = ""
     while True:
-        tops = {name.removeprefix(base).partition("/")[::2] for name in images[:1] + images[-1:]}
-        folder, rest = next(iter(tops))
-        same = all(name.startswith(f"{base}{folder}/") for name in images)
-        if not rest or not same:
-            return base if any(split_word(name.removeprefix(base).partition("/")[0]) for name in images) else ""
-        if split_word(folder):
+        tops = {folder if slash else "" for folder, slash, _ in (name[len(base) :].partition("/") for name in images)}
+        if _splits(tops - {""}):
             return base
-        base += f"{folder}/"
+        if len(tops) > 1 or "" in tops:
+            return ""
+        base += f"{tops.pop()}/"
+
+
+def _refuse_inner_splits(images: list[str], where: Path) -> None:
+    """Raise ValueError if folders for training and for tests lie deeper than the top: they might be splits."""
+    inside: dict[str, set[str]] = {}
+    for folder in {name.rpartition("/")[0] for name in images}:
+        parts = folder.split("/")
+        for depth, part in enumerate(parts):
+            if word := split_word(part):
+                inside.setdefault("/".join(parts[:depth]), set()).add(word)
+    for folder, words in sorted(inside.items()):
+        if len(words) > 1 and "train" in words:
+            raise ValueError(
+                f"{where} has folders called {' and '.join(sorted(words))} in {printable(folder)}, which may be "
+                f"splits: pass {printable(where / folder)} to use them, or rename them to read all images"
+            )
 
 
 def _of_split(tops: dict[str, list[str]], splits: dict[str, str], split: str, where: Path) -> list[str]:
