@@ -70,7 +70,7 @@ def test_signals_do_not_end_workers(tmp_path: Path) -> None:
         assert worker.exitcode == 0
 
 
-def test_batches_need_no_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_where_shared_memory_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker gives 64 MB by default. A worker that found none left could not tell, and training waited for ever."""
 
     def full(*_: object) -> None:
