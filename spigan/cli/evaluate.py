@@ -120,7 +120,7 @@ def _measure(model: str | None, reference: DataConfig, out: Path | None, options
     from spigan.files import write_text
 
     with warnings.catch_warnings():
-        warnings.showwarning = lambda *_, **__: None  # type: ignore[assignment]  # the result contains them
+        warnings.showwarning = lambda *_, **__: None  # the result contains them
         result = evaluate(model, data=reference, **options)
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")

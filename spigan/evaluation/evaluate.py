@@ -130,7 +130,7 @@ def _collected() -> Iterator[list[str]]:
                 texts.append(str(message))
             show(message, category, *where, **more)
 
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         yield texts
 
 
