@@ -34,6 +34,18 @@ def user_path(path: str) -> Path:
         return Path(path)
 
 
+def folders_in(root: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, with links to folders, without hidden ones.
+
+    Raises:
+        OSError: if the folder cannot be read.
+    """
+    with os.scandir(root) as entries:
+        # os.path.isdir takes a link in a circle for a file; entry.is_dir would raise.
+        names = [e.name for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e))]
+    return [root / name for name in sorted(names) if not name.startswith(".")]
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a name can be that of a repository on the Hugging Face Hub: "owner/name"."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None

@@ -28,7 +28,7 @@ from spigan.data.sources.base import READING, Source, require
 from spigan.data.sources.find import NAMES, find_source
 from spigan.data.sources.names import describe
 from spigan.data.workers import available_cores
-from spigan.files import printable, user_path
+from spigan.files import printable, shorten, user_path
 
 _SAMPLED = 128  # images whose pixels `ImageDataset.sample` compares
 
@@ -302,9 +302,9 @@ def recorded_options(record: dict[str, Any]) -> dict[str, Any]:
     """Return the options of `open_dataset` that make it choose the images of a record."""
     reading, skipped = record.get("reading", 1), record.get("skipped", [])
     if reading not in range(1, READING + 1) or not isinstance(skipped, list):
-        raise ValueError(f"the record of a run's images has the reading {reading!r}; this version knows 1 to {READING}")
+        raise ValueError(f"the run's data.json has the reading {shorten(reading)}; this version knows 1 to {READING}")
     if not all(isinstance(index, int) and 0 <= index < 2**62 for index in skipped):
-        raise ValueError("the record of a run's images is damaged: `skipped` must be a list of indices")
+        raise ValueError("the run's data.json is damaged: `skipped` must be a list of indices")
     return {"reading": reading, "skipped": skipped}
 
 

@@ -26,7 +26,9 @@ class Kept:
         self._source = source
         self._kept = np.setdiff1d(np.arange(len(source)), np.asarray(skipped, dtype=np.int64))
         if not len(self._kept):
-            raise ValueError(f"all {len(source)} images are to be skipped: restore them, or start a new run")
+            raise ValueError(
+                f"all {len(source)} images are to be skipped by the run's data.json: restore them, or start a new run"
+            )
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -95,7 +95,7 @@ def test_skip_is_recorded(tmp_path: Path, cache: str) -> None:
 @pytest.mark.parametrize("change", [{"reading": 99}, {"skipped": "all"}, {"skipped": [-1]}])
 def test_damaged_record(tmp_path: Path, change: dict[str, Any]) -> None:
     record = record_of(write_folder(tmp_path, bmps(0))) | change
-    with pytest.raises(ValueError, match="the record of a run's images"):
+    with pytest.raises(ValueError, match=r"the run's data\.json"):
         open_for_model(DataConfig(source=str(tmp_path)), 8, 3, progress=False, record=record)
 
 

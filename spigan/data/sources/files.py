@@ -42,7 +42,7 @@ class FolderSource:
         for name in self._names:
             try:
                 size = (self._root / name).stat().st_size
-            except FileNotFoundError:  # a broken link, or removed since; reported when it is opened
+            except OSError:  # a broken link, or removed since; reported when it is opened
                 size = -1
             yield f"{name}\0{size}\0".encode(errors="surrogateescape")
 

@@ -25,7 +25,7 @@ from spigan.data.config import DataConfig
 from spigan.data.decode import check_size, open_image
 from spigan.data.sources import lmdb_scan
 from spigan.data.sources.base import READING, UnsuitableImage, no_split, require, split_word
-from spigan.files import printable
+from spigan.files import folders_in, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -147,9 +147,7 @@ def lmdb_folder(root: Path, split: str) -> Path | None:
     Raises:
         ValueError: if there are LMDBs, but not one of the split.
     """
-    with os.scandir(root) as entries:
-        folders = sorted(Path(entry.path) for entry in entries if entry.is_dir())
-    found = [folder for folder in folders if (folder / "data.mdb").is_file()]
+    found = [folder for folder in folders_in(root) if (folder / "data.mdb").is_file()]
     words = {folder: {split_word(part) for part in re.split(r"[^a-zA-Z]+", folder.name)} for folder in found}
     chosen = [folder for folder in found if split_word(split) in words[folder] - {None}]
     if not found or len(chosen) == 1:

@@ -9,7 +9,6 @@ the value of a row into an image.
 from __future__ import annotations
 
 import io
-import os
 import re
 import threading
 from bisect import bisect_right
@@ -24,7 +23,7 @@ import numpy as np
 from spigan.data import limits
 from spigan.data.decode import open_image
 from spigan.data.sources.base import READING, Source, UnsuitableImage, no_split, require, split_word
-from spigan.files import printable
+from spigan.files import folders_in, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -225,15 +224,11 @@ def _split_folders(root: Path) -> list[Path]:
     """Return the folders of parquet files that are named after splits, in `root` or in its only such folder."""
 
     def inside(folder: Path) -> list[Path]:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if split_word(entry.name) and entry.is_dir())
-        return [folder / name for name in names if any((folder / name).glob("*.parquet"))]
+        return [path for path in folders_in(folder) if split_word(path.name) and any(path.glob("*.parquet"))]
 
     if found := inside(root):
         return found
-    with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    configurations = {name: found for name in folders[:100] if (found := inside(root / name))}
+    configurations = {path.name: found for path in folders_in(root)[:100] if (found := inside(path))}
     if len(configurations) > 1:
         raise ValueError(
             f"{root} has several configurations, {', '.join(map(printable, configurations))}: pass the folder of one"
