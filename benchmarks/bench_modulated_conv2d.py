@@ -24,7 +24,8 @@ from spigan.ops.layer_end import LayerEnd
 from spigan.ops.layer_weights import prepare_weight
 from spigan.ops.upfirdn2d import fir_filter
 
-from .conftest import DEVICE, grouped_modulated_conv2d
+from .conftest import grouped_modulated_conv2d
+from .measuring import DEVICE
 
 IMPLEMENTATIONS = [
     *(b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None),

@@ -16,7 +16,7 @@ from spigan import VPSDE
 from spigan.ops import BACKENDS, path_interpolate
 from spigan.ops.backends import why_unavailable
 
-from .conftest import DEVICE
+from .measuring import DEVICE
 
 TIMES = (0.4, 1.0)
 # The float32 output takes 67 MB on a CPU and 1 GB on a GPU, more than any cache.

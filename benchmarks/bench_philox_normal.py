@@ -14,7 +14,7 @@ from torch import Tensor
 from spigan.ops import BACKENDS, philox_normal
 from spigan.ops.backends import why_unavailable
 
-from .conftest import DEVICE
+from .measuring import DEVICE
 
 SHAPES = {"z of 100 cifar10 images": (100, 3, 32, 32), "4 M": (4, 1024, 1024)}
 KERNELS = [b for b in BACKENDS if b != "reference" and why_unavailable("philox_normal", b, DEVICE) is None]

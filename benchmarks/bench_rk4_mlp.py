@@ -19,7 +19,7 @@ from spigan.ops import BACKENDS, rk4_mlp
 from spigan.ops.backends import why_unavailable
 from spigan.ops.rk4_mlp import mlp_vector_field
 
-from .conftest import DEVICE
+from .measuring import DEVICE
 
 DIM, LAYERS, STEPS = 512, 3, 4
 BATCHES = (1, 4, 8, 100, 4096) if DEVICE.type == "cuda" else (1, 4, 8, 100)
@@ -106,6 +106,7 @@ def test_forward(row: Any, dtype: torch.dtype, batch: int, implementation: str) 
         flop=2 * 4 * STEPS * LAYERS * DIM * DIM * batch,
         moved=(LAYERS * DIM * DIM + 2 * batch * DIM) * dtype.itemsize,
         dtype=dtype,
+        products="matrix",
     )
 
 
@@ -126,4 +127,5 @@ def test_forward_and_backward(row: Any, batch: int, implementation: str) -> None
         expected=exact,
         tolerance=1e-4 * exact.abs().max().item(),
         flop=3 * 2 * 4 * STEPS * LAYERS * DIM * DIM * batch,
+        products="matrix",
     )

@@ -18,7 +18,8 @@ from spigan.models.generator import Generator
 from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
 
-from .conftest import DEVICE, grouped_modulated_conv2d
+from .conftest import grouped_modulated_conv2d
+from .measuring import DEVICE
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("modulated_conv2d", b, DEVICE) is None]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -22,7 +22,7 @@ from spigan.ops import BACKENDS, use_backend
 from spigan.ops.backends import why_unavailable
 from spigan.training.trainer import Trainer
 
-from .conftest import DEVICE
+from .measuring import DEVICE
 
 BACKENDS_HERE = [b for b in BACKENDS if why_unavailable("fir_bias_act", b, DEVICE) is None]
 PRESET, BATCH = ("cifar10", 64) if DEVICE.type == "cuda" else ("cifar10-small", 16)

@@ -1,113 +1,27 @@
-"""Shared by all benchmarks: the device and its measured limits, rows that are checked and timed, and the final table.
+"""Shared by all benchmarks: rows that are checked and timed, and the final table.
 
 pytest benchmarks/ --benchmark-only --benchmark-json run.json && spigan bench report run.json
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cpuinfo import get_cpu_info
 from torch import Tensor
 from torch.nn import functional as F
 
-import spigan
 from spigan.ops import fir_bias_act
+from spigan.ops.timing import without_launches
 from spigan.ops.upfirdn2d import fir_filter, upfirdn2d
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from . import measuring
+from .measuring import DEVICE, copy_rate, device_name, matrix_rate, peak_memory, synchronize, versions
+
 _rows: list[dict[str, Any]] = []
-
-
-def synchronize() -> None:
-    """Wait until the device has finished its work."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _median_seconds(function: Callable[[], object], repeats: int = 9) -> float:
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@cache
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a large square matrix product in `dtype`.
-
-    The faster of a product and a 1x1 convolution counts; on a CPU, they use two libraries, MKL and oneDNN.
-    """
-    size = 8192 if DEVICE.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    image, weight = a.view(1, size, 1, size).permute(0, 3, 1, 2), b[:, :, None, None]
-    return 2 * size**3 / min(_median_seconds(lambda: a @ b), _median_seconds(lambda: F.conv2d(image, weight)))
-
-
-@cache
-def copy_rate() -> float:
-    """Measure how many bytes/s a large copy reads and writes."""
-    source = torch.ones((1 << 30) if DEVICE.type == "cuda" else (1 << 26), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _median_seconds(lambda: target.copy_(source))
-
-
-def device_name() -> str:
-    """Return the name of the device, under which results are reported."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = get_cpu_info()
-    bfloat16 = " BF16" if "avx512_bf16" in cpu.get("flags", ()) else ""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu.get('brand_raw', platform.machine())}, {capability}{bfloat16}, {torch.get_num_threads()} threads"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of everything that affects a result."""
-    found = {"spigan": spigan.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return found | ({"cuda": str(torch.version.cuda)} if DEVICE.type == "cuda" else {})
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Measure the peak bytes that `function` adds: to the tensors on a GPU, to the process on a CPU."""
-    synchronize()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def kibibytes(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-
-    library, mmap_threshold = ctypes.CDLL(None), -3  # of glibc's mallopt
-    library.mallopt(mmap_threshold, 1 << 20)  # freed memory returns to the system and does not count
-    function()
-    gc.collect()
-    library.malloc_trim(0)
-    reset.write_text("5")  # reset the peak
-    before = kibibytes("VmRSS:")
-    function()
-    peak = kibibytes("VmHWM:") - before
-    library.mallopt(mmap_threshold, 32 << 20)  # the value that glibc itself reaches after such sizes
-    return 1024 * peak
 
 
 def grouped_modulated_conv2d(
@@ -151,8 +65,9 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         tolerance: the largest absolute difference allowed.
         check: called with the result instead of a comparison; raises if the result is wrong.
         flop, moved: floating-point operations, and bytes read and written, that one call needs at least. They take
-            some time at `matrix_rate(dtype)` and `copy_rate()`; the longer of the two times is the limit.
+            some time at `matrix_rate` of their precision and `copy_rate()`; the longer of the two times is the limit.
         dtype: dtype of the matrix products.
+        products: how they are computed, "convolution" or "matrix", on which the precision of float32 depends on a GPU.
         layer_bytes: size of the largest layer's input and output, with which the call's peak memory is compared.
         memory: whether to measure the call's peak memory.
         images: number of images that one call makes or trains on.
@@ -172,6 +87,7 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
         flop: float = 0.0,
         moved: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        products: str = "convolution",
         layer_bytes: int | None = None,
         memory: bool = False,
         images: int | None = None,
@@ -195,15 +111,17 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             synchronize()
 
         # Spend about a third of a second on each row, so that the whole suite takes less than ten minutes. A call that
-        # takes seconds is warm after the first one and varies little.
-        rounds, slow = 1, first_seconds > 2.5 and "compile" not in name
+        # takes seconds is warm after the first one and varies little, but for a GPU, where it compiled or captured.
+        rounds, slow = 1, first_seconds > 2.5 and "compile" not in name and DEVICE.type == "cpu"
         if not slow:
+            if DEVICE.type == "cuda":
+                synchronized()  # a sampler captures its graph in the second call
             start = time.perf_counter()
             synchronized()
             rounds = max(3, min(200, int(0.3 / (time.perf_counter() - start))))
         benchmark.group = group
         benchmark.pedantic(synchronized, rounds=rounds)
-        seconds = benchmark.stats.stats.median / share
+        seconds = without_launches(function, benchmark.stats.stats.median, DEVICE) / share
         numbers: dict[str, Any] = {
             "benchmark": request.module.__name__.rpartition(".")[2],
             "group": group,
@@ -211,12 +129,14 @@ def row(benchmark: Any, request: Any) -> Callable[..., None]:
             "seconds": seconds,
             "rounds": rounds,
         }
-        limits = {"products": flop / matrix_rate(dtype), "copying": moved / copy_rate()} if flop or moved else {}
-        if limits:
+        if flop or moved:
+            precision = measuring.precision_of(dtype, products)
+            limits = {"products": flop / matrix_rate(precision), "copying": moved / copy_rate()}
             bound = max(limits, key=limits.__getitem__)
             numbers |= {
                 "flop": flop / share,
                 "bytes": moved / share,
+                "precision": precision,
                 "bound": bound,
                 "limit": limits[bound] / share / seconds,
             }
@@ -242,7 +162,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["spigan"] = {
         "device": device_name(),
         "versions": versions(),
-        "matrix_rate": {str(dtype)[6:]: matrix_rate(dtype) for dtype in (torch.float32, torch.bfloat16)},
+        "matrix_rate": {precision: matrix_rate(precision) for precision in measuring.PRECISIONS},
         "copy_rate": copy_rate(),
     }
 

@@ -44,11 +44,13 @@ def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]
     Returns:
         Times in seconds. "first": the first call, including its preparations. "total": the median of `repeats` calls.
         "noise", "mapping", "synthesis" and "convert": medians for the stages of a batch of min(n, batch_size) images.
+        On a GPU, those of short stages leave out the time of the launch.
     """
     import torch
 
     from spigan.images import to_uint8
     from spigan.ops import philox_normal, use_backend
+    from spigan.ops.timing import without_launches
 
     model, device = sampler.model, sampler.device
 
@@ -63,6 +65,9 @@ def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]
         seconds(function)
         return statistics.median(seconds(function) for _ in range(repeats))
 
+    def stage(function: Callable[[], Any]) -> float:
+        return without_launches(function, median(function), device)
+
     times = {"first": seconds(lambda: sampler(range(n)))}
     times["total"] = median(lambda: sampler(range(n)))
     seeds = torch.arange(min(n, sampler.batch_size), device=device)
@@ -75,10 +80,10 @@ def time_sampler(sampler: Sampler, n: int, repeats: int = 7) -> dict[str, float]
                 return model.generator(h, "const")
 
         images = synthesize()
-        times["noise"] = median(lambda: philox_normal(z.shape, seed=seeds))
-        times["mapping"] = median(lambda: model.mapping(z))
-        times["synthesis"] = median(synthesize)
-        times["convert"] = median(lambda: to_uint8(images))
+        times["noise"] = stage(lambda: philox_normal(z.shape, seed=seeds))
+        times["mapping"] = stage(lambda: model.mapping(z))
+        times["synthesis"] = stage(synthesize)
+        times["convert"] = stage(lambda: to_uint8(images))
     return times
 
 
@@ -310,7 +315,8 @@ def _plot_roofline(axes: Any, report: dict[str, Any]) -> None:
         axes.text(knee, rate / 1e9, dtype, ha="center", va="bottom", color=line.get_color(), fontsize=8)
     for benchmark, marker in zip(dict.fromkeys(row["benchmark"] for row in rows), "osv^D", strict=False):
         for dtype, line in zip(report["matrix_rate"], axes.get_lines(), strict=False):
-            some = [row for row in rows if row["benchmark"] == benchmark and dtype in row["group"]]
+            # Rows state their precision since float32 may be TF32.
+            some = [row for row in rows if row["benchmark"] == benchmark and _in_precision(row, dtype)]
             axes.plot(
                 [row["flop"] / row["bytes"] for row in some],
                 [row["flop"] / row["seconds"] / 1e9 for row in some],
@@ -323,6 +329,10 @@ def _plot_roofline(axes: Any, report: dict[str, Any]) -> None:
     axes.set_yscale("log")
     axes.legend(fontsize=7, loc="lower right")
     return axes.set(xlabel="FLOP / byte", ylabel="GFLOP/s", title="Kernels that multiply,\nunder the measured roofline")
+
+
+def _in_precision(row: dict[str, Any], precision: str) -> bool:
+    return row["precision"] == precision if "precision" in row else precision in row["group"]
 
 
 def _plot_bandwidth(axes: Any, report: dict[str, Any]) -> None:

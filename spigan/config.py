@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import reprlib
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spigan.choices import did_you_mean
 from spigan.data import DataConfig
@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 Resolution = Literal[8, 16, 32, 64, 128, 256, 512, 1024]
 Positive = Annotated[int, Field(ge=1)]
 Width = Annotated[int, Field(ge=1, le=2**14)]
+PathKind = Literal["learned", "analytic"]
+PathLatent = Literal["1", "t"]
+# On the command line and in TOML, path_latent=1 is a number.
+_PathLatent = Annotated[PathLatent, BeforeValidator(lambda value: "1" if value == 1 else value)]
+_PATH: Any = Field(
+    "learned",
+    description="learned: G makes i(t) from h(t) (the paper); analytic: G makes clean images, and noise is added to "
+    "them as to real ones; ours",
+)
+_PATH_LATENT: Any = Field(
+    "1", description='latent that feeds G with path="analytic": 1: h(1) for every t; t: h(t); ours'
+)
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
@@ -56,6 +68,8 @@ def _describe(problem: ErrorDetails, names: list[str]) -> str:
     name, value = ".".join(map(shorten, problem["loc"])), problem["input"]
     if not name:
         return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(value, dict):
+        return f"{name}: {problem['msg'].removeprefix('Value error, ')}"  # about several fields, which it names
     if problem["type"] == "extra_forbidden":
         leaf = name.rpartition(".")[2]
         elsewhere = [f"; did you mean {field}?" for field in names if field.rpartition(".")[2] == leaf]
@@ -76,6 +90,8 @@ class ModelConfig(BaseModel):
 
     resolution: Resolution = Field(32, description="height and width of the images in pixels")
     img_channels: Literal[1, 3] = Field(3, description="1 (grey) or 3 (RGB)")
+    path: PathKind = _PATH
+    path_latent: _PathLatent = _PATH_LATENT
     mapping: Literal["ode", "mlp"] = Field(
         "ode", description="ode: SPI-GAN's neural ODE; mlp: StyleGAN2's MLP, without time"
     )
@@ -90,6 +106,9 @@ class ModelConfig(BaseModel):
     )
     ode_tolerance: Annotated[float, Field(ge=1e-12, le=1)] = Field(
         1e-5, description="relative and absolute tolerance of dopri5"
+    )
+    time_init: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        1.0, description="initial standard deviation of the weights of t in r (0: r starts without time); ours"
     )
     embed_channels: Width = Field(64, description="channels of the first convolution of o; ours")
     mlp_layers: Annotated[int, Field(ge=1, le=64)] = Field(8, description='number of layers of mapping="mlp"')
@@ -106,8 +125,8 @@ class ModelConfig(BaseModel):
 
     @property
     def z_shape(self) -> tuple[int, ...]:
-        """Shape of one z: the shape [C, H, W] of an image, or [dim_h] with mapping="mlp"."""
-        if self.mapping == "mlp":
+        """Shape of one z: the shape [C, H, W] of an image, or [dim_h] with mapping="mlp" on the learned path."""
+        if self.mapping == "mlp" and self.path == "learned":
             return (self.dim_h,)
         return (self.img_channels, self.resolution, self.resolution)
 
@@ -115,6 +134,17 @@ class ModelConfig(BaseModel):
     def adaptive(self) -> bool:
         """Whether the mapping's ODE solver chooses its steps by the values, so that they differ between calls."""
         return self.mapping == "ode" and self.ode_solver == "dopri5"
+
+    @property
+    def timeless(self) -> bool:
+        """Whether the model only makes clean images (t = 1)."""
+        return self.mapping == "mlp" and self.path == "learned"
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.mapping == "mlp" and self.path == "analytic" and self.path_latent == "t":
+            raise ValueError('mapping="mlp" has no time and needs path_latent="1", got "t"')
+        return self
 
 
 class TrainConfig(BaseModel):
@@ -126,12 +156,31 @@ class TrainConfig(BaseModel):
     data: DataConfig = Field(description="training images")
 
     # The straight path
+    path: PathKind = _PATH
+    path_latent: _PathLatent = _PATH_LATENT
+    path_noise: Literal["independent", "z"] = Field(
+        "independent", description='noise of generated points with path="analytic": drawn anew, or z itself; ours'
+    )
     intervals: Annotated[int, Field(ge=1, le=1000)] = Field(
         2, description="K, the number of times t_1 < ... < t_K = 1 per iteration"
     )
     fixed_t: bool = Field(False, description="use t_k = k / K instead of t_1, ..., t_(K-1) ~ U(0, 1)")
     updates: Literal["sequential", "joint"] = Field(
         "sequential", description="sequential: one optimiser step per t_k (Algorithm 1); joint: one step for all t_k"
+    )
+    times: Literal["shared", "split"] = Field(
+        "shared",
+        description="shared: every image is used at all K times; split: at one of them, 1 / K of the minibatch at "
+        "each, with one optimiser step; ours",
+    )
+    time_min: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="t_1, ..., t_(K-1) are above it; ours")
+    time_power: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0,
+        description="density of t_1, ..., t_(K-1): proportional to (t - time_min)^(time_power - 1), so more are near 1 "
+        "if time_power is above 1; ours",
+    )
+    discriminator_time: Literal["auto", "on", "off"] = Field(
+        "auto", description='whether D is told t; auto: unless mapping="mlp" and K = 1 (StyleGAN2); ours'
     )
     beta_min: Annotated[float, Field(gt=0)] = Field(0.1, description="noise rate of the VP-SDE at t = 0")
     beta_max: Annotated[float, Field(gt=0)] = Field(20.0, description="noise rate of the VP-SDE at t = 1")
@@ -169,7 +218,11 @@ class TrainConfig(BaseModel):
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = Field(
         1e6, description="a larger gradient norm stops the run as diverged; None: only a norm that is not finite does"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: convolutions in bfloat16 (autocast)")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="bf16: convolutions in bfloat16 (autocast); auto: bf16 on a GPU that computes in it, else fp32 "
+        "(the run's config.json has the choice)",
+    )
 
     # Augmentation of the images that D sees
     augment: Literal["none", "diffaug", "ada"] = Field("none", description="augmentation of real and generated images")
@@ -182,6 +235,9 @@ class TrainConfig(BaseModel):
         0, description="seed of the initial weights, the noise and the data order"
     )
     device: str = Field("auto", description="auto (cuda if available, else cpu), cpu, cuda, cuda:1, ...")
+    cuda_graph: bool = Field(
+        True, description="on a GPU, replay the steps as CUDA graphs; false needs less memory and is slower"
+    )
     tick_kimg: Annotated[float, Field(ge=1e-3)] = Field(
         4, description="kimg per tick; every tick writes a line of statistics"
     )
@@ -199,10 +255,48 @@ class TrainConfig(BaseModel):
     )
     metric_ticks: Positive = Field(50, description="ticks between evaluations")
 
+    @property
+    def tells_time(self) -> bool:
+        """Whether the discriminator is told t."""
+        if self.discriminator_time == "auto":  # StyleGAN2's own mapping comes with StyleGAN2's own discriminator
+            return self.model.mapping == "ode" or self.intervals > 1
+        return self.discriminator_time == "on"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, fields: Any) -> Any:
+        """Give the path to the model if only the run names it, and the other way round."""
+        model = fields.get("model", {}) if isinstance(fields, dict) else None
+        own = model.model_dump(exclude_unset=True) if isinstance(model, ModelConfig) else model
+        if not isinstance(own, dict):
+            return fields  # the types will be refused
+        changed = {}
+        for name, kind in (("path", PathKind), ("path_latent", PathLatent)):
+            if name in fields and name not in own and fields[name] in get_args(kind):
+                changed[name] = fields[name]
+        shared = {name: own[name] for name in ("path", "path_latent") if name in own and name not in fields}
+        return {**fields, **shared, **({"model": {**own, **changed}} if changed else {})}
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.model.mapping == "mlp" and self.intervals != 1:
-            raise ValueError(f'mapping="mlp" has no time and needs intervals=1 (K = 1), got {self.intervals}')
+        for name in ("path", "path_latent"):
+            if (ours := getattr(self, name)) != (models := getattr(self.model, name)):
+                raise ValueError(f'{name} "{ours}" differs from model.{name} "{models}": set both, or leave one out')
+        if self.model.timeless and self.intervals != 1:
+            raise ValueError(
+                'mapping="mlp" has no time and needs intervals=1 (K = 1) or path="analytic", got '
+                f"intervals={self.intervals}"
+            )
+        if self.path == "learned" and self.path_noise != "independent":
+            raise ValueError(f'path_noise="{self.path_noise}" needs path="analytic", got path="learned"')
+        if self.fixed_t and (self.time_min, self.time_power) != (0.0, 1.0):
+            raise ValueError("fixed_t draws no times: leave out time_min and time_power")
+        at_a_time, name = (self.batch, "batch") if self.batch_gpu is None else (self.batch_gpu, "batch_gpu")
+        if self.times == "split" and at_a_time % self.intervals:
+            raise ValueError(
+                f'times="split" needs a {name} that intervals divides, got {name}={at_a_time} and '
+                f"intervals={self.intervals}"
+            )
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min must be at most beta_max, got {self.beta_min} and {self.beta_max}")
         if self.batch_gpu is not None and self.batch % self.batch_gpu:

@@ -46,6 +46,16 @@ def folders_in(root: Path) -> list[Path]:
     return [root / name for name in sorted(names) if not name.startswith(".")]
 
 
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """Return the folder of the cache.
+
+    This is `folder` if given, else $SPIGAN_CACHE, else $XDG_CACHE_HOME/spigan, else ~/.cache/spigan.
+    """
+    if folder is None:
+        folder = os.environ.get("SPIGAN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spigan"
+    return Path(folder).expanduser()
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a name can be that of a repository on the Hugging Face Hub: "owner/name"."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None

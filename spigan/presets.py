@@ -19,6 +19,7 @@ _PAPER256: dict[str, Any] = {
     "ema_kimg": 20,
     "ema_rampup": None,
     "mbstd_group": 8,
+    "precision": "auto",
 }
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -45,6 +46,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch": 64,
         "mbstd_group": 32,
         "augment": "ada",
+        "precision": "auto",
     },
     "cifar10-small": {
         "data": DataConfig(source="cifar10"),

@@ -20,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
     torch.set_num_threads(1)
 
+os.environ["SPIGAN_AUTOTUNE"] = "0"  # tests that measure say so
+
 # The first example of a test may compile or load something; a deadline would fail it on a busy machine.
 settings.register_profile("spigan", deadline=None)
 settings.load_profile("spigan")

@@ -24,7 +24,7 @@ from spigan import SPIGAN, ModelConfig
 from spigan import app as app_module
 from spigan.app import MAX_COUNT, Page, build, is_loopback, launch, read_seed
 from spigan.cli import app as command_line
-from spigan.images import make_grid, to_uint8
+from spigan.images import display_scale, make_grid, to_uint8
 from spigan.sampling.interpolation import interpolate_h, interpolate_time, interpolate_z
 
 BUNDLED, CIFAR = "digits (bundled)", "cifar10-small (bundled)"
@@ -126,6 +126,14 @@ def test_seeds() -> None:
 def test_refused(page: Page, method: str, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         getattr(page, method)(*arguments)
+
+
+def test_a_model_of_the_analytic_path(tmp_path: Path) -> None:
+    SPIGAN(ModelConfig.model_validate(TINY | {"mapping": "mlp", "path": "analytic"})).save_pretrained(tmp_path / "fade")
+    page, name = Page([tmp_path / "fade"], device="cpu"), str(tmp_path / "fade")
+    strip = interpolate_time([5], 9, model=tmp_path / "fade", device="cpu")[0]
+    grid = make_grid(strip, columns=9, scale=display_scale(8))
+    np.testing.assert_array_equal(pixels(page.time(name, "5")[0]), as_shown(grid))
 
 
 def test_a_model_without_time(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in laye
 
 MAX_PACKAGE_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 600, 60
 LONG_FUNCTIONS = {
+    "spigan.cli.sample.interpolate": "each option of the command is a parameter with its help",
     "spigan.cli.train.train": "each option of the command is a parameter with its help",
     "spigan.cli.evaluate.evaluate": "each option of the command is a parameter with its help",
     "spigan.app.build": "the page from top to bottom, which reads like the page looks",

@@ -62,8 +62,11 @@ def test_json_round_trip_of_every_field_changed() -> None:
         channel_max=3,
         conv_clamp=256.0,
         mapping="mlp",
+        path="analytic",
+        time_init=0.5,
     )
-    assert not [name for name, value in model if value == getattr(ModelConfig(), name)]
+    # The only pair that excludes each other: an MLP has no h(t).
+    assert [name for name, value in model if value == getattr(ModelConfig(), name)] == ["path_latent"]
     assert ModelConfig.model_validate_json(model.model_dump_json()) == model
 
 
@@ -88,7 +91,7 @@ def test_frozen(config: Any) -> None:
         ({"beta2": 1}, "beta2: Input should be less than 1, got 1"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0, got -1"),
         ({"seed": 2**31}, f"seed: Input should be less than {2**31}, got {2**31}"),
-        ({"precision": "fp8"}, "precision: Input should be 'fp32' or 'bf16', got 'fp8'"),
+        ({"precision": "fp8"}, "precision: Input should be 'fp32', 'bf16' or 'auto', got 'fp8'"),
         ({"model": {"ode_solver": "heun"}}, "model.ode_solver: Input should be 'rk4', 'euler' or 'dopri5', got 'heun'"),
         ({"model": {"img_channels": 4}}, "model.img_channels: Input should be 1 or 3, got 4"),
         ({"model": {"ode_layers": 9}}, "model.ode_layers: Input should be less than or equal to 8, got 9"),
@@ -147,9 +150,87 @@ def test_nan_is_no_number() -> None:
 
 
 def test_mlp_mapping_has_one_time() -> None:
-    assert message(model={"mapping": "mlp"}) == 'mapping="mlp" has no time and needs intervals=1 (K = 1), got 2'
+    expected = 'mapping="mlp" has no time and needs intervals=1 (K = 1) or path="analytic", got intervals=2'
+    assert message(model={"mapping": "mlp"}) == expected
     config = TrainConfig.model_validate({"data": DIGITS, "model": {"mapping": "mlp"}, "intervals": 1})
     assert config.model.z_shape == (512,)
+    config = TrainConfig.model_validate({"data": DIGITS, "model": {"mapping": "mlp"}, "path": "analytic"})
+    assert config.model.z_shape == (3, 32, 32) and config.intervals == 2
+    text = message(model={"mapping": "mlp"}, path="analytic", path_latent="t")
+    assert text.endswith('mapping="mlp" has no time and needs path_latent="1", got "t"')
+
+
+# ---- The path ----
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"path": "analytic", "path_latent": "t"},
+        {"model": {"path": "analytic", "path_latent": "t"}},
+        {"model": ModelConfig(path="analytic", path_latent="t")},
+        {"model": ModelConfig(dim_h=512), "path": "analytic", "path_latent": "t"},
+    ],
+)
+def test_run_and_model_share_the_path(fields: dict[str, Any]) -> None:
+    config = TrainConfig.model_validate({"data": DIGITS} | fields)
+    assert (config.path, config.path_latent) == (config.model.path, config.model.path_latent) == ("analytic", "t")
+    assert TrainConfig.model_validate(config.model_dump()) == config
+    assert preset("digits", path="analytic").model == preset("digits").model.model_copy(update={"path": "analytic"})
+
+
+def test_configurations_without_a_path_are_learned() -> None:
+    """Those of models and runs made before there was a choice."""
+    fields = preset("digits").model_dump()
+    new = ("path", "path_latent", "path_noise", "times", "time_min", "time_power", "discriminator_time", "time_init")
+    for name in new:
+        fields.pop(name, None)
+        fields["model"].pop(name, None)
+    assert TrainConfig.model_validate(fields) == preset("digits")
+    assert ModelConfig.model_validate(fields["model"]).path == "learned"
+
+
+def test_path_latent_may_be_a_number() -> None:
+    assert TrainConfig.model_validate({"data": DIGITS, "path_latent": 1}).path_latent == "1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"path": "analytik"}, "path: Input should be 'learned' or 'analytic', got 'analytik'; did you mean analytic?"),
+        (
+            {"path": "analytic", "model": {"path": "learned"}},
+            'path "analytic" differs from model.path "learned": set both, or leave one out',
+        ),
+        ({"path_noise": "z"}, 'path_noise="z" needs path="analytic", got path="learned"'),
+        ({"fixed_t": True, "time_power": 2}, "fixed_t draws no times: leave out time_min and time_power"),
+        (
+            {"times": "split", "intervals": 3, "batch": 32},
+            'times="split" needs a batch that intervals divides, got batch=32 and intervals=3',
+        ),
+        (
+            {"times": "split", "intervals": 4, "batch": 32, "batch_gpu": 2},
+            'times="split" needs a batch_gpu that intervals divides, got batch_gpu=2 and intervals=4',
+        ),
+    ],
+)
+def test_refused_paths(fields: dict[str, Any], expected: str) -> None:
+    assert message(**fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, True),
+        ({"intervals": 1}, True),
+        ({"model": {"mapping": "mlp"}, "intervals": 1}, False),
+        ({"model": {"mapping": "mlp"}, "path": "analytic"}, True),
+        ({"model": {"mapping": "mlp"}, "intervals": 1, "discriminator_time": "on"}, True),
+        ({"discriminator_time": "off"}, False),
+    ],
+)
+def test_when_the_discriminator_is_told_the_time(fields: dict[str, Any], expected: bool) -> None:
+    assert TrainConfig.model_validate({"data": DIGITS} | fields).tells_time == expected
 
 
 def test_batch_gpu_divides_batch() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spigan.files import MAX_TEXT, atomic_path, read_json, read_text, shorten, user_path, write_text
+from spigan.files import MAX_TEXT, atomic_path, cache_folder, read_json, read_text, shorten, user_path, write_text
 
 
 def test_atomic_path_replaces_when_the_block_ends_well(tmp_path: Path) -> None:
@@ -130,3 +130,14 @@ def test_paths_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/user")
     assert user_path("~/a") == Path("/home/user/a")
     assert user_path("~nobody-at-all/a") == Path("~nobody-at-all/a")
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPIGAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "cache"
+    assert cache_folder("~/mine") == Path.home() / "mine"
+    monkeypatch.delenv("SPIGAN_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "spigan"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "spigan"

@@ -117,6 +117,8 @@ def _check_folders(study: Study, out: Path) -> None:
         old = read_config(folder)
         if study.budget and old.total_seconds in study.budget:  # it has trained for an earlier value
             old = old.model_copy(update={"total_seconds": config.total_seconds})
+        if config.precision == "auto":  # chosen when the run began
+            config = config.model_copy(update={"precision": old.precision})
         if changed := _differences(old.model_dump(), config.model_dump()):
             raise ValueError(_changed(folder, config, changed))
 

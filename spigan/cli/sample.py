@@ -109,6 +109,14 @@ def interpolate(
             help="For z. spherical keeps z standard normal. linear, the paper's (1 - a) z' + a z'', does not."
         ),
     ] = "spherical",
+    noise: Annotated[
+        str,
+        typer.Option(
+            help="For time, on the learned path: the generator's per-pixel noise. stored: the same in all rows. "
+            "own: drawn from each row's seed.",
+            callback=one_of("--noise", ("stored", "own")),
+        ),
+    ] = "stored",
     data: Annotated[
         str, typer.Option(help="For path: the images, from any source that `spigan train --data` accepts.")
     ] = "digits",
@@ -141,7 +149,7 @@ def interpolate(
     if kind == "path":
         rows, columns = _forward_rows(data, resolution, numbers, steps), 2
     elif kind == "time":
-        rows = interpolation.interpolate_time(numbers, steps, **options)
+        rows = interpolation.interpolate_time(numbers, steps, noise=noise, **options)  # type: ignore[arg-type]
     elif kind == "z":
         rows = interpolation.interpolate_z(numbers, steps, mix=mix, **options)  # type: ignore[arg-type]
     else:

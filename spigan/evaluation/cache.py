@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -12,16 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spigan.files import atomic_path, shorten
-
-
-def cache_folder(folder: str | Path | None = None) -> Path:
-    """Return the folder of the cache.
-
-    This is `folder` if given, else $SPIGAN_CACHE, else $XDG_CACHE_HOME/spigan, else ~/.cache/spigan.
-    """
-    if folder is None:
-        folder = os.environ.get("SPIGAN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "spigan"
-    return Path(folder).expanduser()
 
 
 def load(path: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor] | None:

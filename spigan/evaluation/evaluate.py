@@ -68,7 +68,7 @@ def evaluate(
         dtype: as for `spigan.Sampler`.
         device: as for `spigan.Sampler`.
         backend: as for `spigan.Sampler`.
-        cache_dir: folder for the statistics of the reference. Default: see `spigan.evaluation.cache.cache_folder`.
+        cache_dir: folder for the statistics of the reference. Default: see `spigan.files.cache_folder`.
         progress: whether to show progress bars.
 
     Returns:

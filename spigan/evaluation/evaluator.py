@@ -18,6 +18,7 @@ from spigan.data import ImageDataset
 from spigan.data.workers import load_batches
 from spigan.evaluation import cache, metrics
 from spigan.evaluation.features import FeatureNet
+from spigan.files import cache_folder
 
 _FORMAT = 1  # version of the cached features; increase it if a change of this code changes them
 _BATCH = 256  # reference images at a time
@@ -57,7 +58,7 @@ class Evaluator:
     Args:
         dataset: the reference images.
         net: the feature network used to compare images.
-        cache_dir: folder of the cache. Default: see `spigan.evaluation.cache.cache_folder`.
+        cache_dir: folder of the cache. Default: see `spigan.files.cache_folder`.
         progress: whether to show progress bars.
 
     Raises:
@@ -78,7 +79,7 @@ class Evaluator:
                 f"each with its {metrics.NEIGHBOURS_COVERAGE} nearest neighbours"
             )
         self.dataset, self.net, self.progress = dataset, net, progress
-        self._folder = cache.cache_folder(cache_dir) / "features"
+        self._folder = cache_folder(cache_dir) / "features"
 
     @property
     def distance(self) -> str:

@@ -28,9 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan.evaluation import digits_net
-from spigan.evaluation.cache import cache_folder
 from spigan.evaluation.resnet56 import load_resnet56
-from spigan.files import user_path
+from spigan.files import cache_folder, user_path
 from spigan.images import to_pil
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
         spec: "inception", "inception=PATH", "cifar10-resnet56=PATH", "digits", "pixels", "NAME=PATH" or "PATH"; see the
             top of this module.
         device: device on which to run.
-        cache_dir: folder that holds the file for "inception". Default: see `spigan.evaluation.cache.cache_folder`.
+        cache_dir: folder that holds the file for "inception". Default: see `spigan.files.cache_folder`.
 
     Raises:
         FileNotFoundError: if the file does not exist. The message states where to get it.

@@ -25,9 +25,9 @@ from spigan.models.uncopied import Uncopied
 from spigan.ops import backends, fir_bias_act
 from spigan.ops.demodulation import demodulation_of_sums, normalized_style, normalized_weight, squared_sums
 from spigan.ops.fir_bias_act import upsample2d
-from spigan.ops.frozen_layer import frozen_modulated_conv2d
 from spigan.ops.layer_end import LayerEnd, wide
-from spigan.ops.layer_weights import LayerWeight, prepare_weight, weight_form
+from spigan.ops.layer_plans import LayerCall, LayerPlan, layer_plan
+from spigan.ops.layer_weights import LayerWeight, prepare_weight
 from spigan.ops.library import why_transformed
 from spigan.ops.limits import MAX_RGB_CHANNELS
 
@@ -154,17 +154,18 @@ def synthesize(
             next_factor=None if last else styles[index + 1],
             rgb_weight=_rgb_weight(block, rgb_styles[(index + 1) // 2]) if layer is block.conv1 else None,
         )
-        x, rgb = frozen_modulated_conv2d(
-            backend,
-            x,
-            _packed_weight(prepared, index, layer, x, backend, kept),
-            end,
+        call = LayerCall(
+            x=x,
+            end=end,
             style=None,  # the previous layer has already scaled x
             up=layer.up,
             padding=1,
             filter=layer.resample_filter.float(),  # the module may have a different dtype
+            shape=layer.weight.shape,
             keep=not last,
+            kept=kept,
         )
+        x, rgb = _run_layer(prepared, index, layer, call, backend)
         if rgb is not None:
             below = None if img is None else upsample2d(img, block.resample_filter)
             img = fir_bias_act(rgb.permute(0, 3, 1, 2), bias=block.torgb.bias, clamp=block.torgb.clamp, add=below)
@@ -191,21 +192,24 @@ def _rgb_weight(block: SynthesisBlock, style: Tensor) -> Tensor:
     return block.torgb.weight[:, :, 0, 0].float() * style[:, None]
 
 
-def _packed_weight(
-    prepared: PreparedSynthesis, index: int, layer: SynthesisLayer, x: Tensor, backend: str, kept: bool
-) -> LayerWeight:
-    """Return the weight of a layer in the form that is fastest for x [N, H, W, I]."""
-    dtype, side = x.dtype, layer.noise_const.shape[0]
-    form = weight_form(
-        backend, layer.weight.shape, (side, side), dtype, x.shape[0], layer.up, 1, layer.resample_filter, kept
-    )
-    key = (index, form, dtype)
-    if (packed := prepared.weights.get(key)) is None:
+def _run_layer(
+    prepared: PreparedSynthesis, index: int, layer: SynthesisLayer, call: LayerCall, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Run a layer in the way that is fastest for its input, and keep its weights in the form that this takes."""
+    dtype = call.x.dtype
+
+    def pack(plan: LayerPlan) -> LayerWeight:
         weight = normalized_weight(layer.weight) if dtype == torch.float16 else layer.weight
-        packed = prepare_weight(weight, form, dtype, backend)
-        if kept:  # if not, one layer's packed weight is freed before the next one is made
+        return prepare_weight(weight, plan.form, dtype, plan.backend)
+
+    others = call.x.device.type == "cuda" and backends.requested()[0] == "auto"
+    plan = layer_plan(backend, call, pack, others=others)
+    key = (index, plan.form, dtype)
+    if (packed := prepared.weights.get(key)) is None:
+        packed = pack(plan)
+        if call.kept:  # if not, one layer's packed weight is freed before the next one is made
             prepared.weights[key] = packed
-    return packed
+    return call.run(plan, packed)
 
 
 def _styles(

@@ -67,10 +67,11 @@ class Generator(nn.Module):
         Returns:
             float32 [n, 1, H, W] for each layer.
         """
-        seeds = zip(self._seeds(device), self._layer_sizes(), strict=True)
+        seeds = zip(self._seeds(device), self.layer_sizes(), strict=True)
         return [draw_noise(seed.reshape(1), n, (size, size)) for seed, size in seeds]
 
-    def _layer_sizes(self) -> list[int]:
+    def layer_sizes(self) -> list[int]:
+        """Return the side, in pixels, of each layer's noise."""
         return [self.block_resolutions[(index + 1) // 2] for index in range(self.num_ws - 1)]
 
     def _seeds(self, device: torch.device | str | None) -> Tensor:
@@ -115,7 +116,7 @@ class Generator(nn.Module):
     def _noise_sources(self, noise: str | list[Tensor] | None, h: Tensor) -> tuple[str, list[Tensor | None]]:
         """Return the noise mode and the source of each layer's noise; see `SynthesisLayer.noise_inputs`."""
         if isinstance(noise, list):
-            shapes, sides = [tuple(x.shape) for x in noise], self._layer_sizes()
+            shapes, sides = [tuple(x.shape) for x in noise], self.layer_sizes()
             if len(shapes) != len(sides) or any(
                 shape not in ((h.shape[0], 1, side, side), (1, 1, side, side))
                 for shape, side in zip(shapes, sides, strict=True)

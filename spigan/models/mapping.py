@@ -7,6 +7,7 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,7 @@ class ODEMapping(nn.Module):
         embed_channels: width of o's first convolution.
         lr_multiplier: learning rate of o and r, relative to the optimiser's (StyleGAN2's mapping uses 0.01).
         tolerance: relative and absolute tolerance of dopri5.
+        time_init: initial standard deviation of the time's weights.
     """
 
     def __init__(
@@ -96,16 +98,18 @@ class ODEMapping(nn.Module):
         embed_channels: int,
         lr_multiplier: float,
         tolerance: float,
+        time_init: float = 1.0,
     ) -> None:
         super().__init__()
         self.embed = ImageEmbedding(resolution, img_channels, dim_h, embed_channels, lr_multiplier)
         self.weight = nn.Parameter(torch.randn(layers, dim_h, dim_h) / lr_multiplier)
         self.bias = nn.Parameter(torch.zeros(layers, dim_h))
-        self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier)
+        self.time_weight = nn.Parameter(torch.randn(layers, dim_h) / lr_multiplier * time_init)
         self.steps, self.solver, self.activation = steps, solver, activation
         self.weight_gain = lr_multiplier / dim_h**0.5
-        # The weights of the time start with variance 1, whereas those of the D other inputs start with 1 / D. The time
-        # then moves h about as far as a change of z does. Otherwise the generator learns late to tell the times apart.
+        # By default, the weights of the time start with variance 1, whereas those of the D other inputs start with
+        # 1 / D. The time then moves h about as far as a change of z does. Otherwise the generator learns late to tell
+        # the times apart.
         self.bias_gain = self.time_gain = lr_multiplier
         self.tolerance = tolerance
 
@@ -165,19 +169,22 @@ class MLPMapping(nn.Module):
     """StyleGAN2's mapping network: normalised z through `layers` leaky ReLU layers, without time.
 
     Args:
-        dim_h: D, the length of both z and h.
+        dim_h: D, the length of h.
         layers: number of layers.
         lr_multiplier: learning rate, relative to the optimiser's.
+        dim_z: M, the number of values of one z. More than D are folded to D (see `fold`). Default: D.
     """
 
-    def __init__(self, *, dim_h: int, layers: int, lr_multiplier: float) -> None:
+    def __init__(self, *, dim_h: int, layers: int, lr_multiplier: float, dim_z: int | None = None) -> None:
         super().__init__()
+        widths = [min(dim_h, dim_z or dim_h)] + [dim_h] * layers
         self.layers = nn.Sequential(
-            *(Linear(dim_h, dim_h, activation="lrelu", lr_multiplier=lr_multiplier) for _ in range(layers))
+            *(Linear(wide, out, activation="lrelu", lr_multiplier=lr_multiplier) for wide, out in pairwise(widths))
         )
+        self.dim_in = widths[0]
 
     def forward(self, z: Tensor, t: Times = 1.0) -> Tensor:
-        """Map [N, D] to [N, D] for t = 1, or to [1, N, D] for t = [1.0].
+        """Map z [N, ...], M values each, to [N, D] for t = 1, or to [1, N, D] for t = [1.0].
 
         Raises:
             ValueError: if t is any other time. This mapping only makes clean images.
@@ -186,5 +193,26 @@ class MLPMapping(nn.Module):
         if times != [1.0]:
             raise ValueError(f'mapping="mlp" has no time: t must be 1.0, got {t}; use mapping="ode" for other times')
         with torch.autocast(z.device.type, enabled=False):
-            h = self.layers(normalize_2nd_moment(z.to(next(self.parameters()).dtype)))
+            z = fold(z.to(next(self.parameters()).dtype).flatten(1), self.dim_in)
+            h = self.layers(normalize_2nd_moment(z))
         return h if isinstance(t, (int, float)) else h[None]
+
+
+def fold(z: Tensor, size: int) -> Tensor:
+    """Shorten standard normal vectors to standard normal vectors that depend on all of their values.
+
+    Args:
+        z: [N, M].
+        size: D, at most M.
+
+    Returns:
+        [N, D]: value j is the sum of the values j, j + D, j + 2 D, ..., divided by the root of their number. z itself
+        if M = D.
+    """
+    values = z.shape[1]
+    if values == size:
+        return z
+    full, rest = divmod(values, size)
+    counts = torch.full((size,), float(full), dtype=z.dtype, device=z.device)
+    counts[:rest] += 1.0
+    return nn.functional.pad(z, (0, -values % size)).unflatten(1, (-1, size)).sum(1) / counts.sqrt()

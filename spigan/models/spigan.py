@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
 
 from spigan.config import ModelConfig
 from spigan.models.generator import Generator
 from spigan.models.hub import card, push_to_hub
-from spigan.models.mapping import MLPMapping, ODEMapping, Times
+from spigan.models.mapping import MLPMapping, ODEMapping, Times, check_unit_times
 from spigan.models.pretrained import PretrainedModel
 from spigan.ops.library import stage
 
@@ -32,7 +34,10 @@ class SPIGAN(PretrainedModel):
         self.mapping: ODEMapping | MLPMapping
         if config.mapping == "mlp":
             self.mapping = MLPMapping(
-                dim_h=config.dim_h, layers=config.mlp_layers, lr_multiplier=config.mapping_lr_multiplier
+                dim_h=config.dim_h,
+                layers=config.mlp_layers,
+                lr_multiplier=config.mapping_lr_multiplier,
+                dim_z=math.prod(config.z_shape),
             )
         else:
             self.mapping = ODEMapping(
@@ -46,6 +51,7 @@ class SPIGAN(PretrainedModel):
                 embed_channels=config.embed_channels,
                 lr_multiplier=config.mapping_lr_multiplier,
                 tolerance=config.ode_tolerance,
+                time_init=config.time_init,
             )
         self.generator = Generator(
             config.resolution,
@@ -58,6 +64,9 @@ class SPIGAN(PretrainedModel):
 
     def forward(self, z: Tensor, t: Times = 1.0, noise: str | None = None) -> Tensor:
         """Make images at one or several times.
+
+        With path="analytic", the image at time t is t G(h) + (1 - t) z, where h is h(1) or h(t), as `path_latent` says.
+        At t = 0 it is z, and with path_latent="1" the generator runs once, however many times there are.
 
         Args:
             z: [N, *config.z_shape], standard normal.
@@ -72,12 +81,28 @@ class SPIGAN(PretrainedModel):
         """
         if z.ndim != len(self.config.z_shape) + 1 or tuple(z.shape[1:]) != self.config.z_shape:
             raise ValueError(f"z must have shape [N, {', '.join(map(str, self.config.z_shape))}], got {list(z.shape)}")
+        if self.config.path == "analytic" and t != 1.0:
+            return self._noisy(z, t, noise)
         with stage("mapping"):
             h = self.mapping(z, t)
         with stage("synthesis"):
             if h.ndim == 2:
                 return self.generator(h, noise)
             return self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
+
+    def _noisy(self, z: Tensor, t: Times, noise: str | None) -> Tensor:
+        """Make images on the analytic path; see `forward`."""
+        times = [float(t)] if isinstance(t, (int, float)) else [float(time) for time in t]
+        check_unit_times(times)
+        with stage("mapping"):
+            h = self.mapping(z, times if self.config.path_latent == "t" else [1.0])  # [K or 1, N, D]
+        with stage("synthesis"):
+            clean = self.generator(h.flatten(0, 1), noise).unflatten(0, h.shape[:2])
+            z = z.to(clean.dtype)
+            images = torch.stack(
+                [time * x + (1.0 - time) * z for time, x in zip(times, clean.expand(len(times), *z.shape), strict=True)]
+            )
+        return images[0] if isinstance(t, (int, float)) else images
 
     def push_to_hub(  # type: ignore[override]
         self,

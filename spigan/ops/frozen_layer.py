@@ -30,6 +30,8 @@ PRODUCTS_CHUNK = 512 * 9 * 512
 ONEDNN_MIN_PRODUCTS = 1 << 22
 # Bytes of a result that are worth a separate convolution when a batch is convolved in parts to save memory.
 MIN_PART_BYTES = 1 << 21
+# The same on a GPU, where smaller parts would leave multiprocessors idle at the end of each convolution.
+GPU_PART_BYTES = 1 << 30
 
 # oneDNN's matrix product of float32 [T, I] and [O, I], as torch.compile calls it; None if PyTorch was built without it.
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -46,6 +48,7 @@ def frozen_modulated_conv2d(
     padding: int,
     filter: Tensor,
     keep: bool = True,
+    part_bytes: int = GPU_PART_BYTES,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Run a layer without gradients, on tensors that have been checked.
 
@@ -58,6 +61,7 @@ def frozen_modulated_conv2d(
         up, padding: See `modulated_conv2d`.
         filter: float32 [m, m], of up = 2.
         keep: False if only the ToRGB layer needs the result.
+        part_bytes: See `images_at_a_time`.
 
     Returns:
         [N, H', W', O] in the dtype of x, or None without `keep`; and float32 [N, H', W', R], or None without
@@ -70,11 +74,8 @@ def frozen_modulated_conv2d(
         return x.new_empty((n, *size, weight.channels)) if keep else None, rgb
     fused = weight.form == "taps" and up == 1
     part = n  # images at a time
-    # If the convolution's own result does not become the layer's in place, a quarter of the images is convolved at a
-    # time, so that memory holds the input, the result and at most a quarter of another result.
-    if not fused and (up == 2 or not keep):
-        image_bytes = size[0] * size[1] * weight.channels * x.dtype.itemsize
-        part = min(n, max(-(-n // 4), -(-MIN_PART_BYTES // image_bytes)))
+    if not fused and (up == 2 or not keep):  # the convolution's own result does not become the layer's in place
+        part = images_at_a_time(backend, n, size[0] * size[1] * weight.channels * x.dtype.itemsize, part_bytes)
     with on(x.device):
         if end.seed is not None and (part < n or weight.form in ("winograd", "products")):
             # In a part, the stream would start again.
@@ -94,6 +95,24 @@ def frozen_modulated_conv2d(
         if up == 2:
             fir = Fir(filter=filter, pad=fir_padding(weight.kernel, filter.shape[-1], padding)[0], gain=4.0)
         return _in_parts(backend, x, weight, end, style, fir, padding, size, part, keep, rgb), rgb
+
+
+def images_at_a_time(backend: str, n: int, image_bytes: int, part_bytes: int = GPU_PART_BYTES) -> int:
+    """Return how many of n images are convolved at a time if the result is only a temporary.
+
+    On the CPU it is a quarter of them, so that memory holds the input, the result and at most a quarter of another
+    result. On a GPU it is all of them, or as many as keep the temporary result within `part_bytes`.
+
+    Args:
+        backend: "cpp", "triton" or "cuda".
+        n: Number of images, at least 1.
+        image_bytes: Size of the result for one image.
+        part_bytes: Largest temporary result on a GPU.
+    """
+    if backend == "cpp":
+        return min(n, max(-(-n // 4), -(-MIN_PART_BYTES // image_bytes)))
+    parts = min(n, -(-n * image_bytes // part_bytes))
+    return -(-n // parts)
 
 
 def _scaled(backend: str, x: Tensor, style: Tensor) -> Tensor:
@@ -132,8 +151,9 @@ def _convolved(x: Tensor, weight: LayerWeight, style: Tensor | None, fir: Fir | 
     if weight.form == "modulated":
         modulated = weight.value if style is None else weight.value * style[:, None]  # [N, O, I]
         return torch.matmul(x.flatten(1, 2), modulated.to(x.dtype).mT).view(n, height, width, weight.channels)
-    if weight.form == "direct":
-        return channels_last(convolution(x.permute(0, 3, 1, 2), weight.value, 1 if fir is None else 2, padding))
+    if weight.form in ("direct", "transposed"):
+        value = weight.value if weight.form == "direct" else weight.value.transpose(0, 1)
+        return channels_last(convolution(x.permute(0, 3, 1, 2), value, 1 if fir is None else 2, padding))
     from spigan.kernels.modulated_conv2d import transposed_conv2d
 
     y = x.new_empty((n, 2 * height + weight.kernel - 2, 2 * width + weight.kernel - 2, weight.channels))

@@ -25,6 +25,8 @@ class LayerWeight:
 
     Attributes:
         form: "direct" [O, I, k, k], channels-last: the library's convolution.
+            "transposed" [I, O, k, k], channels-last: the library's transposed convolution (up = 2 on a GPU), which
+            would copy weights in any other layout at each call.
             "products" [k k O, I]: one matrix product for all taps (up = 2 on the CPU).
             "taps" [k, k, O, I]: Triton's convolution.
             "winograd" [16, O, I] float32: Winograd's F(2x2, 3x3) on the CPU.
@@ -60,23 +62,36 @@ def weight_form(
         up, padding, filter: See `modulated_conv2d`.
         kept: The weights are already in that form, or will be kept in it.
     """
-    channels_out, channels_in, kernel, _ = shape
-    if has_few_outputs(kernel, padding, up, channels_out):
-        return "modulated"
-    if backend == "triton":
-        return "taps"
-    if backend != "cpp" or dtype == torch.float64:
-        return "direct"
+    channels_out, channels_in, _, _ = shape
+    if backend != "cpp":
+        return possible_forms(backend, shape, dtype, up, padding, filter)[0]
     if up == 1:
         tiles = n * -(-size[0] // 2) * -(-size[1] // 2)
-        winograd = (kernel, padding, dtype) == (3, 1, torch.float32)
-        winograd = winograd and min(channels_in, channels_out) >= WINOGRAD_MIN_CHANNELS
         enough = tiles >= (WINOGRAD_MIN_TILES_KEPT if kept else WINOGRAD_MIN_TILES)
-        return "winograd" if winograd and enough else "direct"
-    few_pixels = n * size[0] * size[1] <= 4 * PRODUCTS_MAX_PIXELS
-    faster = few_pixels or channels_out >= PRODUCTS_MIN_CHANNELS
-    possible = faster and kernel * filter.shape[-1] <= MAX_PRODUCT_TERMS and separable(filter)
-    return "products" if possible else "direct"
+        faster = enough and min(channels_in, channels_out) >= WINOGRAD_MIN_CHANNELS
+    else:
+        faster = n * size[0] * size[1] <= 4 * PRODUCTS_MAX_PIXELS or channels_out >= PRODUCTS_MIN_CHANNELS
+    # The filter's values are read only if they matter.
+    return possible_forms(backend, shape, dtype, up, padding, filter if faster else None)[-1 if faster else 0]
+
+
+def possible_forms(
+    backend: str, shape: torch.Size, dtype: torch.dtype, up: int, padding: int, filter: Tensor | None
+) -> tuple[str, ...]:
+    """Return the forms of `LayerWeight` with which `backend` computes a layer, the library's first on the CPU.
+
+    See `weight_form` for the arguments. Without `filter`, forms that depend on its values are left out.
+    """
+    channels_out, _, kernel, _ = shape
+    if has_few_outputs(kernel, padding, up, channels_out):
+        return ("modulated",)
+    if backend != "cpp":
+        library = "transposed" if up == 2 else "direct"
+        return (library,) if backend == "cuda" else ("taps", library)
+    if up == 1:
+        return ("direct", "winograd") if (kernel, padding, dtype) == (3, 1, torch.float32) else ("direct",)
+    products = filter is not None and dtype != torch.float64 and kernel * filter.shape[-1] <= MAX_PRODUCT_TERMS
+    return ("direct", "products") if products and separable(filter) else ("direct",)  # type: ignore[arg-type]
 
 
 def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) -> LayerWeight:
@@ -88,8 +103,9 @@ def prepare_weight(weight: Tensor, form: str, dtype: torch.dtype, backend: str) 
         launch(backend, "winograd_weight", value, whole, channels_out, channels_in)
     elif form == "modulated":
         value = weight[:, :, 0, 0].to(torch.promote_types(weight.dtype, torch.float32))
-    elif form == "direct":
-        value = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    elif form in ("direct", "transposed"):
+        whole = weight.to(dtype) if form == "direct" else weight.to(dtype).transpose(0, 1)
+        value = whole.contiguous(memory_format=torch.channels_last)
     else:
         value = weight.to(dtype).permute(2, 3, 0, 1).contiguous()
         if form == "products":

@@ -2,7 +2,8 @@
 (Karras et al. 2020b, "Analyzing and improving the image quality of StyleGAN", section 2.2).
 
 The style scales the input, one convolution with shared weights serves the whole batch, and one pass of `fir_bias_act`
-ends the layer. Without gradients, spigan/ops/frozen_layer.py runs it.
+ends the layer. Without gradients, spigan/ops/frozen_layer.py runs it, in a way that
+spigan/ops/layer_plans.py chooses.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from spigan.ops.checks import check_activation, check_clamp, check_index, check_
 from spigan.ops.convolution import convolution, fir_padding, has_few_outputs, result_size
 from spigan.ops.demodulation import demodulation, normalized_style, normalized_weight
 from spigan.ops.fir_bias_act import fir_bias_act, fir_bias_act_reference, limit
-from spigan.ops.frozen_layer import frozen_modulated_conv2d
 from spigan.ops.layer_end import LayerEnd, channels_last, wide
-from spigan.ops.layer_weights import prepare_weight, weight_form
+from spigan.ops.layer_plans import LayerCall, LayerPlan, layer_plan
+from spigan.ops.layer_weights import LayerWeight, prepare_weight
 from spigan.ops.noise import check_noise, draw_noise
 from spigan.ops.operation import Operation
 from spigan.ops.upfirdn2d import fir_filter
@@ -225,9 +226,6 @@ def _kernel(args: Any) -> Tensor:
     x, weight, style, dtype = args.x, args.weight, args.style, args.x.dtype
     if args.demodulate and dtype == torch.float16:
         weight, style = normalized_weight(weight), normalized_style(style)
-    form = weight_form(
-        args.backend, weight.shape, _size(args), dtype, x.shape[0], args.up, args.padding, args.resample_filter
-    )
     end = LayerEnd(
         factor=wide(demodulation(weight, style), dtype) if args.demodulate else None,
         noise=wide(args.noise, dtype),
@@ -238,16 +236,21 @@ def _kernel(args: Any) -> Tensor:
         gain=args.gain,
         clamp=args.clamp,
     )
-    out, _ = frozen_modulated_conv2d(
-        args.backend,
-        channels_last(x),
-        prepare_weight(weight, form, dtype, args.backend),
-        end,
+    call = LayerCall(
+        x=channels_last(x),
+        end=end,
         style=wide(style, dtype),
         up=args.up,
         padding=args.padding,
         filter=args.resample_filter.to(torch.float32).contiguous(),
+        shape=weight.shape,
     )
+
+    def pack(plan: LayerPlan) -> LayerWeight:
+        return prepare_weight(weight, plan.form, dtype, plan.backend)
+
+    plan = layer_plan(args.backend, call, pack)
+    out, _ = call.run(plan, pack(plan))
     assert out is not None
     return out.permute(0, 3, 1, 2)
 

@@ -20,6 +20,7 @@ from spigan.ops.layer_end import LRELU_SLOPE
 from spigan.ops.library import compiled, dtype_number, launch, register_operator
 from spigan.ops.limits import MAX_ODE_DIM, MAX_ODE_LAYERS, MAX_ODE_TIMES, ODE_DIM_MULTIPLE
 from spigan.ops.operation import Operation
+from spigan.ops.rk4_mlp_backward import Gradients, Solve, batched_gradients, stepwise_gradients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -241,55 +242,18 @@ _ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _backward_kernel(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of `rk4_mlp` from those of the states after every step [S, N, D].
-
-    This is plain PyTorch on any device: most of the time goes into matrix products, and the library's are the fastest.
-    The four stages of each step are computed again from the state before it. Gradients of half types are summed in
-    float32.
-    """
+def _backward_kernel(args: Any) -> Gradients:
+    """Compute the gradients of `rk4_mlp` from those of the states after every step [S, N, D]."""
     grad_states, states, h0, weight, bias, time_weight, times, steps, activation = args
-    dtype, layers = h0.dtype, weight.shape[0]
-    exact = torch.promote_types(dtype, torch.float32)
-    act, act_backward = ACTIVATIONS[activation], _ACTIVATION_BACKWARD[activation]
-    grad_weight, grad_bias, grad_time = (torch.zeros_like(x, dtype=exact) for x in (weight, bias, time_weight))
-    grad_h = torch.zeros_like(h0, dtype=exact)
-    for step, (t, dt, _) in reversed(list(enumerate(step_grid(times, steps)))):
-        grad_h = grad_h + grad_states[step]
-        h = (states[step - 1] if step else h0).to(exact)
-        nodes = [(t, 0.0), (t + dt / 2, dt / 2), (t + dt / 2, dt / 2), (t + dt, dt)]  # of the four stages: time, length
-        inputs: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] input of the layer
-        before: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage] input of its activation
-        k = torch.zeros_like(h)
-        for time, length in nodes:
-            x = (h + length * k).to(dtype)
-            for layer in range(layers):
-                inputs[layer].append(x)
-                x = F.linear(x, weight[layer], bias[layer] + time * time_weight[layer])
-                before[layer].append(x)
-                x = act(x) if layer < layers - 1 else x
-            k = x.to(exact)
-        # Backwards through k4, ..., k1; the stage after stage s starts at h + length k_s.
-        grads: list[list[Tensor]] = [[] for _ in range(layers)]  # [layer][stage, last first]
-        grad_k, grad_start = (dt / 6) * grad_h, grad_h
-        for stage in reversed(range(4)):
-            grad = grad_k.to(dtype)
-            for layer in reversed(range(layers)):
-                if layer < layers - 1:
-                    grad = act_backward(grad, before[layer][stage])
-                grads[layer].append(grad)
-                grad = grad @ weight[layer]
-            grad_x = grad.to(exact)
-            grad_start = grad_start + grad_x
-            grad_k = (dt / (6 if stage == 1 else 3)) * grad_h + nodes[stage][1] * grad_x
-        for layer in range(layers):
-            grad = torch.cat(grads[layer][::-1])  # [4 N, D]
-            grad_weight[layer] += grad.t() @ torch.cat(inputs[layer])
-            per_stage = grad.view(4, *h0.shape).sum(1, dtype=exact)
-            grad_bias[layer] += per_stage.sum(0)
-            grad_time[layer] += sum(time * per_stage[stage] for stage, (time, _) in enumerate(nodes))
-        grad_h = grad_start
-    return grad_h.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype), grad_time.to(dtype)
+    solve = Solve(
+        *(states, h0, weight, bias, time_weight),
+        [(t, dt) for t, dt, _ in step_grid(times, steps)],
+        ACTIVATIONS[activation],
+        _ACTIVATION_BACKWARD[activation],
+    )
+    # On a CPU, results stay those of the runs that were begun before there were batches.
+    gradients = batched_gradients if h0.is_cuda else stepwise_gradients
+    return gradients(grad_states, solve)
 
 
 def _backward_fake(args: Any) -> tuple[Tensor, ...]:
@@ -326,7 +290,8 @@ def _backward(ctx: Any, grad_states: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.every_step:  # the states between the requested times were not kept
         states = _OPERATION.kernel(*inputs, times, steps, True, activation, ctx.backend)
         every_grad = torch.zeros_like(states)
-        every_grad[_written(times, steps, False)] = grad_states
+        for step, grad in zip(_written(times, steps, False), grad_states.unbind(0), strict=True):
+            every_grad[step] = grad  # not indexed by a list, which would be copied from the host
         grad_states = every_grad
     return *_backward_operator(grad_states, states, *inputs, times, steps, activation), *(None,) * 5
 

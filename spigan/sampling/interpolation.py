@@ -25,19 +25,32 @@ from spigan.sampling.seeds import resolve_seeds
 from spigan.sde import VPSDE
 
 Mix = Literal["spherical", "linear"]
+PixelNoise = Literal["stored", "own"]
 Steps = int | Sequence[float]
 """The number S of evenly spaced values from 0 to 1, as in `torch.linspace(0, 1, S)`; or S values in [0, 1]."""
 
 
-def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = None, **options: Any) -> Tensor:
+def interpolate_time(
+    seeds: Sequence[int],
+    steps: Steps = 9,
+    *,
+    noise: PixelNoise = "stored",
+    model: Model = None,
+    **options: Any,
+) -> Tensor:
     """Go from noise to image: from h(0) to h(1) for a fixed z (Fig. 9).
 
-    The ODE is solved once, through all the times. If the times are close together, the solver takes shorter steps than
-    in `sample`, and the last image equals that of `sample` up to the error of the solver.
+    On the learned path, the ODE is solved once, through all the times. If the times are close together, the solver
+    takes shorter steps than in `sample`, and the last image equals that of `sample` up to the error of the solver.
+
+    On the analytic path, the row is t G(h) + (1 - t) z, and begins with z itself. With path_latent="1" it is a
+    cross-fade from z to one and the same image, G(h(1)).
 
     Args:
         seeds: R seeds, one for the z of each row.
         steps: number S of times 0, 1 / (S - 1), ..., 1; or a list of S times in [0, 1].
+        noise: the generator's per-pixel noise on the learned path, from which it makes the noise of i(t). stored: the
+            same for all seeds, as in `sample`; own: each seed's own, as in training, and the same along a row.
         model: as in `spigan.sample`.
         **options: options of `spigan.Sampler`: batch_size, dtype, backend, device.
 
@@ -45,13 +58,25 @@ def interpolate_time(seeds: Sequence[int], steps: Steps = 9, *, model: Model = N
         uint8 [R, S, C, H, W].
 
     Raises:
-        ValueError: if the model has no time (mapping="mlp"), or an argument is out of range.
+        ValueError: if the model has no time (mapping="mlp" on the learned path), or an argument is out of range.
     """
+    if noise not in ("stored", "own"):
+        raise ValueError(f'noise must be "stored" or "own", got {noise!r}')
     sampler = _sampler(model, options)
-    if sampler.model.config.mapping == "mlp":
+    config = sampler.model.config
+    if config.timeless:
         raise ValueError('mapping="mlp" has no time, so there is no h(0) to h(1): interpolate z or h instead')
+    if config.path == "analytic" and noise == "own":
+        raise ValueError('path="analytic" takes the noise of a row from its z: leave out noise="own"')
     times = _weights(steps).tolist()
-    rows = [sampler.of_latents(_latents(sampler, z, times)[:, 0], to="cpu") for z in _noise(sampler, seeds).split(1)]
+    rows = []
+    for seed, z in zip(map(int, seeds), _noise(sampler, seeds).split(1), strict=True):
+        if config.path == "analytic":
+            rows.append(_analytic_row(sampler, z, times))
+        elif noise == "own":
+            rows.append(_row_of_own_noise(sampler, _latents(sampler, z, times)[:, 0], seed))
+        else:
+            rows.append(sampler.of_latents(_latents(sampler, z, times)[:, 0], to="cpu"))
     return torch.stack(rows)
 
 
@@ -217,6 +242,25 @@ def _latents(sampler: Sampler, z: Tensor, t: float | list[float] = 1.0) -> Tenso
     """Return the latent vectors h of z: [N, D] at one time, or [K, N, D] at K times."""
     with torch.inference_mode(), use_backend(sampler.backend):
         return sampler.model.mapping(z, t)
+
+
+def _analytic_row(sampler: Sampler, z: Tensor, times: list[float]) -> Tensor:
+    """Return uint8 [S, C, H, W] of z [1, C, H, W] on the analytic path, `batch_size` times at once."""
+    options: dict[str, Any] = {"dtype": sampler.dtype, "backend": sampler.backend, "output": "uint8", "batch_size": 1}
+    parts = [times[start : start + sampler.batch_size] for start in range(0, len(times), sampler.batch_size)]
+    return torch.cat([Sampler(sampler.model, t=part, **options).of_noise(z, to="cpu")[:, 0] for part in parts])
+
+
+def _row_of_own_noise(sampler: Sampler, h: Tensor, seed: int) -> Tensor:
+    """Return uint8 [S, C, H, W] of h [S, D], where the generator's per-pixel noise is that of a seed."""
+    generator, start = sampler.model.generator, math.prod(sampler.model.config.z_shape)
+    noise = []
+    for side in generator.layer_sizes():  # numbers of the seed's stream that follow those of its z
+        noise.append(philox_normal((1, 1, side, side), seed=seed, offset=start, device=sampler.device))
+        start += side * side
+    autocast = torch.autocast(sampler.device.type, sampler.dtype, enabled=sampler.dtype != torch.float32)
+    with torch.inference_mode(), autocast, use_backend(sampler.backend):
+        return torch.cat([to_uint8(generator(part, noise)).cpu() for part in h.split(sampler.batch_size)])
 
 
 def _between(

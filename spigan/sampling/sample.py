@@ -14,7 +14,6 @@ from torch import Tensor
 
 from spigan.images import to_pil
 from spigan.models import SPIGAN
-from spigan.models.grid import default_batch_size
 from spigan.models.load import Model, load_model
 from spigan.models.uncopied import Uncopied
 from spigan.ops import backends
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 OutputType = Literal["pt", "np", "pil"]
 
-MAX_SAMPLERS = 8  # samplers kept for each model; each of them may hold a CUDA graph and its memory
+MAX_SAMPLERS = 8  # samplers kept for each model; see spigan/sampling/cuda_graph.py for the memory of their graphs
 
 
 def sample(
@@ -75,9 +74,6 @@ def sample(
         source: Sequence[int] | Tensor = resolve_seeds(n, seed)
     else:
         source = _check_noise(n, seed, z)
-    if batch_size is None:  # no larger than needed, because only a full batch runs as a CUDA graph
-        times = 1 if isinstance(t, (int, float)) else max(1, len(t))
-        batch_size = min(max(1, len(source)), max(1, default_batch_size(network.config.resolution) // times))
     sampler = kept_sampler(
         network,
         batch_size=batch_size,

@@ -24,9 +24,9 @@ class Sampler:
 
     Up to rounding, image i depends only on its own seed and the weights. It does not depend on its neighbours, the
     batch size or the device. As long as the model's parameters are frozen (`model.requires_grad_(False)`, as in the
-    models that spigan loads) and unchanged, packed weights and demodulation sums are kept, and on a GPU a whole batch,
-    from seeds to pixels, is one CUDA graph. If the parameters require gradients, they are prepared again for each
-    batch.
+    models that spigan loads) and unchanged, packed weights and demodulation sums are kept. On a GPU, a whole batch,
+    from seeds to pixels, is then one CUDA graph from the second batch of its size on. If the parameters require
+    gradients, they are prepared again for each batch.
 
     Use a sampler from one thread at a time.
 
@@ -40,7 +40,8 @@ class Sampler:
         device: device of the model. Default: the SPIGAN's own device, or cuda if available, else the CPU.
         t: time in [0, 1] on the straight path (1 is the clean image), or a list of K times.
         output: "float" for float32 in [0, 1], or "uint8".
-        cuda_graph: whether to use CUDA graphs. Set this to False if a profiler is to see the stages.
+        cuda_graph: whether to use CUDA graphs. The graphs of all samplers keep at most a quarter of the GPU's memory.
+            Set this to False if a profiler is to see the stages.
 
     Attributes:
         model: the SPIGAN.
@@ -87,7 +88,7 @@ class Sampler:
         self.output = output
         self._graphed: GraphedBatches | None = None
         if cuda_graph and supports_cuda_graph(self.model):
-            self._graphed = GraphedBatches(self.model, self._evaluate, batch_size)
+            self._graphed = GraphedBatches(self.model)
 
     @property
     def batch_size(self) -> int:
@@ -119,7 +120,7 @@ class Sampler:
         return self._collect(_check_floats("z", z), to)
 
     def of_latents(self, h: Tensor, *, to: torch.device | str | None = None) -> Tensor:
-        """Make the images of latent vectors, of any time.
+        """Make the generator's images of latent vectors, of any time. On the analytic path, they are without noise.
 
         Args:
             h: [N, D], or [N, num_ws, D] with one latent vector for each layer of the generator.
@@ -205,7 +206,7 @@ class Sampler:
     def _images_of(self, source: Tensor) -> Tensor:
         """Return the images of int64 [B] seeds, or of z. Use a CUDA graph if possible."""
         if self._graphed is not None and source.dtype == torch.int64:
-            images = self._graphed.replay(source)
+            images = self._graphed.replay(source, self._evaluate)
             if images is not None:
                 return images
         return self._evaluate(source.to(self.device))

@@ -9,10 +9,11 @@ the number of processes.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -82,6 +83,11 @@ class Rows:
         return (*shape[:dim], self.joint(shape[dim]), *shape[dim + 1 :])
 
 
+def _in_memory_order(x: Tensor) -> Tensor:
+    """Return the elements of a dense tensor as a vector, without a copy whatever its layout."""
+    return x.as_strided((x.numel(),), (1,))
+
+
 SINGLE = Rows()  # of the only process
 
 
@@ -109,6 +115,7 @@ class Processes:
         self.count = process_count()
         self.rank = 0
         self.device = device
+        self._hosts: Any = None  # process group of the CPUs; None is the default group
         if self.count > 1:
             self._join()
         self.main = self.rank == 0
@@ -144,8 +151,9 @@ class Processes:
 
         begun_before = torch.distributed.is_initialized()
         state = PartialState(cpu=self.device.type == "cpu", timeout=_PATIENCE)
-        if not begun_before:
-            self._close_at_exit()
+        if torch.distributed.get_backend() != "gloo":
+            self._hosts = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        self._close_at_exit(begun_before)
         if (state.num_processes, state.device.type) != (self.count, self.device.type):
             raise ValueError(
                 f"accelerate is already running with {state.num_processes} process(es) on {state.device.type}, but "
@@ -153,8 +161,8 @@ class Processes:
             )
         self.rank, self.device = state.process_index, state.device
 
-    def _close_at_exit(self) -> None:
-        """Close a gloo process group when the program ends, however it ends.
+    def _close_at_exit(self, begun_before: bool) -> None:
+        """Close our gloo process group when the program ends, however it ends.
 
         After a collective has returned, gloo's thread may still hold its tensors. If the thread drops them while the
         interpreter shuts down, it waits for the GIL. That ends the thread in the middle of a C++ destructor, and the
@@ -164,8 +172,14 @@ class Processes:
         Closing an NCCL group is different: it waits for the other processes on the machine, so a process that has
         failed could hang there. NCCL does not have the problem, and its group is left to `close`.
         """
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        if self._hosts is not None:
+            atexit.register(self._close_hosts)
+        elif not begun_before:
             atexit.register(self.close)
+
+    def _close_hosts(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._hosts)
 
     def rows(self, times: int = 1) -> Rows:
         """Return this process's rows of the joint minibatch, with `times` rows per image."""
@@ -178,8 +192,13 @@ class Processes:
         return x if self.count == 1 else self._call("reduce", x)
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true in any process."""
-        return flag if self.count == 1 else self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+        """Return whether `flag` is true in any process. Waits for the other processes, but not for a GPU."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag), device="cpu")
+        with self._noticing_ends():
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(found)
 
     def wait(self) -> None:
         """Wait until every process has called this. Raise ConnectionError if a process has ended."""
@@ -196,9 +215,12 @@ class Processes:
         # All gradients are sent in one message, after all backward passes. DistributedDataParallel's hooks, which
         # average during the backward pass, support neither R1's second derivatives nor several passes per step.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view(gradient.shape))
+        flat = self.mean(torch.cat([_in_memory_order(gradient) for gradient in gradients]))
+        means = [
+            mean.as_strided(gradient.shape, gradient.stride())
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True)
+        ]
+        torch._foreach_copy_(gradients, means)
 
     def close(self) -> None:
         """End the communication between the processes. Calling it again does nothing.
@@ -240,8 +262,14 @@ class Processes:
         from accelerate import utils
 
         function: Callable[[Tensor], Any] = getattr(utils, name)
-        try:
+        with self._noticing_ends():
             return function(x)
+
+    @contextlib.contextmanager
+    def _noticing_ends(self) -> Iterator[None]:
+        """Raise ConnectionError if a collective in the block fails because a process has ended."""
+        try:
+            yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ConnectionError(

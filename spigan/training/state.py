@@ -222,8 +222,7 @@ def new_state(config: TrainConfig, processes: Processes) -> TrainState:
         config.model.img_channels,
         channel_base=config.model.channel_base,
         channel_max=config.model.channel_max,
-        # StyleGAN2's own mapping comes with StyleGAN2's own discriminator.
-        time_conditioning=config.model.mapping == "ode",
+        time_conditioning=config.tells_time,
         mbstd_group=_mbstd_group(config, processes),
     )
     discriminator = discriminator.to(device).train()
@@ -267,14 +266,26 @@ def images_at_a_time(config: TrainConfig, processes: Processes) -> int:
             f"batch must be a multiple of the number of processes times batch_gpu, {processes.count} x "
             f"{config.batch_gpu or 1}, got {config.batch}"
         )
-    return config.batch_gpu or share
+    at_a_time = config.batch_gpu or share
+    if config.times == "split" and at_a_time % config.intervals:
+        raise ValueError(
+            f'times="split" needs a number of images at a time (batch_gpu, or else batch / processes) that intervals '
+            f"divides, got {at_a_time} and {config.intervals}"
+        )
+    return at_a_time
+
+
+def images_of_a_time(config: TrainConfig, processes: Processes) -> int:
+    """Return the number of images of the same time t_k that a process computes at a time."""
+    at_a_time = images_at_a_time(config, processes)
+    return at_a_time // config.intervals if config.times == "split" else at_a_time
 
 
 def _mbstd_group(config: TrainConfig, processes: Processes) -> int:
-    """Return the largest group size up to `mbstd_group` that divides the number of images computed at a time.
+    """Return the largest group size up to `mbstd_group` that divides the number of images of a time.
 
     This way, all images of a group have the same time, even if `interleave` stacks several times.
     """
-    at_a_time = images_at_a_time(config, processes)
+    at_a_time = images_of_a_time(config, processes)
     groups = range(min(config.mbstd_group, at_a_time), 0, -1)
     return next(group for group in groups if at_a_time % group == 0)

@@ -27,6 +27,8 @@ from spigan.training.algorithm1 import Algorithm1
 from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
 from spigan.training.measure import RunMetrics
+from spigan.training.pace import Pace
+from spigan.training.precision import resolve_precision
 from spigan.training.processes import Processes
 from spigan.training.run_folder import check_writable, next_run_dir, unused, writing
 from spigan.training.signals import StopSignals
@@ -57,6 +59,7 @@ class Trainer:
         ValueError: if the configuration, the images and the processes do not fit together.
 
     Attributes:
+        config: the configuration, with the precision that was chosen if it was "auto".
         processes: the processes that train together.
         state: everything that training depends on, a `spigan.training.state.TrainState`.
         model: the model (mapping network and generator) that is being trained.
@@ -83,7 +86,7 @@ class Trainer:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 write_text(self.run_dir / DATA_FILE, json.dumps(self._data_record(), indent=2) + "\n")
                 # Last: this file makes the folder a run.
-                write_text(self.run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+                write_text(self.run_dir / CONFIG_FILE, self.config.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def resume(
@@ -148,13 +151,13 @@ class Trainer:
             record |= {name: value for name, value in trainer._data_record().items() if name in ("source", "path")}
             write_text(run_dir / DATA_FILE, json.dumps(record, indent=2) + "\n")
         if changes and trainer.processes.main:
-            write_text(run_dir / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+            write_text(run_dir / CONFIG_FILE, trainer.config.model_dump_json(indent=2) + "\n")
         return trainer
 
     def _build(self, config: TrainConfig, progress: bool, record: dict[str, Any] | None = None) -> None:
-        self.config = config
         self.processes = Processes(resolve_device(config.device))
         self.device = self.processes.device
+        self.config = config = resolve_precision(config, self.device)
         self.progress = progress and self.processes.main
         self.interrupted = False
         if config.total_seconds is not None and self.processes.count > 1:
@@ -251,7 +254,7 @@ class Trainer:
         # `train_iteration` and `snapshot` diagnose their own; a row of statistics or a backup may find divergence too.
         with stats_log as log, bar, StopSignals() as stop, self.snapshots.diagnosing():
             self._measure(log, stop)  # if a signal ended it in an earlier session
-            clock = Clock(state.elapsed, state.images_seen, self._clock())
+            clock, pace = Clock(state.elapsed, state.images_seen, self._clock()), Pace(self.device)
             # The last images seen still get their generator iteration.
             while (
                 (state.images_seen < total and not self._time_is_up()) or state.iteration % 2
@@ -261,6 +264,7 @@ class Trainer:
                     images = next(batches)
                     state.images_drawn += self.config.batch
                     self.train_iteration(images)
+                    pace.step()
                 bar.update(state.images_seen - bar.n)
                 if (tick := self._tick()) is None:
                     continue

@@ -77,5 +77,5 @@ def test_the_number_of_arms_is_limited(tmp_path: Path, grid: Any) -> None:
         if count == MAX_RUNS:
             assert len(read_grid(path).arms) == count
         else:
-            with pytest.raises(ValueError, match=r"grid\.toml has 1001 arms; at most 1000 are allowed"):
+            with pytest.raises(ValueError, match=r"grid\.toml has 1001 runs; at most 1000 are allowed"):
                 read_grid(path)

@@ -129,6 +129,19 @@ def test_an_arm_that_fails_does_not_stop_the_others(
     assert_same_end(out / "k2", finished / "k2")
 
 
+def test_a_precision_that_was_chosen_is_no_change(
+    tmp_path: Path, grid: Any, run: Any, grid_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm with precision "auto" keeps what its run took, here as on a GPU."""
+    text = grid_text[: grid_text.index("[arms.fixed]")].replace("[base]", '[base]\nprecision = "auto"')
+    study, out = read_grid(grid(tmp_path, text)), tmp_path / "out"
+    Trainer(study.runs["k2"].model_copy(update={"precision": "bf16"}), out / "k2", progress=False).snapshot()
+    resumed = []
+    monkeypatch.setattr(Trainer, "fit", lambda self: resumed.append(self.config.precision))
+    assert run(study, out)[:2] == ([], False)
+    assert resumed == ["bf16"]
+
+
 @pytest.mark.slow
 def test_a_changed_grid_is_noticed(finished: Path, tmp_path: Path, grid: Any, run: Any, grid_text: str) -> None:
     files = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 
 from spigan import SPIGAN, DataConfig
 from spigan.cli import app
-from spigan.evaluation.cache import cache_folder, load, save
+from spigan.evaluation.cache import load, save
 from spigan.evaluation.evaluate import evaluate
 from spigan.evaluation.evaluator import Evaluator
 
@@ -125,16 +124,6 @@ def test_cache_that_cannot_be_written(model: SPIGAN, scripts: Path, cache: Path)
     assert any("cannot be cached" in text for text in result["warnings"])
     program = cli("evaluate", "--features", scripts / "pixels.pt", "--samples", 60, "--device", "cpu", "--quiet")
     assert program.exit_code == 0 and "warning: " in program.stderr and "cannot be cached" in program.stderr
-
-
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == Path(os.environ["SPIGAN_CACHE"])
-    assert cache_folder("~/mine") == Path.home() / "mine"
-    monkeypatch.delenv("SPIGAN_CACHE")
-    assert cache_folder() == tmp_path / "xdg" / "spigan"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "spigan"
 
 
 @pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.tensor([1, 2])], ids=["NaN", "integers"])

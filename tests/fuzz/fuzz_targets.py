@@ -382,6 +382,13 @@ def read_cache(path: Path) -> None:
     cache.load(path, "key", {"features": (4, 2), "mean": (2,)})
 
 
+def read_plans(path: Path) -> None:
+    """Times of layers: what is damaged is measured again."""
+    from spigan.ops import plans
+
+    plans.read_plans(path, {"device": "here"})
+
+
 def read_script(path: Path) -> None:
     from spigan.evaluation.features import load_features
 
@@ -513,6 +520,7 @@ METRICS = b"".join(
     json.dumps({"iteration": i, "kimg": i / 1000, "seconds": 1.0 * i, "FD-ResNet56": 9.0 - i}).encode() + b"\n"
     for i in (2, 4, 6)
 )
+PLANS = b'{"made_on": {"device": "here"}, "plans": {"a": {"chosen": "b", "milliseconds": {"b": 1.5, "c": null}}}}'
 GRID_JSON = b'{"preset": "digits", "base": {"total_kimg": 1}, "arms": {"mlp": {"augment": "none"}}, "better": "lower"}'
 
 
@@ -552,6 +560,7 @@ TARGETS: dict[str, Target] = {
     "record of the best": Target("best/metrics.json", lambda: [BEST], read_best_record),
     "metrics for a card": Target("metrics.json", lambda: [evaluation()], read_evaluation),
     "cache of features": Target("features.safetensors", lambda: [cached_features()], read_cache),
+    "cache of plans": Target("plans.json", lambda: [PLANS], read_plans),
     "grid file, JSON": Target("grid.json", lambda: [GRID_JSON], read_grid),
     "TorchScript network": Target("means.pt", lambda: [script()], read_script),
     "ResNet-56 weights": Target("resnet.safetensors", lambda: [resnet()], read_resnet),

@@ -38,6 +38,7 @@ from spigan.interop import stylegan2_synthesis
 WEIGHTS = {kind: 6 for kind in TARGETS} | {
     "image": 40, "model weights": 12, "checkpoint": 8, "TorchScript network": 4, "LMDB": 10, "tar shard": 10, "zip": 10,
     "parquet": 12, "cache of features": 4, "record of the best": 4, "metrics for a card": 4, "config option": 4,
+    "cache of plans": 4,
 }  # fmt: skip
 
 

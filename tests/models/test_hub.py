@@ -242,6 +242,19 @@ def test_a_card_tells_which_times_were_trained(intervals: int, told: str) -> Non
     assert [told] == re.findall(r"trained at t = 1 alone \(K = 1\)|`t=0.5` stops halfway", text)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({}, "from h(1) at every t"), ({"path_latent": "t"}, "from h(t)"), ({"mapping": "mlp"}, "from h(1) at every t")],
+)
+def test_a_card_tells_the_analytic_path(changes: dict[str, Any], told: str) -> None:
+    config = spigan.preset("digits", intervals=1, path="analytic")
+    model = SPIGAN(ModelConfig.model_validate(TINY | {"path": "analytic"} | changes))
+    text = card(model, training={"kimg": 1.0, "hours": 1.0, "config": config.model_dump()}).text
+    assert f"\n| path | analytic: the generator makes clean images G, {told} |\n| generator |" in text
+    assert "at time t, the image is t G + (1 - t) z" in text and "meaningless" not in text and "an SPI-GAN" in text
+    assert "| path |" not in card(make()).text
+
+
 def test_a_model_alone(tmp_path: Path) -> None:
     folder = write_folder(make(), tmp_path / "out", "me/tiny")
     text = (folder / "README.md").read_text()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spigan.models import MLPMapping, ODEMapping
+from spigan.models.mapping import fold
 from spigan.ops import use_backend
 
 mapping_module = importlib.import_module("spigan.models.mapping")
@@ -248,6 +249,20 @@ def test_mlp_mapping_is_stylegan2s(lr_multiplier: float) -> None:
     assert torch.equal(mapping(z, 1), h)
     assert torch.equal(mapping(z, [1.0]), h[None])
     torch.testing.assert_close(mapping(7 * z), h)  # z is normalised first
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 5, 5), (2, 2, 2), (16,)])
+def test_mlp_mapping_of_noise_images(shape: tuple[int, ...]) -> None:
+    """More than D values are folded to D standard normal ones, each a scaled sum of its own share of the pixels."""
+    values = math.prod(shape)
+    mapping = MLPMapping(dim_h=16, layers=2, lr_multiplier=1.0, dim_z=values)
+    z = torch.randn(20_000, *shape, generator=torch.Generator().manual_seed(0))
+    assert mapping(z[:3]).shape == (3, 16) and mapping.layers[0].weight.shape == (16, min(values, 16))
+    folded = fold(z.flatten(1), min(values, 16))
+    assert folded.mean(0).abs().max() < 0.05 and (torch.cov(folded.T) - torch.eye(len(folded[0]))).abs().max() < 0.06
+    flat = z.flatten(1)
+    expected = torch.stack([flat[:, j::16].sum(1) / flat[0, j::16].numel() ** 0.5 for j in range(folded.shape[1])], 1)
+    torch.testing.assert_close(folded, expected)
 
 
 @pytest.mark.parametrize("t", [0.5, 0, [0.5, 1.0], [1.0, 1.0], []])

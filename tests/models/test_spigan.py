@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,51 @@ def test_noise_follows_the_mode_unless_given() -> None:
     assert torch.equal(model(z, noise="none"), model(z, noise="none"))
 
 
+# ---- The analytic path ----
+
+
+@pytest.mark.parametrize("changes", [{}, {"path_latent": "t"}, {"mapping": "mlp"}])
+def test_analytic_path_begins_with_z_to_the_bit(changes: dict[str, Any]) -> None:
+    model = make(path="analytic", **changes)
+    z = noise(model)
+    assert z.shape == (3, 1, 8, 8)
+    assert torch.equal(model(z, 0.0), z) and torch.equal(model(z, [0.0, 1.0])[0], z)
+    clean = model.generator(model.mapping(z))
+    assert torch.equal(model(z), clean) and torch.equal(model(z, [1.0]), clean[None])
+    halfway = clean if changes != {"path_latent": "t"} else model.generator(model.mapping(z, 0.25))
+    torch.testing.assert_close(model(z, 0.25), 0.25 * halfway + 0.75 * z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(z, [0.5, 0.25])[1], model(z, 0.25))
+    for t in (1.5, [0.5, -0.1], []):
+        with pytest.raises(ValueError, match=r"t must be a time in \[0, 1\]"):
+            model(z, t)
+
+
+@pytest.mark.parametrize(("latent", "evaluations"), [("1", 3), ("t", 9)])
+def test_evaluations_on_the_analytic_path(latent: str, evaluations: int) -> None:
+    """One evaluation gives an image; with h(1) alone, it gives those of all times."""
+    model = make(path="analytic", path_latent=latent)
+    sizes: list[int] = []
+    model.generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    model(noise(model), [0.0, 0.5, 1.0])
+    assert sizes == [evaluations]
+    model(noise(model), 0.5)
+    assert sizes[1:] == [3]
+
+
+def test_models_without_a_path_are_learned(tmp_path: Path) -> None:
+    """Those saved before there was a choice make the images that they made."""
+    model = make()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for name in ("path", "path_latent", "time_init"):
+        del fields[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    loaded, z = SPIGAN.from_pretrained(tmp_path), noise(model)
+    assert loaded.config.path == "learned"
+    assert torch.equal(loaded(z, [0.0, 0.5, 1.0]), model(z, [0.0, 0.5, 1.0]))
+    assert torch.equal(loaded(z, 0.5), loaded.generator(loaded.mapping(z, 0.5)))
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 8, 8), (2, 1, 16, 16), (2, 16)])
 def test_noise_of_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"z must have shape [N, 1, 8, 8], got {list(shape)}")):
@@ -83,6 +130,7 @@ def fresh_dynamo() -> Iterator[None]:
         ({}, 1.0),
         ({}, [0.5, 1.0]),
         ({"mapping": "mlp"}, 1.0),
+        ({"path": "analytic"}, [0.5, 1.0]),
         ({"img_channels": 3, "ode_solver": "euler", "conv_clamp": 256.0}, 0.5),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 from spigan.ops import BACKENDS, BackendUnavailable, frozen_layer, layer_weights, modulated_conv2d, philox_normal
 from spigan.ops.backends import why_unavailable
+from spigan.ops.layer_end import LayerEnd, finish_layer
 from spigan.ops.upfirdn2d import fir_filter
 
 KERNELS = [b for b in BACKENDS[1:] if why_unavailable("modulated_conv2d", b, torch.device("cpu")) is None]
@@ -228,3 +229,79 @@ def test_chunks_of_several_images(up, monkeypatch):
     exact = modulated_conv2d(**double(arguments), up=up, backend="reference")
     actual = modulated_conv2d(**arguments, up=up, backend="cpp")
     torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-5)
+
+
+# ---- How a GPU convolves, with the pass that ends the layer on the CPU ----
+
+
+@pytest.fixture
+def library_calls(monkeypatch):
+    """Arguments (x, weight) of the library's convolutions, of layers that the backend "cuda" runs."""
+    calls = []
+
+    def note(function):
+        def convolve(x, weight, **options):
+            calls.append((x, weight))
+            return function(x, weight, **options)
+
+        return convolve
+
+    def finish(backend, *args, **options):
+        assert backend == "cuda"
+        finish_layer("cpp", *args, **options)
+
+    for name in ("conv2d", "conv_transpose2d"):
+        monkeypatch.setattr(torch.nn.functional, name, note(getattr(torch.nn.functional, name)))
+    monkeypatch.setattr(frozen_layer, "finish_layer", finish)
+    return calls
+
+
+def cuda_layer(arguments, up, keep=True, **options):
+    x, weight, style = (arguments[name] for name in ("x", "weight", "style"))
+    n, _, height, width = x.shape
+    size, filter = (up * height, up * width), fir_filter()
+    form = layer_weights.weight_form("cuda", weight.shape, size, x.dtype, n, up, 1, filter)
+    prepared = layer_weights.prepare_weight(weight, form, x.dtype, "cuda")
+    end = LayerEnd(noise=arguments["noise"], bias=arguments["bias"], rgb_weight=torch.ones(n, 1, weight.shape[0]))
+    return frozen_layer.frozen_modulated_conv2d(
+        "cuda", x.permute(0, 2, 3, 1), prepared, end, style=style, up=up, padding=1, filter=filter, keep=keep, **options
+    )
+
+
+@pytest.mark.parametrize(("up", "keep"), [(1, False), (2, True), (2, False)])
+def test_a_gpu_convolves_a_batch_in_parts_only_beyond_a_gibibyte(up, keep, library_calls):
+    arguments = single_layer(5, 6, 8, 4, 3, up, torch.float32, noise_rows=5)
+    expected = modulated_conv2d(**arguments, up=up, demodulate=False, backend="reference")
+    for limit, parts in ((1 << 30, [5]), (2 * 8 * (4 * up) ** 2 * 4, [2, 2, 1]), (1, [1] * 5)):
+        library_calls.clear()
+        out, rgb = cuda_layer(arguments, up, keep, part_bytes=limit)
+        assert [len(x) for x, _ in library_calls] == parts
+        torch.testing.assert_close(rgb[..., 0], expected.sum(1), rtol=0, atol=1e-4)
+        assert (out is not None) == keep
+        if keep:
+            torch.testing.assert_close(out.permute(0, 3, 1, 2), expected, rtol=0, atol=1e-5)
+
+
+def test_images_that_a_gpu_convolves_at_a_time():
+    gibibyte = frozen_layer.GPU_PART_BYTES
+    assert gibibyte == 2**30
+    for n, image_bytes, expected in (
+        (100, gibibyte // 100, 100),
+        (100, gibibyte // 100 + 1, 50),  # parts of equal size
+        (7, gibibyte // 3, 3),
+        (3, 2 * gibibyte, 1),
+    ):
+        for backend in ("cuda", "triton"):
+            assert frozen_layer.images_at_a_time(backend, n, image_bytes) == expected
+    assert frozen_layer.images_at_a_time("cpp", 100, gibibyte // 100) == 25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("up", [1, 2])
+def test_a_gpu_library_need_not_copy_the_weights(up, dtype, library_calls):
+    arguments = single_layer(2, 6, 8, 4, 3, up, dtype)
+    cuda_layer(arguments, up)
+    ((x, weight),) = library_calls
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert weight.shape == ((6, 8, 3, 3) if up == 2 else (8, 6, 3, 3)) and weight.dtype == dtype
+    assert weight.is_contiguous(memory_format=torch.channels_last)

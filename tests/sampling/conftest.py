@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor
 
 import spigan
 from spigan import SPIGAN, ModelConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # for fake_cuda
 
 TINY = {"resolution": 8, "img_channels": 3, "dim_h": 16, "embed_channels": 4, "channel_base": 64, "channel_max": 8}
 

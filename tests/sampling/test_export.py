@@ -173,6 +173,7 @@ def test_fixed_batch_size(tmp_path: Path, format: str, n: int) -> None:
     [
         ("pt2", {"ode_activation": "tanh"}, 0.0),
         ("onnx", {"ode_solver": "euler", "ode_activation": "softplus"}, 0.5),
+        ("onnx", {"mapping": "mlp", "path": "analytic"}, 0.5),
     ],
 )
 def test_time_and_solver(tmp_path: Path, format: str, changes: dict[str, Any], t: float) -> None:

@@ -121,6 +121,40 @@ def test_chosen_places(model: SPIGAN, interpolate: Any) -> None:
             interpolate([3, 4], places, model=model)
 
 
+def test_own_noise_is_that_of_a_seed() -> None:
+    """The stored noise is one and the same at the start of all rows; a seed's own is not, and stays along its row."""
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name.endswith("noise_strength"):
+            torch.nn.init.constant_(parameter, 3.0)
+        elif name.endswith("affine.weight"):
+            torch.nn.init.zeros_(parameter)  # h no longer matters: all that is left is noise
+    stored = interpolate_time(SEEDS, 3, model=model)
+    assert (stored == stored[:1, :1]).all()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    own = interpolate_time(SEEDS, 3, noise="own", model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (own == own[:, :1]).all() and not close(own[0], own[1], 20) and not close(own[0], stored[0], 20)
+    assert close(own[2:], interpolate_time([7], 3, noise="own", model=model, batch_size=1))
+    with pytest.raises(ValueError, match='noise must be "stored" or "own", got \'mine\''):
+        interpolate_time(SEEDS, noise="mine", model=model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"path_latent": "t"}, {"mapping": "mlp"}])
+def test_analytic_path_goes_from_z_to_the_image(changes: dict[str, Any]) -> None:
+    model = make(path="analytic", **changes)
+    rows = interpolate_time(SEEDS, 5, model=model)
+    z, times = noise(model), torch.linspace(0, 1, 5)[:, None, None, None, None]
+    h = model.mapping(z, times.flatten().tolist() if "path_latent" in changes else [1.0])
+    clean = model.generator(h.flatten(0, 1), "const").unflatten(0, h.shape[:2])
+    expected = ((times * clean + (1 - times) * z) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert close(rows, expected.transpose(0, 1))
+    assert close(rows[:, -1], pixels(model)) and close(rows, interpolate_time(SEEDS, 5, model=model, batch_size=2))
+    with pytest.raises(ValueError, match='path="analytic" takes the noise of a row from its z'):
+        interpolate_time(SEEDS, noise="own", model=model)
+
+
 def test_stylegan2_has_no_time_but_z_and_h() -> None:
     model = make(mapping="mlp")
     with pytest.raises(ValueError, match='mapping="mlp" has no time, so there is no h'):

@@ -255,7 +255,7 @@ def test_counting_ends_after_an_error(model: SPIGAN) -> None:
 # ---- Samplers are kept ----
 
 
-OPTIONS: dict[str, Any] = {"batch_size": 3, "dtype": None, "backend": None, "t": 1.0, "output": "float"}
+OPTIONS: dict[str, Any] = {"batch_size": None, "dtype": None, "backend": None, "t": 1.0, "output": "float"}
 
 
 def test_samplers_are_kept_with_the_model(make: Any) -> None:

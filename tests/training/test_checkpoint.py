@@ -113,8 +113,9 @@ def copy(finished: Path, tmp_path: Path) -> Path:
         ((7,), {"precision": "bf16", "r1_interval": 4}),
         ((2,), {"xflip": True, "batch_gpu": 2}),
         ((5,), {"model": {"mapping": "mlp"}, "intervals": 1}),
+        ((5,), {"path": "analytic", "times": "split"}),
     ],
-    ids=["sequential", "joint", "ada", "diffaug", "path length", "bf16", "xflip", "mlp"],
+    ids=["sequential", "joint", "ada", "diffaug", "path length", "bf16", "xflip", "mlp", "split"],
 )
 def test_a_stopped_run_equals_one_that_never_stopped(tiny_config, tmp_path, stops, changes):
     config = tiny_config(**changes)

@@ -47,6 +47,8 @@ CASES = {
     "joint": {"updates": "joint", "intervals": 3, "augment": "diffaug", "r1_interval": 1, "pl_weight": 1.0},
     "accumulated": {"batch_gpu": 2, "r1_interval": 1, "pl_weight": 1.0, "augment": "diffaug"},
     "mlp": {"model": {"mapping": "mlp"}, "intervals": 1, "xflip": True},
+    # The images of a process belong to both times, in groups that are also groups of the joint minibatch.
+    "split": {"path": "analytic", "times": "split", "r1_interval": 1, "pl_weight": 1.0, "pl_interval": 1},
 }
 EXITS = int(os.environ.get("SPIGAN_EXITS", "4"))
 """Launches of each case of `test_exits_while`; see CONTRIBUTING.md."""

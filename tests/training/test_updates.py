@@ -20,7 +20,7 @@ from training_helpers import (
 
 from spigan.models.discriminator import minibatch_std
 from spigan.training.losses import fake_loss, generator_loss, path_lengths, r1_penalty, real_loss
-from spigan.training.updates import interleave
+from spigan.training.points import interleave
 
 # ---- Gradients ----
 
@@ -48,7 +48,7 @@ def test_generator_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.state.optimizer_d.zero_grad()
     gradients = keep_gradients(monkeypatch, trainer)
-    trainer.algorithm.updates.step_generator(x_T, [0.3])
+    trainer.algorithm.updates.step_generator(x_T[None], [0.3])
     assert_gradients_close(gradients[0], expected)
     assert all(p.grad is None for p in trainer.discriminator.parameters())
 
@@ -70,7 +70,7 @@ def test_r1_does_not_rely_on_another_step(new_trainer, monkeypatch):
     """A generator step leaves D without gradients; R1 turns them on itself."""
     trainer = without_noise(new_trainer(r1_gamma=1.0))
     x_T, i = case(trainer, 4, [0.3])
-    trainer.algorithm.updates.step_generator(x_T, [0.3])
+    trainer.algorithm.updates.step_generator(x_T[None], [0.3])
     gradients = keep_gradients(monkeypatch, trainer)
     trainer.algorithm.updates.step_r1(i, [0.3])
     assert len(gradients) == 1 and any(gradient.abs().max() > 0 for gradient in gradients[0].values())
@@ -89,7 +89,7 @@ def test_path_length_gradient(new_trainer, monkeypatch):
     expected = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     gradients = keep_gradients(monkeypatch, trainer)
     torch.manual_seed(3)
-    trainer.algorithm.updates.step_path_length(x_T, [0.3])
+    trainer.algorithm.updates.step_path_length(x_T[None], [0.3])
     assert len(gradients) == 1
     assert trainer.state.pl_mean.item() == pytest.approx(mean, rel=1e-5)
     assert_gradients_close(gradients[0], expected)
@@ -108,12 +108,12 @@ def test_joint_gradient_is_the_mean_of_sequential_ones(new_trainer, monkeypatch,
     gradients = keep_gradients(monkeypatch, trainer)
     trainer.algorithm.updates.step_discriminator(i, h, times)
     trainer.algorithm.updates.step_r1(i, times)
-    trainer.algorithm.updates.step_generator(x_T, times)
+    trainer.algorithm.updates.step_generator(x_T[None], times)
     joint, gradients[:] = gradients[:], []
     for k, t in enumerate(times):
         trainer.algorithm.updates.step_discriminator(i[[k]], h[[k]], [t])
         trainer.algorithm.updates.step_r1(i[[k]], [t])
-        trainer.algorithm.updates.step_generator(x_T, [t])
+        trainer.algorithm.updates.step_generator(x_T[None], [t])
     assert len(joint) == 3 and len(gradients) == 9  # D, R1, G, for each time
     for kind in range(3):
         each = gradients[kind::3]
@@ -132,7 +132,7 @@ def test_gradients_accumulate(new_trainer, monkeypatch, times):
         gradients = keep_gradients(monkeypatch, trainer)
         trainer.algorithm.updates.step_discriminator(i, trainer.model.mapping(x_T, times).detach(), times)
         trainer.algorithm.updates.step_r1(i, times)
-        trainer.algorithm.updates.step_generator(x_T, times)
+        trainer.algorithm.updates.step_generator(x_T[None], times)
         assert set(sizes) == {(batch_gpu or 6) * len(times)}
         found[batch_gpu] = gradients
     for pieces, whole in zip(found[2], found[None], strict=True):

@@ -181,12 +181,12 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def geometric_parameters(
-    p: float, size: int, gate: Tensor, uniform: Tensor, normal: Tensor
+    p: float | Tensor, size: int, gate: Tensor, uniform: Tensor, normal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return random parameters (ADA paper, appendix B): flip and quarter_turns for `blit`, matrix [N, 3, 3] for `warp`.
 
     Args:
-        p: probability of each transformation.
+        p: probability of each transformation, as a number or a float64 scalar.
         size: H, in pixels.
         gate: [8, N], uniform in [0, 1).
         uniform: [6, N], uniform in [0, 1).
@@ -194,7 +194,7 @@ def geometric_parameters(
     """
     flips, turns, shifts, zooms, stretches, slides = gate[:6] < p
     # Rotations before and after stretching. The probability of each is chosen so that at least one happens with p.
-    turns_before, turns_after = gate[6:] < 1.0 - math.sqrt(1.0 - p)
+    turns_before, turns_after = gate[6:] < 1.0 - ((1.0 - p).sqrt() if isinstance(p, Tensor) else math.sqrt(1.0 - p))
     flip = flips & (uniform[0] < 0.5)
     quarter_turns = torch.where(turns, (4 * uniform[1]).long(), 0)
 
@@ -239,12 +239,12 @@ def recolor(x: Tensor, brightness: Tensor, contrast: Tensor, luma_sign: Tensor, 
 
 
 def color_parameters(
-    p: float, gate: Tensor, uniform: Tensor, normal: Tensor
+    p: float | Tensor, gate: Tensor, uniform: Tensor, normal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return random parameters (ADA paper, appendix B), each [N], in the order in which `recolor` takes them.
 
     Args:
-        p: probability of each transformation.
+        p: probability of each transformation, as a number or a float64 scalar.
         gate: [5, N], uniform in [0, 1).
         uniform: [2, N], uniform in [0, 1).
         normal: [3, N], standard normal.
@@ -286,6 +286,7 @@ class ADA(nn.Module):
             raise ValueError(f"kimg must be positive, got {kimg}")
         self.target, self.kimg = target, kimg
         self.register_buffer("p", torch.tensor(p, dtype=torch.float32, device="cpu"))
+        self._held_p: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> ADA:
         """Keep `p` on the CPU in float32: every call reads it on the host, which would otherwise wait for the GPU."""
@@ -293,6 +294,17 @@ class ADA(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={float(self.p):.4f}, target={self.target}, kimg={self.kimg}"
+
+    def hold_p(self, device: torch.device) -> bool:
+        """Copy p to a tensor on a GPU, which `forward` reads from now on. Return whether p is above 0.
+
+        A CUDA graph that contains `forward` then augments with the p of the last call. It must be another graph while
+        p = 0. The copy does not wait for the GPU.
+        """
+        if self._held_p is None:
+            self._held_p = torch.zeros((), dtype=torch.float64, device=device)
+        self._held_p.fill_(float(self.p))
+        return bool(self.p > 0)
 
     @torch.no_grad()
     def adapt(self, signs_mean: float, images: int) -> None:
@@ -331,7 +343,8 @@ class ADA(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             y = x.to(compute_dtype(x))
             uniform, normal = uniform.to(y.dtype), normal.to(y.dtype)
-            flip, quarter_turns, matrix = geometric_parameters(p, size, gate[:8], uniform[:6], normal[:4])
+            gates = p if self._held_p is None else self._held_p
+            flip, quarter_turns, matrix = geometric_parameters(gates, size, gate[:8], uniform[:6], normal[:4])
             y = warp(blit(y, flip, quarter_turns), matrix)
-            y = recolor(y, *color_parameters(p, gate[8:], uniform[6:], normal[4:]))
+            y = recolor(y, *color_parameters(gates, gate[8:], uniform[6:], normal[4:]))
             return y.to(x.dtype)
