@@ -34,6 +34,18 @@ def user_path(path: str) -> Path:
         return Path(path)
 
 
+def folders_in(root: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, with links to folders, without hidden ones.
+
+    Raises:
+        OSError: if the folder cannot be read.
+    """
+    with os.scandir(root) as entries:
+        # os.path.isdir takes a link in a circle for a file; entry.is_dir would raise.
+        names = [e.name for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e))]
+    return [root / name for name in sorted(names) if not name.startswith(".")]
+
+
 def cache_folder(folder: str | Path | None = None) -> Path:
     """Return the folder of the cache.
 
@@ -88,6 +100,19 @@ def shorten(text: object) -> str:
     """Return a text from an untrusted file, cut to at most 100 characters for an error message."""
     shown = str(text)
     return shown if len(shown) <= 100 else shown[:97] + "..."
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Escape what may not be shown as it is, because names from untrusted files may contain terminal commands.
+
+    Every name of a file, a member or a column passes through this function before it is printed or becomes part of a
+    message. Bytes of a name that are not UTF-8 are escaped too.
+
+    Args:
+        text: a name, or a text that contains one.
+        keep: control characters to keep, such as the "\\n" of a message of several lines.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 # ---- Writing ----

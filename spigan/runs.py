@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from spigan.config import TrainConfig, describe_problems
-from spigan.files import read_json, read_text
+from spigan.data import DataConfig
+from spigan.files import read_json, read_text, user_path
 
 # Names in a run folder.
 CONFIG_FILE = "config.json"
@@ -44,6 +45,32 @@ def read_config(run_dir: Path) -> TrainConfig:
     except ValueError as error:
         cause = describe_problems(error) if isinstance(error, ValidationError) else error
         raise ValueError(f"{path} is not the configuration of a training run: {cause}") from error
+
+
+def read_data(run_dir: Path) -> tuple[DataConfig, dict[str, Any]]:
+    """Return the images of a run, and what it recorded about them.
+
+    The record is empty if the run has none.
+
+    Raises:
+        FileNotFoundError: if `run_dir` is not a run folder.
+        ValueError: if its config.json or data.json is damaged.
+    """
+    config = read_config(run_dir).data
+    record = read_json(run_dir / DATA_FILE) if (run_dir / DATA_FILE).is_file() else {}
+    return locate(config, record).model_copy(update={"resolution": None}), record
+
+
+def locate(config: DataConfig, record: dict[str, Any]) -> DataConfig:
+    """Return the images of a run with an absolute path, from any folder.
+
+    A path in the configuration counts from the folder in which the run was begun. The record has it as an absolute
+    path, which is used if it exists.
+    """
+    path = record.get("path")
+    if not isinstance(path, str) or record.get("source") != config.source or not user_path(path).exists():
+        return config
+    return config.model_copy(update={"source": path})
 
 
 def read_stats(run_dir: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ MAX_PACKAGE_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 600, 60
 LONG_FUNCTIONS = {
     "spigan.cli.sample.interpolate": "each option of the command is a parameter with its help",
     "spigan.cli.train.train": "each option of the command is a parameter with its help",
+    "spigan.cli.evaluate.evaluate": "each option of the command is a parameter with its help",
     "spigan.app.build": "the page from top to bottom, which reads like the page looks",
     "spigan.kernels.fir_bias_act.fir_bias_act_kernel": "one loop nest of a GPU; each of 33 parameters has its line",
     "spigan.kernels.modulated_conv2d.conv2d_kernel": "one program of a GPU; each of 30 parameters has its line",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spigan.cli.errors import fail, printable
+from spigan.cli.errors import fail, warn
 from spigan.cli.options import HELP_NAMES, AsJson, NoProgress, help_text, one_of
+from spigan.files import printable
 
 if TYPE_CHECKING:
     from spigan.data import DataConfig
@@ -81,8 +82,8 @@ def convert(
     size = sum(file["bytes"] for file in result["files"]) / 1e6
     rate = result["converted"] / result["seconds"]
     typer.echo(
-        f"{out}: {result['images']} images of {resolution} x {resolution} in {len(result['files'])} files, {size:.1f} "
-        f"MB; {result['converted']} converted now, {rate:.0f} images/s; {len(result['broken'])} broken"
+        f"{printable(out)}: {result['images']} images of {resolution} x {resolution} in {len(result['files'])} files, "
+        f"{size:.1f} MB; {result['converted']} read now, {rate:.0f} images/s; {len(result['broken'])} broken"
     )
     if not result["complete"]:
         fail("files that contain broken images were not written: repair the images, or add --skip-broken")
@@ -94,7 +95,13 @@ def check(
     source: Source,
     split: Split = "train",
     column: Column = None,
-    channels: Channels = 3,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            help="Convert the images to 3 (RGB) or 1 (grey) channels (default: as stored; all must have the same).",
+            show_default=False,
+        ),
+    ] = None,
     crop: Crop = "center",
     resize: Resize = "lanczos",
     resolution: Annotated[
@@ -106,8 +113,8 @@ def check(
 ) -> None:
     """Decode every image and report problems.
 
-    Reports counts, sizes, modes, broken images, duplicates and decoding speed. The exit status is 1 if any image is
-    broken.
+    Reports counts, sizes, modes, broken images, duplicates, files that are left out and decoding speed. The exit status
+    is 1 if any image is broken: training would refuse it, too.
 
     \b
     Examples:
@@ -132,16 +139,25 @@ def check(
 def _show(report: dict[str, Any]) -> None:
     """Print the report of `spigan data check`."""
     _list_broken(report["broken"])
-    for name in ("sizes", "modes", "formats"):
+    for name in ("sizes", "modes", "formats", "profiles", "left_out"):
+        if not report[name] and name in ("profiles", "left_out"):
+            continue
         counts = [f"{key} ({count})" for key, count in report[name].items()]
-        typer.echo(f"{name + ':':<12}{', '.join(counts[:8])}{', ...' if len(counts) > 8 else ''}")
+        title = name.replace("_", " ") + ":"
+        typer.echo(f"{title:<12}{printable(', '.join(counts[:8]))}{', ...' if len(counts) > 8 else ''}")
+    if others := report["profiles"].get("other", 0) + report["modes"].get("CMYK", 0):
+        warn(
+            f"{others} images are CMYK or have a colour profile other than sRGB, which is not applied: see docs/data.md"
+        )
+    if report["enlarged"]:
+        warn(f"{report['enlarged']} images are smaller than the resolution, and are enlarged")
     if report["width"]:
         ranges = " x ".join("{}..{}".format(*report[side]) for side in ("width", "height"))
         typer.echo(f"{'range:':<12}{ranges}")
     duplicates = report["duplicates"]
     typer.echo(f"{'duplicates:':<12}{duplicates['images']} in {duplicates['groups']} groups of identical images")
     for group in duplicates["examples"]:
-        typer.echo(f"{'':<12}{' = '.join(group)}")
+        typer.echo(f"{'':<12}{printable(' = '.join(group))}")
     core = report["images_per_second_core"]
     typer.echo(
         f"{'speed:':<12}{report['images_per_second']:.0f} images/s with {report['workers']} workers"
@@ -151,7 +167,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _config(
-    source: str, split: str, column: str | None, channels: int, crop: str, resize: str, resolution: int | None
+    source: str, split: str, column: str | None, channels: int | None, crop: str, resize: str, resolution: int | None
 ) -> DataConfig:
     from spigan.data import DataConfig
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from spigan.files import printable
 from spigan.training.launcher import process_count
 
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
-
-
-def printable(text: str) -> str:
-    """Escape control characters, because names from untrusted files may contain terminal commands."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+LINES = "\n\t"  # a message may have several lines
 
 
 def fail(error: Exception | str) -> NoReturn:
@@ -28,13 +26,21 @@ def fail(error: Exception | str) -> NoReturn:
 
         error = describe_problems(error)
     where = f" in process {os.environ.get('RANK')} of {process_count()}" if process_count() > 1 else ""
-    typer.secho(f"error{where}: {printable(str(error))}", fg=typer.colors.RED, err=True)
+    typer.secho(f"error{where}: {printable(error, keep=LINES)}", fg=typer.colors.RED, err=True)
     raise typer.Exit(1)
 
 
 def warn(text: str) -> None:
     """Print a warning to standard error."""
-    typer.secho(f"warning: {printable(text)}", fg=typer.colors.YELLOW, err=True)
+    typer.secho(f"warning: {printable(text, keep=LINES)}", fg=typer.colors.YELLOW, err=True)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print a warning for users in one line. Others are for developers, who need to know where they come from."""
+    if issubclass(category, UserWarning):
+        warn(str(message))
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 class Program(TyperGroup):
@@ -42,7 +48,9 @@ class Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except BrokenPipeError:  # `spigan info | head`: typer exits silently
             raise
         except Exception as error:

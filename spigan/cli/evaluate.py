@@ -45,6 +45,13 @@ def evaluate(
             rich_help_panel=_REFERENCE,
         ),
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column (parquet, hub) or file extension (tar) of the images (default: the only one, or the run's).",
+            rich_help_panel=_REFERENCE,
+        ),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="Split of the source (default: train, or the run's).", rich_help_panel=_REFERENCE)
     ] = None,
@@ -97,7 +104,8 @@ def evaluate(
       spigan evaluate runs/00000 --features cifar10-resnet56=resnet56.safetensors
       spigan evaluate user/model --data photos.zip --samples 10000
     """
-    reference = reference_config(model, data, {"split": split, "channels": channels, "resize": resize})
+    changes = {"column": column, "split": split, "channels": channels, "resize": resize}
+    reference = reference_config(model, data, changes)
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder; expected the path of a JSON file")
     options = {"features": features, "samples": samples, "seed": seed, "batch_size": batch, "device": device}
@@ -112,7 +120,7 @@ def _measure(model: str | None, reference: DataConfig, out: Path | None, options
     from spigan.files import write_text
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the result contains them
+        warnings.showwarning = lambda *_, **__: None  # the result contains them
         result = evaluate(model, data=reference, **options)
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")
@@ -135,19 +143,8 @@ def reference_config(model: str | None, data: str | None, changes: dict[str, Any
         ValueError: if `data` is None and `model` is not a training run.
     """
     from spigan.data import DataConfig
-    from spigan.models.load import BUNDLED_MODELS
-    from spigan.presets import preset_fields
-    from spigan.runs import read_config, run_of
+    from spigan.evaluation.reference import reference_of
 
-    fields: dict[str, Any] = {}
-    if data is not None:
-        fields = {"source": data}
-    elif model is None or model in BUNDLED_MODELS:
-        fields = preset_fields(model or BUNDLED_MODELS[0])["data"]
-    else:
-        run = run_of(model)
-        if run is None:
-            raise ValueError(f"{model} is not a training run, so its training images are unknown: pass --data")
-        fields = read_config(run).data.model_dump() | {"resolution": None}
+    reference = DataConfig(source=data) if data is not None else reference_of(model)[0]
     given = {name: value for name, value in changes.items() if value is not None}
-    return DataConfig.model_validate(fields | given)
+    return DataConfig.model_validate(reference.model_dump() | given)

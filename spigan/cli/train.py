@@ -29,9 +29,14 @@ def train(
         str | None,
         typer.Option(
             help="Images to train on: a folder, a zip file, a parquet file or a folder of them, an LMDB database, tar "
-            "shards, cifar-10-python.tar.gz, or a hub id (default: the preset's).",
+            "shards, cifar-10-python.tar.gz, or a hub id (default: the preset's). With --resume: where the images of "
+            "the run are now.",
             rich_help_panel=_WHAT,
         ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column (parquet, hub) or file extension (tar) of the images.", rich_help_panel=_WHAT),
     ] = None,
     out: Annotated[
         Path | None,
@@ -87,20 +92,21 @@ def train(
     """
     fields = {"batch": batch, "seed": seed, "intervals": intervals, "device": device}
     if resume is not None:
-        others: dict[str, Any] = {"preset": preset, "data": data, "out": out, "config": config, "set": changes}
+        others: dict[str, Any] = {"preset": preset, "column": column, "out": out, "config": config, "set": changes}
         _refuse_beside_resume(others | fields | {"show-config": show or None})
     else:
         if preset is not None and config is not None:
             raise ValueError("--preset and --config cannot be combined: leave out one of them")
         given = {name: value for name, value in {"total_kimg": kimg, **fields}.items() if value is not None}
-        settings = train_config(preset or "digits", config, data, given, changes or [])
+        chosen = [] if column is None else [f"data.column={json.dumps(column)}"]
+        settings = train_config(preset or "digits", config, data, given, chosen + (changes or []))
         if show:
             typer.echo(settings.model_dump_json(indent=2))
             return
     from spigan.training.trainer import Trainer  # not before it is needed: it loads torch
 
     if resume is not None:
-        _fit(Trainer.resume(resume, total_kimg=kimg, progress=not quiet))
+        _fit(Trainer.resume(resume, total_kimg=kimg, data=data, progress=not quiet))
     else:
         _fit(Trainer(settings, out, progress=not quiet))
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from spigan.data.config import DataConfig, source_name
 from spigan.data.decode import ImageReader
 from spigan.data.sources.base import Source
 from spigan.data.sources.find import find_source
+from spigan.data.sources.names import describe
 from spigan.data.sources.parquet import split_of
 from spigan.data.workers import Failed, available_cores, chunks, map_chunks
 from spigan.files import atomic_path, remove_stale, write_text
@@ -75,6 +77,8 @@ def convert(
     """
     _check_options(config, out, image_format, quality, shard_size)
     source = find_source(config, progress)
+    if left_out := getattr(source, "left_out", {}):
+        warnings.warn(f"{source_name(config)} has files that are left out: {describe(left_out)}", stacklevel=2)
     plan = _plan(config, source, image_format, quality, shard_size)
     total = -(-len(source) // shard_size)
     names = [f"{config.split}-{number:05}-of-{total:05}.parquet" for number in range(total)]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -22,9 +23,14 @@ from torch import Tensor
 from spigan.data import limits
 from spigan.data.config import DataConfig, source_name
 from spigan.data.decode import ImageReader
-from spigan.data.sources.base import Source, require
-from spigan.data.sources.find import find_source
+from spigan.data.skip import Kept, find_broken
+from spigan.data.sources.base import READING, Source, require
+from spigan.data.sources.find import NAMES, find_source
+from spigan.data.sources.names import describe
 from spigan.data.workers import available_cores
+from spigan.files import printable, shorten, user_path
+
+_SAMPLED = 128  # images whose pixels `ImageDataset.sample` compares
 
 
 class ImageDataset(torch.utils.data.Dataset[Tensor]):
@@ -34,6 +40,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         source: where the images are stored.
         config: how to turn the images into squares, and whether to keep them decoded.
         progress: whether to show a progress bar while the images are checked, if that takes over 2 s.
+        skipped: indices of images to leave out, as a run recorded them. None: find them if `config.skip` is set.
+        reading: version of the rules by which the source chose the images.
 
     Attributes:
         name: short name of the source.
@@ -41,13 +49,31 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         channels: C, 1 or 3.
         workers: number of processes in which `loader` decodes images that are not cached.
         description: facts that a run records about its data, as plain JSON values.
+        left_out: what the source does not read: numbers of files by a short description.
+        skipped: indices of images that `config.skip` leaves out.
+        reading: version of the rules by which the source chose the images.
 
     Raises:
         ValueError: if an image is damaged, has more than 8 bits per channel or several frames, is transparent, or
             differs from the others. The message names the image.
     """
 
-    def __init__(self, source: Source, config: DataConfig, *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        progress: bool = True,
+        skipped: Sequence[int] | None = None,
+        reading: int = READING,
+    ) -> None:
+        self.left_out: dict[str, int] = getattr(source, "left_out", {})
+        self.reading = reading
+        if skipped is None:
+            skipped = find_broken(source, config, progress) if config.skip else []
+        self.skipped = list(skipped)
+        if self.skipped:
+            source = Kept(source, self.skipped)
         self._count = len(source)
         self.name = source_name(config)
         self.workers = min(8, available_cores()) if config.workers is None else config.workers
@@ -67,7 +93,8 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             )
         else:  # a bad image must stop a run at its start, not after hours
             self._data = reader
-            width, height = self._for_all(reader.stored_size, threads, "checking", progress)
+            look = reader.decoded_size if config.check else reader.stored_size
+            width, height = self._for_all(look, threads, "checking", progress)
         self.description: dict[str, Any] = {
             "source": config.source,
             "split": config.split,
@@ -102,6 +129,22 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
             for part in self._data.source.identity():
                 sha.update(part)
         return sha.hexdigest()
+
+    @cached_property
+    def sample(self) -> list[str | None]:
+        """Digests of the pixels of up to 128 images, evenly spread over the data; None for one that cannot be read.
+
+        If images are not cached, the fingerprint knows only names and sizes. This tells whether other images have the
+        same names and sizes, and whether images are the same although their files are not.
+        """
+        indices = np.unique(np.linspace(0, self._count - 1, min(_SAMPLED, self._count)).astype(np.int64))
+        digests: list[str | None] = []
+        for index in indices.tolist():
+            try:
+                digests.append(hashlib.sha256(self.images([index]).numpy().tobytes()).hexdigest()[:16])
+            except ValueError:
+                digests.append(None)
+        return digests
 
     def __len__(self) -> int:
         return self._count
@@ -156,12 +199,18 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
         return width, height
 
 
-def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
+def open_dataset(
+    config: DataConfig, *, progress: bool = True, skipped: Sequence[int] | None = None, reading: int = READING
+) -> ImageDataset:
     """Open the images that `config.source` names, and check all of them.
+
+    A warning says what the source does not read, and which images `config.skip` leaves out.
 
     Args:
         config: which images to open, and how to turn them into squares.
         progress: whether to show a progress bar if this takes over 2 s.
+        skipped: indices of images to leave out. None: find them if `config.skip` is set.
+        reading: version of the rules that choose the images; 1 is that of runs which record none.
 
     Raises:
         FileNotFoundError: if the source does not exist.
@@ -171,10 +220,33 @@ def open_dataset(config: DataConfig, *, progress: bool = True) -> ImageDataset:
             message names the file.
     """
     require("PIL.Image", "pillow")  # otherwise a missing Pillow would be reported as an error of the first image
-    return ImageDataset(find_source(config, progress), config, progress=progress)
+    source = find_source(config, progress, reading)
+    try:
+        dataset = ImageDataset(source, config, progress=progress, skipped=skipped, reading=reading)
+    except ValueError as error:  # about one image, and there may be more
+        raise ValueError(
+            f"{error} (`spigan data check` lists all such images; data.skip=true, or `spigan data convert "
+            "--skip-broken`, leaves them out)"
+        ) from error
+    if dataset.left_out:
+        warnings.warn(f"{dataset.name} has files that are left out: {describe(dataset.left_out)}", stacklevel=2)
+    smallest = min(dataset.description["native_width"][0], dataset.description["native_height"][0])
+    if smallest < dataset.resolution and config.source not in NAMES:
+        warnings.warn(
+            f"images of {dataset.name} are enlarged to {dataset.resolution} x {dataset.resolution}: the smallest side "
+            f"has {smallest} pixels",
+            stacklevel=2,
+        )
+    if dataset.skipped:
+        names = ", ".join(printable(source.name(index)) for index in dataset.skipped[:5])
+        more = f" and {len(dataset.skipped) - 5} more" if len(dataset.skipped) > 5 else ""
+        warnings.warn(f"data.skip leaves out {len(dataset.skipped)} images: {names}{more}", stacklevel=2)
+    return dataset
 
 
-def open_for_model(config: DataConfig, resolution: int, channels: int, *, progress: bool = True) -> ImageDataset:
+def open_for_model(
+    config: DataConfig, resolution: int, channels: int, *, progress: bool = True, record: dict[str, Any] | None = None
+) -> ImageDataset:
     """Open images at the resolution of a model, and check that they have its channels.
 
     Args:
@@ -182,19 +254,90 @@ def open_for_model(config: DataConfig, resolution: int, channels: int, *, progre
         resolution: of the model.
         channels: of the model.
         progress: show a progress bar if this takes over 2 s.
+        record: what a run recorded about its images (see `data_record`), which these must be.
 
     Raises:
-        ValueError: `config` sets another resolution, the images have other channels, or as `open_dataset`.
+        ValueError: `config` sets another resolution, the images have other channels or are not those of the record, or
+            as `open_dataset`.
     """
     if config.resolution not in (None, resolution):
         raise ValueError(
             f"data.resolution is {config.resolution}, but the model makes images of {resolution} x {resolution}: "
             "leave it out; images of another size are resized with the filter data.resize"
         )
-    dataset = open_dataset(config.model_copy(update={"resolution": resolution}), progress=progress)
+    config = config.model_copy(update={"resolution": resolution})
+    if record is None:
+        dataset = open_dataset(config, progress=progress)
+    else:
+        dataset = open_dataset(config, progress=progress, **recorded_options(record))
+        check_record(dataset, record)
     if dataset.channels != channels:
         raise ValueError(
             f"{config.source!r} has images of {dataset.channels} channel(s), but the model makes {channels}: set "
-            f"data.channels to {channels} to convert them, or use a model of {dataset.channels}"
+            f"data.channels to {channels} to convert them (spigan evaluate: --channels {channels}; spigan train: --set "
+            f"data.channels={channels}), or use a model of {dataset.channels}"
         )
     return dataset
+
+
+# ---- What a run records ----
+
+
+def data_record(dataset: ImageDataset, config: DataConfig) -> dict[str, Any]:
+    """Return what a run records about its images, as plain JSON values."""
+    path = user_path(config.source)
+    return {
+        **dataset.description,
+        **({"path": str(path.resolve())} if path.exists() and config.source not in NAMES else {}),
+        "reading": dataset.reading,
+        "skipped": dataset.skipped,
+        "left_out": dataset.left_out,
+        "cached": dataset.cached,
+        "sample": dataset.sample,
+        "fingerprint": dataset.fingerprint,
+    }
+
+
+def recorded_options(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `open_dataset` that make it choose the images of a record."""
+    reading, skipped = record.get("reading", 1), record.get("skipped", [])
+    if reading not in range(1, READING + 1) or not isinstance(skipped, list):
+        raise ValueError(f"the run's data.json has the reading {shorten(reading)}; this version knows 1 to {READING}")
+    if not all(isinstance(index, int) and 0 <= index < 2**62 for index in skipped):
+        raise ValueError("the run's data.json is damaged: `skipped` must be a list of indices")
+    return {"reading": reading, "skipped": skipped}
+
+
+def check_record(dataset: ImageDataset, record: dict[str, Any]) -> None:
+    """Check that images are those of a record. Warn if they are, but their files have changed.
+
+    Raises:
+        ValueError: if they are others.
+    """
+    source, sample = dataset.description["source"], record.get("sample")
+    same = record.get("fingerprint") == dataset.fingerprint
+    if same and sample is None:  # of an earlier version
+        return
+    if not isinstance(sample, list):
+        raise ValueError(
+            f"the images of {source!r} are not those that the run was trained on (see its data.json), or it kept "
+            "decoded images in memory and does not now, or the other way round (data.cache): an exact resume is not "
+            "possible. Restore the images or data.cache, or start a new run"
+        )
+    count = record.get("count")
+    pairs = list(zip(sample, dataset.sample, strict=False))
+    changed = sum(None not in pair and pair[0] != pair[1] for pair in pairs)
+    if count != len(dataset) or len(sample) != len(dataset.sample) or changed:
+        what = f"{changed} of {len(pairs)} compared images differ" if count == len(dataset) else ""
+        what = what or f"there are {len(dataset)}, and there were {count}"
+        raise ValueError(
+            f"the images of {source!r} are not those that the run was trained on ({what}; see its data.json): an exact "
+            "resume is not possible. Restore the images, or start a new run"
+        )
+    # Decoded images have a fingerprint of another kind.
+    if not same and record.get("cached") == dataset.cached:
+        warnings.warn(
+            f"files of {source!r} have changed since the run began, but the {len(pairs)} compared images are the same: "
+            "the run goes on, but not exactly as it would have",
+            stacklevel=2,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,18 @@ import numpy as np
 from spigan.data import limits
 from spigan.data.config import DataConfig
 from spigan.data.sources.base import Source, UnsuitableImage
+from spigan.data.sources.kinds import kind_of
+from spigan.files import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # see `ImageDataset.reading`
+IMAGE_SUFFIXES = (*FORMER_SUFFIXES, ".jpe", ".jfif", ".jif", ".jfi", ".pjpeg", ".pjp", ".dib")
 # Pillow's names for the same formats. Pillow must never try others on untrusted data (EPS would start Ghostscript).
 PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+
+CHANNELS_ADVICE = "set channels=3 (or 1) to convert all images (--channels 3; spigan train: --set data.channels=3)"
 
 
 class ImageReader:
@@ -48,6 +54,10 @@ class ImageReader:
         self.channels = channels = self.config.channels or channels_of(first)
         return resolution, channels
 
+    def name(self, index: int) -> str:
+        """Return the name of image `index`, with everything escaped that a terminal would not show."""
+        return printable(self.source.name(index))
+
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
         """Open image `index` and check its header. Its pixels are not decoded yet.
@@ -60,11 +70,10 @@ class ImageReader:
                 self._check(image)
                 yield image
         except UnsuitableImage as error:
-            raise ValueError(f"{self.source.name(index)} {error}") from None
+            raise ValueError(f"{self.name(index)} {error}") from None
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
             raise ValueError(
-                f"{self.source.name(index)} cannot be read as an image ({type(error).__name__}: {error}): repair or "
-                "remove it"
+                f"{self.name(index)} cannot be read as an image ({_cause(error)}): repair or remove it"
             ) from error
 
     def read(self, index: int, out: np.ndarray) -> tuple[int, int]:
@@ -88,11 +97,25 @@ class ImageReader:
         with self.opened(index) as image:
             return image.size
 
+    def decoded_size(self, index: int) -> tuple[int, int]:
+        """Decode image `index`, and return its stored width and height.
+
+        Raises:
+            ValueError: see `opened`.
+        """
+        with self.opened(index) as image:
+            size = image.size
+            self.square(image)
+            return size
+
     def square(self, image: Image.Image) -> Image.Image:
         """Turn an image upright, convert it to `channels`, crop its centre and resize it to `resolution`."""
         from PIL import Image, ImageOps
 
-        ImageOps.exif_transpose(image, in_place=True)
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception:  # damaged EXIF says nothing about the orientation, but the pixels may be good
+            image.load()  # raises if they are not
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         mode = "L" if self.channels == 1 else "RGB"
@@ -126,20 +149,30 @@ class ImageReader:
             raise UnsuitableImage(f'has {width} x {height} pixels, not a square: use crop="center", or crop it first')
         if self.config.resolution is None and self.resolution not in (None, min(width, height)):
             raise UnsuitableImage(
-                f"has {width} x {height} pixels, but {self.source.name(0)} makes a square of {self.resolution}: set "
+                f"has {width} x {height} pixels, but {self.name(0)} makes a square of {self.resolution}: set "
                 "resolution to resize all images"
             )
 
     def _check_channels(self, image: Image.Image) -> None:
-        if image.has_transparency_data:
-            raise UnsuitableImage("has an alpha channel: set channels=3 (or 1) to put transparent images on white")
+        if image.has_transparency_data and not _opaque(image):
+            raise UnsuitableImage(f"has an alpha channel: {CHANNELS_ADVICE}, with transparent areas on white")
         found = channels_of(image)
         if self.channels is not None and self.channels != found:
             kinds = {1: "grey", 3: "RGB"}
-            raise UnsuitableImage(
-                f"is {kinds[found]}, but {self.source.name(0)} is {kinds[self.channels]}: set channels=3 (or 1) to "
-                "convert all images"
-            )
+            raise UnsuitableImage(f"is {kinds[found]}, but {self.name(0)} is {kinds[self.channels]}: {CHANNELS_ADVICE}")
+
+
+def _opaque(image: Image.Image) -> bool:
+    """Return whether an image with an alpha channel or a transparent colour has no transparent pixel. Decodes it."""
+    return image.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+
+
+def _cause(error: Exception) -> str:
+    """Describe an error of Pillow without the addresses of objects that its messages contain."""
+    text = re.sub(r"\s*<[^<>]*>", "", str(error)).strip()
+    if "MAX_TEXT" in text:
+        text = "its metadata exceed what Pillow accepts; save it without them"
+    return f"{type(error).__name__}: {text}"
 
 
 def channels_of(image: Image.Image) -> int:
@@ -147,23 +180,34 @@ def channels_of(image: Image.Image) -> int:
     return 1 if image.mode in ("1", "L", "LA") else 3
 
 
-def open_image(file: Path | io.BytesIO) -> Image.Image:
+def open_image(file: Path | io.BytesIO | io.BufferedReader) -> Image.Image:
     """Open an encoded image from an untrusted file. Only its header is read.
 
     Args:
         file: path of the file, or its contents.
 
     Raises:
-        UnsuitableImage: if `file` is a pipe or a device.
-        Exception: if the file is not an image in one of `PILLOW_FORMATS`. Pillow raises many types of errors.
+        UnsuitableImage: if `file` is a pipe or a device, or its contents are not those of an image in one of
+            `PILLOW_FORMATS`.
+        Exception: if the image is damaged. Pillow raises many types of errors.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(file, Path):
         if file.exists() and not file.is_file():  # opening a pipe would wait forever
             raise UnsuitableImage("is not a regular file: remove it")
-        return Image.open(_File(file), formats=PILLOW_FORMATS)
-    return Image.open(file, formats=PILLOW_FORMATS)
+        if not file.exists() and file.is_symlink():
+            target = printable(os.readlink(file))
+            raise UnsuitableImage(f"is a link to {target}, which is not there: remove it, or mount the disk")
+        file = _File(file)
+    try:
+        return Image.open(file, formats=PILLOW_FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        kind, advice = kind_of(file.read(64))
+        raise UnsuitableImage(
+            f"cannot be read as an image ({kind}; expected {', '.join(PILLOW_FORMATS)}): {advice}"
+        ) from None
 
 
 def check_size(size: int, has: str = "has") -> None:

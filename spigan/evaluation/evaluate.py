@@ -12,6 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from spigan.data import DataConfig, ImageDataset
 from spigan.data.dataset import open_for_model
 from spigan.evaluation.evaluator import Evaluator
 from spigan.evaluation.features import FeatureNet, load_features
+from spigan.evaluation.reference import reference_of
 from spigan.models.pretrained import weights_sha256
 from spigan.sampling import Sampler, count_evaluations, resolve_seeds
 
@@ -42,7 +44,7 @@ def draw(sampler: Sampler, count: int, seed: int = 0) -> Iterator[Tensor]:
 def evaluate(
     model: Model,
     *,
-    data: DataConfig,
+    data: DataConfig | None = None,
     features: str | FeatureNet = "inception",
     samples: int = 50_000,
     seed: int = 0,
@@ -57,7 +59,8 @@ def evaluate(
 
     Args:
         model: the model, as for `spigan.sample`.
-        data: the reference images, which are resized to the model's resolution.
+        data: the reference images, which are resized to the model's resolution. None: the images that a run or a
+            bundled model was trained on. If `data` names them for a run, they must still be the same images.
         features: the feature network used to compare images; see `spigan.evaluation.features.load_features`.
         samples: number of images to sample.
         seed: seed of the first image. Image i has the seed `seed + i`.
@@ -82,15 +85,20 @@ def evaluate(
     sampler = Sampler(model, batch_size=batch_size, dtype=dtype, backend=backend, device=device, output="uint8")
     resolve_seeds(samples, seed)
     net = load_features(features, device=sampler.device, cache_dir=cache_dir) if isinstance(features, str) else features
+    data, record = reference_of(model, data)
     shape = sampler.model.config
-    dataset = open_for_model(data, shape.resolution, shape.img_channels, progress=progress)
-    evaluator = Evaluator(dataset, net, cache_dir=cache_dir, progress=progress)
-    evaluator.check_count(samples)
-    for doubt in evaluator.doubts(samples):
-        warnings.warn(doubt, stacklevel=2)
-    nfe, seconds = time_100_images(sampler)
-    began = time.perf_counter()
-    measured = evaluator.measure(draw(sampler, samples, seed), samples)
+    with _collected() as noted:
+        dataset = open_for_model(data, shape.resolution, shape.img_channels, progress=progress, record=record)
+        evaluator = Evaluator(dataset, net, cache_dir=cache_dir, progress=progress)
+        evaluator.check_count(samples)
+        for doubt in evaluator.doubts(samples):
+            warnings.warn(doubt, stacklevel=2)
+        nfe, seconds = time_100_images(sampler)
+        began = time.perf_counter()
+        measured = evaluator.measure(draw(sampler, samples, seed), samples)
+        for doubt in measured.warnings:
+            if doubt not in noted:
+                warnings.warn(doubt, stacklevel=2)
     return {
         "metrics": measured.values,
         "spread": measured.spread,
@@ -101,12 +109,29 @@ def evaluate(
         "model": _describe_model(model, sampler.model),
         "reference": {**dataset.description, "fingerprint": dataset.fingerprint},
         "features": describe_features(net, dataset),
-        "warnings": measured.warnings,
+        "warnings": noted,
         "seconds": round(time.perf_counter() - began, 3),
         "device": _device_name(sampler.device),
         "versions": _versions(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+@contextmanager
+def _collected() -> Iterator[list[str]]:
+    """Collect the texts of the warnings that are shown in the block."""
+    texts: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        show = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning) and str(message) not in texts:
+                texts.append(str(message))
+            show(message, category, *where, **more)
+
+        warnings.showwarning = note
+        yield texts
 
 
 def table(result: dict[str, Any]) -> str:

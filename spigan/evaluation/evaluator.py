@@ -96,14 +96,26 @@ class Evaluator:
 
     def doubts(self, count: int) -> list[str]:
         """Return warnings that explain why metrics of `count` images are doubtful; an empty list if they are not."""
+        found = []
         few = [f"{n} {what}" for n, what in ((count, "samples"), (len(self.dataset), "reference images"))
                if n <= self.net.dim]  # fmt: skip
-        if not few:
-            return []
-        return [
-            f"{' and '.join(few)} are not more than the {self.net.dim} features, so the covariance is singular and "
-            f"{self.distance} is far too high: compare it only with values for the same numbers of images"
-        ]
+        if few:
+            found.append(
+                f"{' and '.join(few)} are not more than the {self.net.dim} features, so the covariance is singular and "
+                f"{self.distance} is far too high: compare it only with values for the same numbers of images"
+            )
+        if count == len(self.dataset) <= metrics.KID_SUBSET_SIZE:
+            found.append(
+                f"every subset of {self.net.metric('KID')} is all {count} images, so its spread is 0 and says nothing: "
+                f"more than {metrics.KID_SUBSET_SIZE} of each are needed"
+            )
+        if self.net.classes is not None and (part := count // metrics.INCEPTION_SPLITS) < self.net.classes:
+            found.append(
+                f"each of the {metrics.INCEPTION_SPLITS} parts of {self.net.metric('IS')} has about {part} samples, "
+                f"fewer than the {self.net.classes} classes, so it is far too low (a part of one sample scores 1): "
+                f"{metrics.INCEPTION_SPLITS * self.net.classes} samples or more are needed"
+            )
+        return found
 
     def measure(self, batches: Iterable[Tensor], count: int) -> Measured:
         """Compute the metrics of images.
@@ -147,7 +159,13 @@ class Evaluator:
             "precision_recall_k": metrics.NEIGHBOURS_MANIFOLD,
             "density_coverage_k": metrics.NEIGHBOURS_COVERAGE,
         }
-        return Measured(values, spread, settings, self.doubts(count))
+        doubts = self.doubts(count)
+        if repeated := metrics.count_repeated(some, radii, reference.mean):
+            doubts.append(
+                f"{repeated} of {n} reference images have {metrics.NEIGHBOURS_COVERAGE} or more copies, so nothing is "
+                "nearer to them than those: density and coverage, which count what is nearer, are too low"
+            )
+        return Measured(values, spread, settings, doubts)
 
     @cached_property
     def reference(self) -> _Statistics:
@@ -182,7 +200,7 @@ class Evaluator:
         if self.dataset.cached:
             yield from (self.dataset.images(indices[i : i + _BATCH]) for i in indices[::_BATCH])
         else:
-            yield from load_batches(self.dataset, num_workers=min(4, torch.get_num_threads()), batch_size=_BATCH)
+            yield from load_batches(self.dataset, num_workers=self.dataset.workers, batch_size=_BATCH)
 
     def features(self, batches: Iterable[Tensor], count: int, reference: bool = False) -> tuple[Tensor, Tensor | None]:
         """Compute features [count, D] and, for samples, class probabilities [count, classes], on the network's device.
@@ -223,6 +241,9 @@ class Evaluator:
     def _identity(self) -> dict[str, Any]:
         """Return everything that the reference's features depend on."""
         facts = {key: value for key, value in self.dataset.description.items() if key != "source"}
+        # A fingerprint of files does not notice other images of the same names and sizes.
+        if not self.dataset.cached:
+            facts["sample"] = self.dataset.sample
         return facts | {
             "format": _FORMAT,
             "fingerprint": self.dataset.fingerprint,

@@ -156,7 +156,7 @@ def load_features(spec: str, *, device: torch.device | str = "cpu", cache_dir: s
         ValueError: if the file is damaged, of the wrong kind, or holds a different network than its name promises.
     """
     name, separator, path = spec.partition("=")
-    if not separator:
+    if not separator or user_path(spec).is_file():  # folders of studies have names such as r1_gamma=0.1
         name, path = ("", spec) if spec not in ("inception", RESNET56) else (spec, "")
     device = torch.device(device)
     if spec == "digits":

@@ -194,6 +194,21 @@ def neighbour_distances(
     return torch.cat(nearest)
 
 
+def count_repeated(features: Tensor, radii: Tensor, centre: Tensor) -> int:
+    """Return the number of rows that are equal to their k-th nearest other row.
+
+    Density and coverage count what is nearer than that row, so they miss even the row itself.
+
+    Args:
+        features: [N, D].
+        radii: the result of `neighbour_distances(features, centre)`, [N, k].
+        centre: [D].
+    """
+    # Squared distances in float32 are rounded in proportion to the squared norms.
+    norms = (features.float() - centre.float()).square().sum(1)
+    return int((radii[:, -1] <= 1e-6 * norms).sum())
+
+
 def neighbour_metrics(
     reference: Tensor, samples: Tensor, radii: Tensor, centre: Tensor, *, progress: bool = False
 ) -> Neighbours:

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 from spigan._version import __version__
 from spigan.config import TrainConfig
 from spigan.data import loader as image_loader
-from spigan.data.dataset import open_for_model
+from spigan.data.dataset import data_record, open_for_model
 from spigan.files import read_json, write_text
 from spigan.models import SPIGAN, Discriminator
 from spigan.models.load import resolve_device
 from spigan.ops import backends
-from spigan.runs import CONFIG_FILE, DATA_FILE, STATS_FILE, read_config
+from spigan.runs import CONFIG_FILE, DATA_FILE, STATS_FILE, locate, read_config
 from spigan.training.algorithm1 import Algorithm1
 from spigan.training.augment import ADA
 from spigan.training.checkpoint import newest_checkpoint, remove_scratch
@@ -95,6 +95,7 @@ class Trainer:
         *,
         total_kimg: float | None = None,
         total_seconds: float | None = None,
+        data: str | Path | None = None,
         progress: bool = True,
     ) -> Trainer:
         """Resume a run exactly from its newest checkpoint. On a CPU the result is bit for bit that of an unbroken run.
@@ -105,10 +106,11 @@ class Trainer:
             run_dir: folder of the run.
             total_kimg: new length of the run. Default: the configured length.
             total_seconds: new limit of the training time. Default: the configured limit.
+            data: where the run's images are now, if they have moved. They must be the same images.
             progress: whether to show a progress bar.
 
         Raises:
-            FileNotFoundError: if there is no run in the folder, or its checkpoints are gone.
+            FileNotFoundError: if there is no run in the folder, or its checkpoints or its images are gone.
             OSError: if the folder cannot be written.
             ValueError: if the checkpoint is damaged or belongs to another run, or if the images have changed since the
                 run began.
@@ -116,7 +118,10 @@ class Trainer:
         run_dir = Path(run_dir)
         config = read_config(run_dir)
         given = {"total_kimg": total_kimg, "total_seconds": total_seconds}
-        if changes := {name: value for name, value in given.items() if value is not None}:
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if data is not None:
+            changes["data"] = config.data.model_dump() | {"source": str(data)}
+        if changes:
             config = TrainConfig.model_validate(config.model_dump() | changes)
         check_writable(run_dir)
         newest = newest_checkpoint(run_dir)
@@ -128,22 +133,28 @@ class Trainer:
         record = read_json(run_dir / DATA_FILE)
         trainer = cls.__new__(cls)
         trainer.run_dir = run_dir
-        trainer._build(config, progress)
+        try:
+            trainer._build(config, progress, record)
+        except FileNotFoundError as error:
+            if not str(error).startswith("source "):  # a feature network is missing, for example
+                raise
+            raise FileNotFoundError(
+                f"data.source in {run_dir / CONFIG_FILE}: {error}. If the images have moved, add --data PATH "
+                "(Trainer.resume: data=PATH)"
+            ) from error
         if trainer.processes.main:
             remove_scratch(run_dir)
-        if record.get("fingerprint") != trainer.dataset.fingerprint:
-            raise ValueError(
-                f"the images of {config.data.source!r} are not those that {run_dir} was trained on (see data.json): "
-                "an exact resume is not possible. Restore the images, or start a new run"
-            )
         if saved is not None:
             trainer.snapshots.load(*saved)
         trainer._check_agreement()
+        if data is not None and trainer.processes.main:
+            record |= {name: value for name, value in trainer._data_record().items() if name in ("source", "path")}
+            write_text(run_dir / DATA_FILE, json.dumps(record, indent=2) + "\n")
         if changes and trainer.processes.main:
             write_text(run_dir / CONFIG_FILE, trainer.config.model_dump_json(indent=2) + "\n")
         return trainer
 
-    def _build(self, config: TrainConfig, progress: bool) -> None:
+    def _build(self, config: TrainConfig, progress: bool, record: dict[str, Any] | None = None) -> None:
         self.processes = Processes(resolve_device(config.device))
         self.device = self.processes.device
         self.config = config = resolve_precision(config, self.device)
@@ -156,7 +167,11 @@ class Trainer:
             )
         images_at_a_time(config, self.processes)  # raises before anything takes long
         self.dataset = open_for_model(
-            config.data, config.model.resolution, config.model.img_channels, progress=self.progress
+            locate(config.data, record or {}),
+            config.model.resolution,
+            config.model.img_channels,
+            progress=self.progress,
+            record=record,
         )
         for op in backends.operations():
             backends.choose(op, None, self.device)  # before anything is written: raises if a backend cannot run
@@ -168,8 +183,7 @@ class Trainer:
         self.snapshots = Snapshots(self.run_dir, config, self.state, self.processes)
 
     def _data_record(self) -> dict[str, Any]:
-        flips = {"xflip": self.config.xflip, "fingerprint": self.dataset.fingerprint}
-        return {**self.dataset.description, **flips}
+        return {**data_record(self.dataset, self.config.data), "xflip": self.config.xflip}
 
     @property
     def model(self) -> SPIGAN:

@@ -24,8 +24,8 @@ def test_convert(pictures: Path, tmp_path: Path, run: Any) -> None:
     out = tmp_path / "out"
     arguments = ["data", "convert", pictures, "--out", out, "--resolution", 8, "--workers", 0, "--quiet"]
     printed = run(*arguments)
-    assert printed.startswith(f"{out}: 3 images of 8 x 8 in 1 files, ") and "; 3 converted now, " in printed
-    assert "; 0 converted now, " in run(*arguments)
+    assert printed.startswith(f"{out}: 3 images of 8 x 8 in 1 files, ") and "; 3 read now, " in printed
+    assert "; 0 read now, " in run(*arguments)
 
 
 def test_convert_broken_images(pictures: Path, tmp_path: Path, spigan_cli: Any) -> None:

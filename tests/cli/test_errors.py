@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spigan.cli.errors import printable, warn
+from spigan.cli.errors import warn
+from spigan.files import printable
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_control_characters_are_escaped(refused: Any, capsys: pytest.CaptureFixt
 
 
 def test_lines_and_tabs_stay() -> None:
-    assert printable("a\tb\nc: é\x1b\r") == "a\tb\nc: é\\x1b\\r"
+    assert printable("a\tb\nc: é\x1b\r", keep="\n\t") == "a\tb\nc: é\\x1b\\r"
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, ImportError, FloatingPointError, "BackendUnavailable"])

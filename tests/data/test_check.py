@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from spigan.cli import app
@@ -64,7 +64,7 @@ def test_check(tmp_path: Path) -> None:
         }
         assert report["workers"] == workers
         assert report["images_per_second"] > 0 and report["images_per_second_core"] > 0
-    result = cli("check", good, "--quiet")
+    result = cli("check", good, "--quiet", "--channels", 3)
     assert result.exit_code == 0
     assert "7, 0 broken" in result.stdout and "20 x 14 (4)" in result.stdout and "3 in 2 groups" in result.stdout
 
@@ -104,3 +104,41 @@ def test_check_of_broken_images(tmp_path: Path) -> None:
     (source / "a.png").unlink()
     assert "2, 2 broken" in cli("check", source, "--quiet", "--workers", 0).stdout
     assert "does not exist" in cli("check", "./none").stderr
+
+
+def test_check_says_what_training_would_refuse(tmp_path: Path) -> None:
+    """By default the channels are as stored, as in training."""
+    files = {"a.png": encoded(0), "b.png": encoded(1, mode="L"), "c.png": encoded(2, mode="RGBA"), "notes.txt": b""}
+    source = write_folder(tmp_path / "source", files)
+    result = cli("check", source, "--quiet", "--workers", 0)
+    assert result.exit_code == 1 and "3, 2 broken" in result.stdout
+    assert "b.png is grey" in result.stderr and "(--channels 3; spigan train: --set data.channels=3)" in result.stderr
+    assert "c.png has an alpha channel" in result.stderr
+    assert "left out:   .txt (1)" in result.stdout
+    assert cli("check", source, "--quiet", "--workers", 0, "--channels", 3).exit_code == 0
+
+
+def test_check_counts_colours_that_are_taken_as_they_are(tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.open(io.BytesIO(encoded(0)))
+    image.save(tmp_path / "a.png", icc_profile=profile)
+    image.save(tmp_path / "b.png", icc_profile=profile.replace(b"s\0R\0G\0B", b"A\0B\0C\0D").replace(b"sRGB", b"ABCD"))
+    image.convert("CMYK").save(tmp_path / "c.jpg")
+    exchanged = profile.replace(b"rXYZ", b"tXYZ", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"tXYZ", b"bXYZ", 1)
+    image.save(tmp_path / "d.png", icc_profile=exchanged)  # red and blue, under the name of sRGB
+    result = cli("check", tmp_path, "--quiet", "--workers", 0, "--json")
+    report = json.loads(result.stdout)
+    assert report["profiles"] == {"other": 2, "sRGB": 1} and report["modes"] == {"RGB": 3, "CMYK": 1}
+    result = cli("check", tmp_path, "--quiet", "--workers", 0, "--resolution", 64)
+    assert "warning: 3 images are CMYK or have a colour profile other than sRGB" in result.stderr
+    assert "warning: 4 images are smaller than the resolution" in result.stderr
+
+
+def test_names_reach_the_terminal_escaped(tmp_path: Path) -> None:
+    name = "\x1b]0;title\x07.png"
+    write_folder(tmp_path / "set", {name: encoded(0), f"b{name}": encoded(0), f"c{name}": b"", f"d{name}": b""})
+    for arguments in (("check", tmp_path / "set"), ("convert", tmp_path / "set", "--out", tmp_path / "o\x1b")):
+        options = ("--resolution", 8, "--workers", 0)
+        result = cli(*arguments, *options)
+        assert "\x1b" not in result.output and "\x07" not in result.output
+        assert "\\x1b]0;title" in result.output

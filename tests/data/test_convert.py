@@ -222,7 +222,7 @@ def test_broken_images(tmp_path: Path, pictures: Path) -> None:
 
     result = cli(*arguments, "--skip-broken")
     assert result.exit_code == 0, result.output
-    assert "44 images of 8 x 8 in 5 files" in result.stdout and "20 converted now" in result.stdout
+    assert "44 images of 8 x 8 in 5 files" in result.stdout and "20 read now" in result.stdout
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in out.iterdir()}.items()
     index = json.loads((out / "train-index.json").read_text())
     assert [row["index"] for row in index["broken"]] == [5, 6, 31]
@@ -230,7 +230,7 @@ def test_broken_images(tmp_path: Path, pictures: Path) -> None:
     whole = everything(open_dataset(config_of(pictures), progress=False))
     assert torch.equal(everything(opened(out)), whole[[i for i in range(47) if i not in (5, 6, 31)]])
     again = cli(*arguments)  # all that is known of the broken ones is in the files
-    assert again.exit_code == 0 and "0 converted now" in again.stdout and "3 broken" in again.stdout
+    assert again.exit_code == 0 and "0 read now" in again.stdout and "3 broken" in again.stdout
 
 
 @pytest.mark.parametrize(

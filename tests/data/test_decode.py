@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from data_helpers import chw, encoded, one_image, open_source, picture, write_folder
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 
 def test_centre_is_cropped_before_resizing(tmp_path: Path) -> None:
@@ -122,3 +122,57 @@ def test_truncated_image_is_named_when_decoded(tmp_path: Path) -> None:
     dataset = one_image(tmp_path, data, "jpg", cache="none")  # its header is fine
     with pytest.raises(ValueError, match=r"image\.jpg cannot be read"):
         dataset[0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_damaged_exif_is_ignored(tmp_path: Path, kind: str) -> None:
+    good = encoded(picture(0), kind)
+    data = encoded(picture(0), kind, exif=b"Exif\0\0this is no tiff header")
+    assert torch.equal(one_image(tmp_path, data)[0], chw(Image.open(io.BytesIO(good)).convert("RGB")))
+    broken = encoded(picture(0, (64, 64)), "JPEG", exif=b"Exif\0\0this is no tiff header")[:-500]
+    with pytest.raises(ValueError, match="image file is truncated"):
+        one_image(tmp_path, broken)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGBA", 3), ("LA", 1), ("P", 3)])
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_alpha_that_is_opaque_everywhere_is_dropped(tmp_path: Path, mode: str, channels: int, cache: str) -> None:
+    image = picture(0).convert("L" if mode == "LA" else "RGB")
+    options: dict[str, Any] = {}
+    if mode == "P":
+        image = image.quantize(16)
+        options["transparency"] = 200  # a colour that no pixel has
+    stored = image if mode == "P" else image.convert(mode)
+    dataset = one_image(tmp_path, encoded(stored, **options), cache=cache)
+    assert dataset.channels == channels
+    assert torch.equal(dataset[0], chw(image.convert("RGB") if mode == "P" else image))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\0\0\0\x20ftypavif", "it is AVIF; expected PNG, JPEG, WEBP, BMP, GIF, TIFF): convert or remove it"),
+        (b"\0\0\0\x18ftypheic", "it is HEIC"),
+        (b"<!DOCTYPE html><html>", "it is a page in HTML; .*): download it again"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a pointer of Git LFS; .*): run `git lfs pull`"),
+        (b"\x89PNG\r\n\x1a\n", "it is damaged; .*): repair or remove it"),
+        (b"", "it is empty"),
+        (b"some text", "its contents are of no known format"),
+    ],
+)
+def test_the_error_says_what_the_file_is(tmp_path: Path, data: bytes, what: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"image\.jpg cannot be read as an image \({what.replace(')', chr(92) + ')')}"
+    ):
+        one_image(tmp_path, data, "jpg")
+
+
+def test_errors_have_no_addresses(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    for data in (encoded(picture(0), pnginfo=text), encoded(picture(0))[:40], b"?"):
+        with pytest.raises(ValueError, match=r"image\.png") as caught:
+            one_image(tmp_path, data)
+        assert " at 0x" not in str(caught.value) and "<" not in str(caught.value)
+    with pytest.raises(ValueError, match="its metadata exceed what Pillow accepts; save it without them"):
+        one_image(tmp_path, encoded(picture(0), pnginfo=text))

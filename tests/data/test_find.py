@@ -84,7 +84,7 @@ class Broken:
 @pytest.mark.usefixtures("_names_are_restored")
 def test_errors_of_a_registered_source_name_the_image() -> None:
     register_source("service", lambda config, progress: Broken())
-    with pytest.raises(ValueError, match=r"^number 1 is out of order: call the service$"):
+    with pytest.raises(ValueError, match=r"^number 1 is out of order: call the service \(`spigan data check` lists"):
         open_source("service")
 
 

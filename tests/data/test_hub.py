@@ -15,10 +15,10 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_folder(tmp_path, {"a.png": FILES["a.png"]}) / "a.png"
     rows = [{"bytes": FILES["z.bmp"], "path": None}, {"bytes": None, "path": str(file)}]
     table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
-    asked = []
+    asked: list[tuple[str, ...]] = []
 
-    def load_dataset(name: str, split: str) -> Any:
-        asked.append((name, split))
+    def load_dataset(*name: str, split: str) -> Any:
+        asked.append((*name, split))
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -27,6 +27,8 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(everything(dataset), STACKED[[2, 0]])
     open_source("cifar10")
     assert asked[1] == ("uoft-cs/cifar10", "train")
+    open_source("someone/faces:small")
+    assert asked[2] == ("someone/faces", "small", "train")
 
 
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,3 +66,53 @@ def test_missing_lmdb_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ModuleNotFoundError, match=r'needs the package lmdb: pip install "spigan\[data\]"'):
         open_source(path)
+
+
+def raw(seed: int, side: int = 16) -> bytes:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8).tobytes()
+
+
+def test_raw_rgb_in_a_folder_of_splits(tmp_path: Path) -> None:
+    """CelebA-HQ as the scripts of NVAE and DD-GAN store it: train.lmdb and validation.lmdb, raw values."""
+    for split, count in (("train", 5), ("validation", 3)):
+        write_lmdb(tmp_path / f"{split}.lmdb", {str(i).encode(): raw(i) for i in range(count)})
+    dataset = open_source(tmp_path)
+    assert (len(dataset), dataset.channels, dataset.resolution) == (5, 3, 16)
+    expected = np.frombuffer(raw(3), dtype=np.uint8).reshape(16, 16, 3).transpose(2, 0, 1)
+    assert np.array_equal(dataset[3].numpy(), expected)
+    assert len(open_source(tmp_path, split="val")) == len(open_source(tmp_path / "validation.lmdb")) == 3
+    with pytest.raises(ValueError, match=r"no split 'test': it has the LMDB folders train\.lmdb, validation\.lmdb"):
+        open_source(tmp_path, split="test")
+
+
+def test_folders_of_lsun_give_splits(tmp_path: Path) -> None:
+    for name, count in (("church_outdoor_train_lmdb", 4), ("church_outdoor_val_lmdb", 2)):
+        lsun(tmp_path / name, ENCODED[:count])
+    assert len(open_source(tmp_path, resolution=8)) == 4
+    assert len(open_source(tmp_path, resolution=8, split="validation")) == 2
+    lsun(tmp_path / "bedroom_train_lmdb", ENCODED[:1])
+    with pytest.raises(ValueError, match=r"LMDB folders bedroom_train_lmdb, church_outdoor_train_lmdb: pass one"):
+        open_source(tmp_path, resolution=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "others"),
+    [
+        ({"resolution": 8}, 16, {32: 4}),
+        ({"resolution": 16}, 16, {32: 4}),
+        ({"resolution": 20}, 32, {16: 4}),
+        ({"resolution": 64}, 32, {16: 4}),
+        ({}, 32, {16: 4}),
+        ({"column": "16"}, 16, {32: 4}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_images_in_several_sizes(tmp_path: Path, options: dict[str, Any], size: int, others: dict[int, int]) -> None:
+    """Keys such as 32-00017, and the number of images under the key `length`, from StyleGAN2's script for PyTorch."""
+    entries = {f"{side}-{i:05}".encode(): encoded_picture(i, (side, side)) for side in (16, 32) for i in range(4)}
+    root = write_lmdb(tmp_path / "set", entries | {b"length": b"4"})
+    dataset = open_source(root, **options)
+    assert dataset.description["native_width"] == [size, size] and len(dataset) == 4
+    assert dataset.left_out == {"entry length": 1} | {f"images of size {side}": n for side, n in others.items()}
+    with pytest.raises(ValueError, match=r"in the sizes 16, 32: set `column` \(--column\) to one of them, got '64'"):
+        open_source(root, column="64")

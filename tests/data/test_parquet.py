@@ -65,3 +65,24 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
         open_source(file)
+
+
+@pytest.mark.parametrize("configuration", ["", "default/"])
+def test_folders_of_splits(tmp_path: Path, configuration: str) -> None:
+    """As the Hub lays out the files that it converts itself: default/train/0000.parquet."""
+    images = [encoded(picture(seed)) for seed in range(5)]
+    for name, part in {"train/0000": images[:2], "train/0001": images[2:4], "test/0000": images[4:]}.items():
+        write_parquet(tmp_path / f"{configuration}{name}.parquet", part)
+    assert len(open_source(tmp_path)) == 4
+    assert torch.equal(open_source(tmp_path, split="test")[0], chw(picture(4)))
+    with pytest.raises(ValueError, match=r"no split 'val': the splits of its parquet files are \['test', 'train'\]"):
+        open_source(tmp_path, split="val")
+    if configuration:
+        write_parquet(tmp_path / "other" / "train" / "0000.parquet", images)
+        with pytest.raises(ValueError, match="has several configurations, default, other: pass the folder of one"):
+            open_source(tmp_path)
+
+
+def test_a_single_column_of_plain_bytes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"jpg": [encoded(picture(3))], "label": [1]}), tmp_path / "a.parquet")
+    assert torch.equal(open_source(tmp_path / "a.parquet")[0], chw(picture(3)))

@@ -43,7 +43,7 @@ def test_tar_members(tmp_path: Path) -> None:
     assert dataset.name == "a"
 
     pair = write_tar(tmp_path / "pair.tar", {"1.in.webp": ENCODED[0], "1.out.webp": ENCODED[1]})
-    with pytest.raises(ValueError, match=r"several images of the sample '1': set `column` to .* such as \"out\.webp\""):
+    with pytest.raises(ValueError, match=r"several images of the sample '1': set `column` .* such as \"out\.webp\""):
         open_source(pair)
     assert torch.equal(open_source(pair, column="out.webp", resolution=8)[0], dataset[0])
     with pytest.raises(ValueError, match=r"pair\.tar has no images in it: expected members named \*\.jpg"):
@@ -84,3 +84,17 @@ def test_tar_that_cannot_be_read(tmp_path: Path) -> None:
             open_source(tmp_path / f"{name}.tar")
     with pytest.raises(ValueError, match="cannot be read as an uncompressed tar file"):
         open_source(write_tar(tmp_path / "compressed.tar", members, "w:gz"))
+
+
+def test_names_with_dots_are_no_samples(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "dots.tar", {f"2024.05.01_{i}.webp": data for i, data in enumerate(ENCODED[:10])})
+    assert len(open_source(path, resolution=8)) == 10
+    views = {f"{sample}.{view}.webp": ENCODED[view] for sample in range(2) for view in (1, 2)}
+    with pytest.raises(ValueError, match="several images of the sample '1'"):  # the same extensions again
+        open_source(write_tar(tmp_path / "views.tar", views), resolution=8)
+
+
+def test_words_for_splits_in_any_case(tmp_path: Path) -> None:
+    for name in ("Training-000", "validation-000"):
+        write_tar(tmp_path / f"{name}.tar", {"a.webp": ENCODED[0]})
+    assert len(open_source(tmp_path)) == len(open_source(tmp_path, split="val")) == 1

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from spigan import SPIGAN, DataConfig
+from spigan.cli import app
 from spigan.evaluation.cache import load, save
 from spigan.evaluation.evaluate import evaluate
 from spigan.evaluation.evaluator import Evaluator
@@ -26,6 +28,10 @@ def measure(model: SPIGAN, scripts: Path, **changes: Any) -> dict[str, Any]:
         "progress": False,
     }
     return evaluate(model, **options | changes)
+
+
+def cli(*args: Any) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200", "TERM": "dumb"})
 
 
 def computations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -115,6 +121,9 @@ def test_cache_that_cannot_be_written(model: SPIGAN, scripts: Path, cache: Path)
     with pytest.warns(UserWarning, match="cannot be cached .*set SPIGAN_CACHE"):
         result = measure(model, scripts)
     assert result["metrics"]["FD-pixels"] > 0
+    assert any("cannot be cached" in text for text in result["warnings"])
+    program = cli("evaluate", "--features", scripts / "pixels.pt", "--samples", 60, "--device", "cpu", "--quiet")
+    assert program.exit_code == 0 and "warning: " in program.stderr and "cannot be cached" in program.stderr
 
 
 @pytest.mark.parametrize("value", [torch.tensor([1.0, float("nan")]), torch.tensor([1, 2])], ids=["NaN", "integers"])

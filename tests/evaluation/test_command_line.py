@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from spigan import SPIGAN, DataConfig
@@ -107,3 +109,51 @@ def test_command_line_refuses(scripts: Path, arguments: list[str], message: str)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     lines = result.stderr.splitlines()  # a slow machine shows progress bars first
     assert message in result.stderr and any(line.startswith("error: ") for line in lines)
+
+
+TINY = [f"model.{field}" for field in ("dim_h=8", "embed_channels=2", "channel_base=32", "channel_max=4")]
+
+
+def write_images(folder: Path, first: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(20):
+        pixels = np.random.default_rng(first + i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.bmp")
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_the_images_of_a_run_from_another_folder(
+    scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    """A relative path means the folder where training began; other images there are refused."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "result.json"
+    write_images(first / "photos", 0)
+    write_images(second / "photos", 100)
+    monkeypatch.chdir(first)
+    fields = [*TINY, "model.resolution=8", f"data.cache={cache}", "data.workers=0"]
+    options = ("--preset", "digits", "--data", "photos", "--kimg", 0.008, "--batch", 8, "--device", "cpu", "--quiet")
+    result = cli("train", *options, "--out", tmp_path / "run", *(f"--set={field}" for field in fields))
+    assert result.exit_code == 0, result.output
+    monkeypatch.chdir(second)
+    measure = ("evaluate", tmp_path / "run", "--features", scripts / "pixels.pt", "--samples", 20, "--device", "cpu")
+    result = cli(*measure, "--out", out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["reference"]["source"] == str((first / "photos").resolve())
+    assert cli(*measure, "--data", "photos", "--quiet").exit_code == 0  # others may be asked for
+
+    result = cli("train", "--resume", tmp_path / "run", "--kimg", 0.016, "--quiet")
+    assert result.exit_code == 0, result.output
+
+    (first / "photos").rename(tmp_path / "moved")
+    (second / "photos").rename(tmp_path / "away")
+    result = cli("train", "--resume", tmp_path / "run", "--quiet")
+    assert result.exit_code == 1 and "data.source in" in result.stderr and "add --data PATH" in result.stderr
+    result = cli("train", "--resume", tmp_path / "run", "--data", tmp_path / "away", "--quiet")
+    assert result.exit_code == 1 and "are not those that the run was trained on" in result.stderr
+    result = cli("train", "--resume", tmp_path / "run", "--data", tmp_path / "moved", "--kimg", 0.024, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert cli("train", "--resume", tmp_path / "run", "--kimg", 0.032, "--quiet").exit_code == 0  # it is recorded
+
+    write_images(tmp_path / "moved", 200)
+    result = cli(*measure, "--quiet")
+    assert result.exit_code == 1 and "are not those that the run was trained on" in result.stderr

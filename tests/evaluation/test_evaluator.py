@@ -15,6 +15,8 @@ from torch import Tensor
 
 from spigan import SPIGAN, DataConfig
 from spigan.data import open_dataset
+from spigan.data import workers as workers_module
+from spigan.evaluation import evaluator as evaluator_module
 from spigan.evaluation import metrics
 from spigan.evaluation.evaluate import describe_features, evaluate
 from spigan.evaluation.evaluator import Evaluator
@@ -136,3 +138,63 @@ def test_more_samples_than_reference_images(scripts: Path, tmp_path: Path) -> No
     near = metrics.neighbour_metrics(x, y[:10], metrics.neighbour_distances(x, centre), centre)
     assert [result.values[name] for name in near._fields] == pytest.approx(list(near))
     assert result.settings["neighbours_of"] == 10
+
+
+def write_images(folder: Path, first: int, count: int) -> Path:
+    """Random grey pictures of one file size."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        pixels = np.random.default_rng(first + i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.bmp")
+    return folder
+
+
+def test_numbers_that_mean_nothing_say_so(model: SPIGAN, scripts: Path, tmp_path: Path) -> None:
+    data = DataConfig(source=str(write_images(tmp_path / "set", 0, 20)))
+    with pytest.warns(UserWarning, match="parts of IS-classifier has about 2 samples, fewer than the 3 classes"):
+        result = measure(model, scripts, data=data, samples=20, features=str(scripts / "classifier.pt"))
+    assert result["spread"]["KID-classifier"] == pytest.approx(0.0, abs=1e-9)
+    assert any("every subset of KID-classifier is all 20 images" in text for text in result["warnings"])
+    assert len(result["warnings"]) == 2
+    result = measure(model, scripts, data=data, samples=30, features=str(scripts / "classifier.pt"))
+    assert result["warnings"] == []
+
+
+def test_repeated_images_cause_a_warning(scripts: Path, tmp_path: Path) -> None:
+    """Six copies: the fifth neighbour is at distance 0, and nothing is nearer."""
+    folder = write_images(tmp_path / "set", 0, 30)
+    for i in range(1, 6):
+        (folder / f"{i:02}.bmp").write_bytes((folder / "00.bmp").read_bytes())
+    dataset = open_dataset(DataConfig(source=str(folder)), progress=False)
+    result = Evaluator(dataset, load_features(str(scripts / "pixels.pt")), progress=False).measure(
+        [dataset.images(range(30))], 30
+    )
+    assert result.values["coverage"] == pytest.approx(24 / 30)
+    assert any("6 of 30 reference images have 5 or more copies" in text for text in result.warnings)
+
+
+def test_exchanged_images_are_noticed(scripts: Path, tmp_path: Path) -> None:
+    """Their names and sizes are the same, so the fingerprint of images that are not kept in memory is, too."""
+    net = load_features(str(scripts / "pixels.pt"))
+    for first in (0, 100):
+        config = DataConfig(source=str(write_images(tmp_path / "set", first, 20)), cache="none", workers=0)
+        dataset = open_dataset(config, progress=False)
+        found = Evaluator(dataset, net, progress=False).reference.features
+        assert torch.equal(found, net(dataset.images(range(20)))[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_number_of_workers_is_heeded(
+    scripts: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def load_batches(dataset: Any, *, num_workers: int, **options: Any) -> Any:
+        asked.append(num_workers)
+        return workers_module.load_batches(dataset, num_workers=0, **options)
+
+    monkeypatch.setattr(evaluator_module, "load_batches", load_batches)
+    config = DataConfig(source=str(write_images(tmp_path / "set", 0, 20)), cache="none", workers=workers)
+    net = load_features(str(scripts / "pixels.pt"))
+    assert Evaluator(open_dataset(config, progress=False), net, progress=False).reference.features.shape == (20, 48)
+    assert asked == [workers]

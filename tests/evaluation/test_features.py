@@ -161,3 +161,12 @@ def test_pixels_are_averages_of_blocks() -> None:
     expected = torch.full((2, 8, 8), -1.0)
     expected[0, 0, 0], expected[1] = 1.0, 51 / 127.5 - 1
     assert classes is None and torch.allclose(features, expected.flatten(1))
+
+
+def test_a_path_may_hold_equals_signs(scripts: Path, tmp_path: Path) -> None:
+    """As the folders of `spigan ablate` do."""
+    file = tmp_path / "r1_gamma=0.1" / "net.pt"
+    file.parent.mkdir()
+    file.write_bytes((scripts / "pixels.pt").read_bytes())
+    assert load_features(str(file)).name == "net"
+    assert load_features(f"mine={file}").name == "mine"

@@ -14,8 +14,9 @@ class Source(Protocol):
     """A sequence of stored images with random access.
 
     A source only finds and opens images. `ImageDataset` checks, crops and resizes them, and adds their names to error
-    messages. Any class with these four methods is a source; it does not have to inherit from this class. Worker
-    processes read the source, so it must survive pickling and forking: open files on demand, not in `__init__`.
+    messages. Any class with these four methods is a source; it does not have to inherit from this class. It may also
+    have a dict `left_out` that counts what it does not read, by a short description. Worker processes read the source,
+    so it must survive pickling and forking: open files on demand, not in `__init__`.
 
     For example, this source computes its images. It is registered under the name "gradients":
 
@@ -71,8 +72,23 @@ class UnsuitableImage(Exception):
     """An image cannot be used. The message continues a sentence that starts with the image's name: "has 3 frames"."""
 
 
+READING = 2
+"""Version of the rules that choose the images of a source. A run records it, and always reads its images by the same
+rules. Version 1 knew fewer suffixes and words for splits, and took every image of a folder with other files on top."""
+
 SPLITS = {"train", "test", "val", "valid", "validation"}
-"""Names of folders and tar files that are treated as splits."""
+"""Names of folders and tar files that reading 1 treats as splits."""
+
+_SPLIT_WORDS = {
+    "train": {"train", "training", "trn"},
+    "test": {"test", "testing", "tst"},
+    "val": {"val", "valid", "validation", "dev"},
+}
+
+
+def split_word(name: str) -> str | None:
+    """Return the split ("train", "test" or "val") that a word stands for in any case; None for other words."""
+    return next((split for split, words in _SPLIT_WORDS.items() if name.lower() in words), None)
 
 
 def no_split(where: object, split: str, hint: str) -> ValueError:

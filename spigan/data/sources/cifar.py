@@ -44,6 +44,11 @@ def open_cifar(path: Path, split: str) -> ArraySource:
         raise no_split(path, split, "the CIFAR-10 archive has train and test")
     read = _read_folder if path.is_dir() else _read_archive
     pickles = read(path, batches)
+    if not pickles and not path.is_dir() and path.name != "cifar-10-python.tar.gz":
+        raise ValueError(
+            f"{path} is a compressed tar file, but not CIFAR-10, and gives no access to single images: unpack it with "
+            f"`gunzip -k {path.name}`, and pass the .tar file"
+        )
     missing = [name for name in batches if name not in pickles]
     if missing:
         raise ValueError(

@@ -7,22 +7,27 @@ import os
 import shutil
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
-from spigan.data.sources.base import SPLITS, UnsuitableImage, no_split
+from spigan.data.sources.base import READING, UnsuitableImage
+from spigan.data.sources.names import choose_images, named
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class FolderSource:
-    """Image files: `names` are relative to `root`, with forward slashes."""
+_MOST_LINKS = 100  # times that links may lead to one folder; links to links could repeat it without end
 
-    def __init__(self, root: Path, names: list[str]) -> None:
-        self._root, self._names = root, names
+
+class FolderSource:
+    """Image files: `names` are relative to `root`, with forward slashes. `left_out`: see `Source`."""
+
+    def __init__(self, root: Path, names: list[str], left_out: dict[str, int]) -> None:
+        self._root, self._names, self.left_out = root, names, left_out
 
     def __len__(self) -> int:
         return len(self._names)
@@ -35,14 +40,18 @@ class FolderSource:
 
     def identity(self) -> Iterator[bytes]:
         for name in self._names:
-            yield f"{name}\0{(self._root / name).stat().st_size}\0".encode()
+            try:
+                size = (self._root / name).stat().st_size
+            except OSError:  # a broken link, or removed since; reported when it is opened
+                size = -1
+            yield f"{name}\0{size}\0".encode(errors="surrogateescape")
 
 
 class ZipSource:
-    """Members of a zip file, read in place."""
+    """Members of a zip file, read in place. `left_out`: see `Source`."""
 
-    def __init__(self, path: Path, members: list[zipfile.ZipInfo]) -> None:
-        self._path, self._members = path, members
+    def __init__(self, path: Path, members: list[zipfile.ZipInfo], left_out: dict[str, int]) -> None:
+        self._path, self._members, self.left_out = path, members, left_out
         self._archive: tuple[int, zipfile.ZipFile] | None = None  # with the id of the process that opened it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,54 +82,56 @@ class ZipSource:
 
     def identity(self) -> Iterator[bytes]:
         for member in self._members:
-            yield f"{member.filename}\0{member.file_size}\0{member.CRC}\0".encode()
+            yield f"{member.filename}\0{member.file_size}\0{member.CRC}\0".encode(errors="surrogateescape")
 
 
-def open_folder(root: Path, split: str) -> FolderSource:
+def open_folder(root: Path, split: str, reading: int = READING) -> FolderSource:
     """Open all images below a folder, in the order of their names. Links to folders are followed.
 
     Raises:
         OSError: if a folder cannot be read.
-        ValueError: if there are no images or no such split, or a link leads in a circle.
+        ValueError: if there are no images or no such split, or a link leads in a circle; see `choose_images`.
     """
 
     def refuse(error: OSError) -> None:  # os.walk would silently skip folders that it may not read
         raise error
 
-    names, seen = [], set()
+    names: list[str] = []
+    dangling: list[str] = []
+    visits: Counter[str] = Counter()
+    above: dict[str, tuple[str, ...]] = {}  # real paths of a folder and of those on the way to it
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real, way = os.path.realpath(folder), above.pop(folder, ())
+        visits[real] += 1
+        if real in way or visits[real] > _MOST_LINKS:  # a link to a parent folder would repeat its images forever
+            raise ValueError(f"{folder} links to a folder that is already in {root}, in a circle: remove the link")
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        names += [(Path(folder) / file).relative_to(root).as_posix() for file in files]
-        if os.path.realpath(folder) in seen:  # a link to a parent folder would repeat its images forever
-            raise ValueError(f"{folder} links to a folder that is already in {root}: remove the link")
-        seen.add(os.path.realpath(folder))
-    return FolderSource(root, _image_names(names, split, root))
+        above |= {os.path.join(folder, name): (*way, real) for name in subfolders}
+        for file in files:
+            name = (Path(folder) / file).relative_to(root).as_posix()
+            # An image whose link is broken is an error when it is opened. Other broken links may be those of folders.
+            broken = (
+                not file.lower().endswith(IMAGE_SUFFIXES)
+                and os.path.islink(path := os.path.join(folder, file))
+                and not os.path.exists(path)
+            )
+            (dangling if broken else names).append(name)
+    chosen = choose_images(names, split, root, reading)
+    return FolderSource(root, chosen.images, chosen.left_out | named("link that leads nowhere", dangling))
 
 
-def open_zip(path: Path, split: str) -> ZipSource:
+def open_zip(path: Path, split: str, reading: int = READING) -> ZipSource:
     """Open all images in a zip file, in the order of their names.
 
     Raises:
-        ValueError: if the file is damaged, or has no images or no such split.
+        ValueError: if the file is damaged, or has no images or no such split; see `choose_images`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = {member.filename: member for member in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
         raise ValueError(f"{path} cannot be read as a zip file ({error}): copy or download it again") from error
-    return ZipSource(path, [members[name] for name in _image_names(list(members), split, path)])
-
-
-def _image_names(names: list[str], split: str, where: Path) -> list[str]:
-    """Return the images among `names`, sorted. If the top folders are splits, return only those of `split`."""
-    shown = (name for name in names if not any(part.startswith(".") for part in name.split("/")))
-    images = sorted(name for name in shown if name.lower().endswith(IMAGE_SUFFIXES))
-    if not images:
-        raise ValueError(f"{where} has no images in it: expected files named *{', *'.join(IMAGE_SUFFIXES)}")
-    tops = {name.split("/")[0] for name in images}
-    if tops <= SPLITS:
-        images = [name for name in images if name.startswith(f"{split}/")]
-    if not images or (split != "train" and not tops <= SPLITS):
-        found = f"its folders are {sorted(tops)}" if tops <= SPLITS else "it has no split folders at its top"
-        raise no_split(where, split, f"{found}; choose one of them, or pass the folder of images")
-    return images
+    if reading > 1 and not any("/" in name for name in members):  # some Windows programs write backslashes
+        members = {name.replace("\\", "/"): member for name, member in members.items()}
+    chosen = choose_images(list(members), split, path, reading)
+    return ZipSource(path, [members[name] for name in chosen.images], chosen.left_out)

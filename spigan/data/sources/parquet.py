@@ -22,7 +22,8 @@ import numpy as np
 
 from spigan.data import limits
 from spigan.data.decode import open_image
-from spigan.data.sources.base import Source, UnsuitableImage, no_split, require
+from spigan.data.sources.base import READING, Source, UnsuitableImage, no_split, require, split_word
+from spigan.files import folders_in, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -173,24 +174,43 @@ def open_parquet(files: list[Path], column: str | None) -> Source:
     return RowSource([(str(files[0].parent), rows.with_format("arrow")[:].column(name))])
 
 
-def has_parquet(folder: Path) -> bool:
-    """Return whether a folder holds parquet files, directly or in its subfolder "data"."""
-    return any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+def has_images(file: Path, column: str | None) -> bool:
+    """Return whether a parquet file has a column of images. A table of metadata has none."""
+    arrow, parquet = require("pyarrow", "pyarrow"), require("pyarrow.parquet", "pyarrow")
+    try:
+        return column is not None or any(_columns(parquet.read_schema(file)))
+    except (arrow.ArrowException, OSError):  # damaged, which is reported when it is opened
+        return True
 
 
-def parquet_files(root: Path, split: str) -> list[Path]:
-    """Return a folder's parquet files of one split, sorted.
+def parquet_files(root: Path, reading: int = READING, split: str | None = None) -> list[Path]:
+    """Return a folder's parquet files, sorted: those at its top and in data/, else those in folders of splits.
+
+    Args:
+        root: the folder. Folders of splits, such as train/, may also lie in its only folder, as on the Hub.
+        reading: version of the rules; see `READING`.
+        split: return only the files of this split. None: all files, or an empty list if there are none.
 
     Raises:
-        ValueError: if there are none, or their names (...-of-00003) show that some are missing.
+        ValueError: if a split is given that is not there, or names (...-of-00003) show that some files are missing.
     """
     files = sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
-    found = [file for file in files if split_of(file) == split]
+    splits = {file: split_of(file) for file in files}
+    if not files and reading > 1:
+        splits = {
+            file: file.parent.name for folder in _split_folders(root) for file in sorted(folder.glob("*.parquet"))
+        }
+    if split is None:
+        return list(splits)
+    word = split_word(split)
+    found = [file for file, name in splits.items() if name == split] or [
+        file for file, name in splits.items() if word and split_word(name) == word and reading > 1
+    ]
     if not found:
         raise no_split(
             root,
             split,
-            f"the splits of its parquet files are {sorted(set(map(split_of, files)))}; expected names such as "
+            f"the splits of its parquet files are {sorted(set(splits.values()))}; expected names such as "
             f"{split}-00000-of-00001.parquet, or pass the path of one file",
         )
     total = re.search(r"-of-(\d+)", found[0].name)
@@ -198,6 +218,22 @@ def parquet_files(root: Path, split: str) -> list[Path]:
         names = ", ".join(file.name for file in found)
         raise ValueError(f"{root}: expected {int(total[1])} parquet files of {split!r}, got {names}: add the others")
     return found
+
+
+def _split_folders(root: Path) -> list[Path]:
+    """Return the folders of parquet files that are named after splits, in `root` or in its only such folder."""
+
+    def inside(folder: Path) -> list[Path]:
+        return [path for path in folders_in(folder) if split_word(path.name) and any(path.glob("*.parquet"))]
+
+    if found := inside(root):
+        return found
+    configurations = {path.name: found for path in folders_in(root)[:100] if (found := inside(path))}
+    if len(configurations) > 1:
+        raise ValueError(
+            f"{root} has several configurations, {', '.join(map(printable, configurations))}: pass the folder of one"
+        )
+    return next(iter(configurations.values()), [])
 
 
 def parquet_file(path: Path, split: str) -> list[Path]:
@@ -221,25 +257,31 @@ def image_column(schema: Any, wanted: str | None, where: str) -> str:
 
     Args:
         schema: the schema.
-        wanted: name of the column, which may also hold plain bytes. None: the only column of {bytes, path} values.
+        wanted: name of the column, which may also hold plain bytes. None: the only column of {bytes, path} values, or
+            else the only one of plain bytes.
         where: name of the file, for error messages.
 
     Raises:
         ValueError: if there is no such column, or if `wanted` is None and the schema has no or several columns of
             images.
     """
-    types = require("pyarrow", "pyarrow").types
-    images = [
-        field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-    ]
-    binary = [field.name for field in schema if types.is_binary(field.type) or types.is_large_binary(field.type)]
-    if wanted is None and len(images) == 1:
-        return str(images[0])
+    images, binary = _columns(schema)
+    if wanted is None and len(images or binary) == 1:
+        return str((images or binary)[0])
     if wanted in images + binary:
         return str(wanted)
     problem = f"has {len(images)} columns of images" if wanted is None else f"has no column of images called {wanted!r}"
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise ValueError(f"{where} {problem}: set `column` to one of its columns, {columns}")
+    raise ValueError(f"{where} {problem}: set `column` (--column) to one of its columns, {columns}")
+
+
+def _columns(schema: Any) -> tuple[list[str], list[str]]:
+    """Return the names of the columns of {bytes, path} values, and of those of plain bytes."""
+    types = require("pyarrow", "pyarrow").types
+    images = [
+        field.name for field in schema if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+    ]
+    return images, [field.name for field in schema if types.is_binary(field.type) or types.is_large_binary(field.type)]
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from spigan.data.decode import IMAGE_SUFFIXES, check_size, open_image
-from spigan.data.sources.base import SPLITS, no_split
+from spigan.data.decode import FORMER_SUFFIXES, IMAGE_SUFFIXES, check_size, open_image
+from spigan.data.sources.base import READING, SPLITS, no_split, split_word
+from spigan.files import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,12 +34,13 @@ class TarSource:
         files: uncompressed tar files.
         column: extension of the images, which is everything after the first dot of a member's name. None: any image.
         progress: whether to show a progress bar while the files are listed, if that takes over 2 s.
+        reading: version of the rules; see `READING`.
 
     Raises:
         ValueError: if a file is damaged or compressed, no member is an image, or a sample has several.
     """
 
-    def __init__(self, files: list[Path], column: str | None, progress: bool) -> None:
+    def __init__(self, files: list[Path], column: str | None, progress: bool, reading: int = READING) -> None:
         from tqdm import tqdm
 
         self._files, self._digests = files, []
@@ -46,7 +48,7 @@ class TarSource:
         counts: list[int] = []
         for file in tqdm(files, desc="listing", unit="tar", delay=2, disable=not progress):
             sha = hashlib.sha256()
-            for member in _image_members(file, column):
+            for member in _image_members(file, column, FORMER_SUFFIXES if reading == 1 else IMAGE_SUFFIXES):
                 headers.append(member.offset)
                 offsets.append(member.offset_data)
                 sizes.append(member.size)
@@ -87,7 +89,7 @@ class TarSource:
             yield file.name.encode(errors="surrogateescape") + b"\0" + digest
 
 
-def tar_files(root: Path, split: str) -> list[Path]:
+def tar_files(root: Path, split: str, reading: int = READING) -> list[Path]:
     """Return a folder's tar files of one split, sorted. Return all of them if their names do not give splits.
 
     Raises:
@@ -95,18 +97,21 @@ def tar_files(root: Path, split: str) -> list[Path]:
     """
     files = sorted(root.glob("*.tar"))
     splits = {file: re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem) for file in files}
-    if not set(splits.values()) <= SPLITS:
+    if not all(name in SPLITS if reading == 1 else split_word(name) for name in splits.values()):
         if split == "train":
             return files
         raise no_split(root, split, f"the names of its tar files, such as {files[0].name}, do not give a split")
-    found = [file for file in files if splits[file] == split]
+    found = [file for file in files if splits[file] == split] or [
+        file for file in files if reading > 1 and split_word(splits[file]) == split_word(split)
+    ]
     if not found:
         raise no_split(root, split, f"the splits of its tar files are {sorted(set(splits.values()))}")
     return found
 
 
-def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
+def _image_members(file: Path, column: str | None, suffixes: tuple[str, ...]) -> Iterator[tarfile.TarInfo]:
     """Yield the members of `file` that are images, without reading them. For `column`, see `TarSource`."""
+    seen: set[str] = set()  # extensions
     try:
         with file.open("rb") as opened:
             sample = ""
@@ -114,13 +119,18 @@ def _image_members(file: Path, column: str | None) -> Iterator[tarfile.TarInfo]:
                 folder, _, name = member.name.rpartition("/")
                 hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
                 stem, _, extension = name.partition(".")
-                wanted = name.lower().endswith(IMAGE_SUFFIXES) if column is None else extension == column
+                wanted = name.lower().endswith(suffixes) if column is None else extension == column
                 if hidden or not wanted or not member.isreg() or member.issparse():
                     continue
-                if column is None and f"{folder}/{stem}" == sample:
+                # The dots of 2024.05.01_17.png are those of a date or a number: digits follow, and no other image has
+                # the same extension.
+                dotted = "." in extension and extension[0].isdigit() and extension not in seen
+                seen.add(extension)
+                if column is None and f"{folder}/{stem}" == sample and not dotted:
                     raise ValueError(
-                        f"{file} has several images of the sample {sample.strip('/')!r}: set `column` to the extension "
-                        f'of one, everything after the first dot of their names, such as "{extension}"'
+                        f"{file} has several images of the sample {printable(sample.strip('/'))!r}: set `column` "
+                        "(--column) to the extension of one, everything after the first dot of their names, such as "
+                        f'"{printable(extension)}"'
                     )
                 sample = f"{folder}/{stem}"
                 yield member
