@@ -112,7 +112,7 @@ def test_train_then_resume_with_more_images(trained: Path, run: Any) -> None:
 def test_resume_names_the_options_it_cannot_take(tmp_path: Path, refused: Any) -> None:
     message = refused("train", "--resume", tmp_path, "--preset", "digits", "--batch", 4)
     assert message.endswith("leave out --preset, --batch")
-    options = ["--preset", "digits", "--data", "digits", "--out", "run", "--config", "config.json", "--set", "batch=4"]
+    options = ["--preset", "digits", "--column", "image", "--out", "run", "--config", "config.json", "--set", "batch=4"]
     options += ["--batch", 4, "--seed", 0, "--intervals", 2, "--device", "cpu", "--show-config"]
     message = refused("train", "--resume", tmp_path, *options)
     assert message.endswith(f"leave out {', '.join(str(option) for option in options if str(option).startswith('--'))}")
