@@ -223,6 +223,9 @@ def readable_kernels(path: Path) -> Iterator[tuple[str, list[str], Code]]:
 def test_machine_code(compiled: tuple[str, list[Usage], Path], capsys: pytest.CaptureFixture[str]) -> None:
     name, _, path = compiled
     kernels = list(readable_kernels(path))
+    if name == "probe":
+        assert not kernels  # its kernel does nothing
+        return
     assert {code.arch for _, _, code in kernels} == {f"sm_{arch}" for arch in ARCHITECTURES}
     for kernel, types, code in kernels:
         assert kernel in KERNELS[name]
