@@ -126,7 +126,7 @@ def cases() -> list[Case]:
     x, noise, channels = randn(2, 37, 9, 11), randn(2, 1, 9, 11), {"factor": randn(2, 37), "bias": randn(37)}
     two, lone = partial(_ode, times=[0.3, 1.0]), partial(_ode, times=[1.0])
     up = partial(_end, up=2, padding=(2, 1), fir_gain=4.0)
-    found = [
+    found: list[tuple[str, str, Callable[..., Tensor], dict[str, Any]]] = [
         ("philox_normal", "aligned", _normals, {"seed": seeds}),
         ("philox_normal", "odd offset", partial(_normals, offset=2**33 + 3), {"seed": seeds}),
         ("path_interpolate", "bytes, flipped", _path, {"x0": bytes_, "flips": torch.arange(5) % 2 == 0}),
@@ -140,7 +140,7 @@ def cases() -> list[Case]:
         ("modulated_conv2d", "up 2", partial(_convolution, up=2), layer(2, 64, 48, 3)),
         ("modulated_conv2d", "ToRGB", partial(_convolution, demodulate=False), layer(2, 16, 3, 1)),
     ]
-    gradients = [
+    gradients: list[tuple[str, str, Callable[..., Tensor], dict[str, Any]]] = [
         ("rk4_mlp", "gradients", two, mlp(5, 48, 2)),
         ("fir_bias_act", "gradients", _end, {"x": x, **channels}),
     ]
@@ -172,22 +172,22 @@ def check(case: Case, backend: str, device: torch.device) -> Finding:
     for a, p, e in zip(actual, plain, exact, strict=True):
         if a.shape != e.shape:
             return Finding(case.name, backend, failure=f"expected shape {list(e.shape)}, got {list(a.shape)}")
-        error = (a - e).abs().max().item()
+        distance = (a - e).abs().max().item()
         allowed = 2 * (p - e).abs().max().item() + case.slack * torch.finfo(case.dtype).eps * e.abs().max().item()
-        if not error - allowed <= worst - bound or bound == 0.0:  # the worst of several; NaN is the worst
-            worst, bound = error, allowed
+        if not distance - allowed <= worst - bound or bound == 0.0:  # the worst of several; NaN is the worst
+            worst, bound = distance, allowed
     return Finding(case.name, backend, worst, bound)
 
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """Convolve float32 without rounding to TF32 inside the `with` block."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
 
 
 def examine(device: torch.device, names: Sequence[str] | None = None) -> Iterator[Finding]:

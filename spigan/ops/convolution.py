@@ -13,7 +13,9 @@ def allows_tf32(x: Tensor) -> bool:
     Every backend follows torch.backends.cudnn, as PyTorch's own convolutions do.
     """
     # Not allow_tf32: it raises once precisions have been set by their new names, which follow the old ones.
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    if not x.is_cuda or x.dtype != torch.float32:
+        return False
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def result_size(height: int, width: int, kernel: int, up: int, padding: int) -> tuple[int, int]:
