@@ -25,7 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SDIST = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"}
 SDIST_FOLDERS = {"csrc": {".h", ".cpp", ".cu"}, "kernels": {".py"}, "spigan": {".py", ".typed", ".json", ".toml"}}
 MODELS = [f"spigan/assets/{name}" for name in ("digits", "cifar10-small")]
-ASSETS = {"spigan/assets/model_card.md", f"{MODELS[1]}/README.md", *(f"{model}/model.safetensors" for model in MODELS)}
+ASSETS = {
+    "spigan/assets/model_card.md",
+    "spigan/assets/feature_nets/digits.safetensors",
+    f"{MODELS[1]}/README.md",
+    *(f"{model}/model.safetensors" for model in MODELS),
+}
 
 
 def run(*command: str | Path, **options: object) -> str:
