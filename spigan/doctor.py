@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from spigan import ops
 from spigan.ops import backends
+from spigan.ops.timing import seconds_per_call
 from spigan.ops.upfirdn2d import fir_filter
 
 # ---- Correctness ----
@@ -28,13 +28,13 @@ class Case:
     """A call of an operation.
 
     Attributes:
-        op: Name of the operation.
-        what: What this case adds to the others of its operation.
-        dtype: Of the floating-point tensors and of the result.
+        op: name of the operation.
+        what: what this case adds to the others of its operation.
+        dtype: dtype of the floating-point tensors and of the result.
         call: call(**tensors, backend=...) returns the result.
-        tensors: Arguments on the CPU.
-        gradients: Compare the gradients of the floating-point tensors instead of the result.
-        slack: Allowed rounding errors besides twice those of plain PyTorch, in units of eps max|exact|.
+        tensors: arguments on the CPU.
+        gradients: whether to compare the gradients of the floating-point tensors instead of the result.
+        slack: allowed rounding errors besides twice those of plain PyTorch, in units of eps max|exact|.
     """
 
     op: str
@@ -68,8 +68,8 @@ class Finding:
     """What became of a case on a backend.
 
     Attributes:
-        error: Largest error, and `allowed`, the largest that passes.
-        failure: Why the call raised, or None.
+        error: largest error, and `allowed`, the largest that passes.
+        failure: why the call raised, or None.
     """
 
     case: str
@@ -139,16 +139,14 @@ def cases() -> list[Case]:
         ("modulated_conv2d", "up 1", _convolution, layer(3, 37, 24, 3)),
         ("modulated_conv2d", "up 2", partial(_convolution, up=2), layer(2, 64, 48, 3)),
         ("modulated_conv2d", "ToRGB", partial(_convolution, demodulate=False), layer(2, 16, 3, 1)),
-    ]
-    gradients: list[tuple[str, str, Callable[..., Tensor], dict[str, Any]]] = [
         ("rk4_mlp", "gradients", two, mlp(5, 48, 2)),
         ("fir_bias_act", "gradients", _end, {"x": x, **channels}),
+        ("modulated_conv2d", "gradients", _convolution, layer(2, 16, 24, 3)),
     ]
-    gradients.append(("modulated_conv2d", "gradients", _convolution, layer(2, 16, 24, 3)))
     return [
-        Case(op, what, dtype, call, tensors, (op, what, call, tensors) in gradients, _slack(op, dtype))
+        Case(op, what, dtype, call, tensors, what == "gradients", _slack(op, dtype))
         for dtype in (torch.float32, torch.bfloat16)
-        for op, what, call, tensors in [*found, *gradients]
+        for op, what, call, tensors in found
     ]
 
 
@@ -195,7 +193,7 @@ def examine(device: torch.device, names: Sequence[str] | None = None) -> Iterato
 
     Args:
         device: CPU or GPU.
-        names: Backends to check. A backend that cannot run is then a failure, with its cause.
+        names: backends to check. A backend that cannot run is then a failure, with its cause.
     """
     with exact_convolutions():
         for case in cases():
@@ -216,10 +214,10 @@ class Speed:
     """A time.
 
     Attributes:
-        name: What was timed.
-        seconds: With the backend that "auto" chooses.
-        reference: Seconds of the reference.
-        copy_share: Speed as a share of a copy's, for what moves memory.
+        name: what was timed.
+        seconds: time with the backend that "auto" chooses.
+        reference: time of the reference, in seconds.
+        copy_share: speed as a share of a copy's, for what moves memory.
     """
 
     name: str
@@ -232,21 +230,8 @@ def median_seconds(function: Callable[[], object], device: torch.device, repeats
     """Return the time of a call. On a GPU, a queue of calls is timed by events, so that launches do not count."""
     for _ in range(3):
         function()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / calls / 1e3)
-        else:
-            began = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    queued = calls if device.type == "cuda" else 1
+    return statistics.median(seconds_per_call(function, queued, device) for _ in range(repeats))
 
 
 def speeds(device: torch.device) -> Iterator[Speed]:

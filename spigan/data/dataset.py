@@ -338,6 +338,6 @@ def check_record(dataset: ImageDataset, record: dict[str, Any]) -> None:
     if not same and record.get("cached") == dataset.cached:
         warnings.warn(
             f"files of {source!r} have changed since the run began, but the {len(pairs)} compared images are the same: "
-            "the run goes on, but not exactly as it would have",
+            "the run continues, but not exactly as it would have",
             stacklevel=2,
         )

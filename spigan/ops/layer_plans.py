@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spigan.ops import backends, plans
-from spigan.ops.convolution import result_size
+from spigan.ops.convolution import allows_tf32, result_size
 from spigan.ops.frozen_layer import GPU_PART_BYTES, frozen_modulated_conv2d
 from spigan.ops.layer_end import LayerEnd
 from spigan.ops.layer_weights import LayerWeight, possible_forms, weight_form
@@ -107,10 +107,7 @@ class LayerCall:
 
 
 def _precision(x: Tensor) -> str:
-    if x.dtype == torch.float32 and x.device.type == "cuda":
-        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-        return "TF32" if precision == "tf32" else "float32"
-    return str(x.dtype).removeprefix("torch.")
+    return "TF32" if allows_tf32(x) else str(x.dtype).removeprefix("torch.")
 
 
 def layer_plan(backend: str, call: LayerCall, pack: Pack, *, others: bool = False) -> LayerPlan:

@@ -180,7 +180,7 @@ class StepGraphs:
             self.enabled = False
             self._graphs.clear()
             warnings.warn(
-                f"training goes on without CUDA graphs, which is slower: {part.__name__.strip('_')} could not become "
+                f"training continues without CUDA graphs, which is slower: {part.__name__.strip('_')} could not become "
                 f"one ({str(error).splitlines()[0]}). Set cuda_graph to false to train without graphs from the start",
                 stacklevel=2,
             )
